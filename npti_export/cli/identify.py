@@ -1,0 +1,50 @@
+"""``npti-export identify``: stop after the profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from npti_export.cli.options import FILE, RichProgress, job_options, model_options
+
+
+@click.command()
+@click.option("--trait", required=True, metavar="NAME", help="One of the Big Five; both poles are identified at once")
+@click.option(
+    "--out",
+    required=True,
+    type=FILE,
+    metavar="FILE",
+    help="Profile to write: .safetensors, or .json in the published format",
+)
+@model_options
+def identify(trait: str, out: Path, **options: Any) -> None:
+    """Find the neurons of a trait and save their profile.
+
+    \b
+      npti-export identify --trait extraversion --out extraversion.safetensors
+      npti-export identify --trait extraversion --out Extraversion_dict.json
+    """
+    from rich.console import Console
+
+    from npti_export.errors import ProfileError
+    from npti_export.traits import TraitSpec, parse_trait_name
+
+    name = parse_trait_name(trait)
+    if out.suffix not in (".safetensors", ".json"):
+        raise ProfileError(f"{out}: name the profile .safetensors, or .json for the published format")
+
+    from npti_export.pipeline import Job, identify_only
+
+    with RichProgress(Console(stderr=True)) as progress:
+        job = Job(traits=(TraitSpec(name, "+"),), out=None, save_profile=out, **job_options(options))
+        profile, seconds = identify_only(job, progress)
+    plus, minus = (int((profile.delta * sign >= 0.1).sum()) for sign in (1, -1))
+    tokens = profile.origin["tokens"]
+    click.echo(
+        f"{name}: {plus} neurons fire for + and {minus} for - with |delta| >= 0.1, "
+        f"over {tokens['+']} + {tokens['-']} tokens"
+    )
+    click.echo(f"wrote {out} ({seconds.get('identify', 0):.0f} s)")

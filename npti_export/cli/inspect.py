@@ -1,0 +1,33 @@
+"""``npti-export inspect``: what a file is, and where it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from npti_export.cli.options import FILE
+
+
+@click.command()
+@click.argument("file", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON")
+def inspect(file: Path, as_json: bool) -> None:
+    """Print what a profile or a GGUF is, and where it came from.
+
+    \b
+      npti-export inspect model.gguf
+      npti-export inspect extraversion.safetensors --json
+    """
+    import json
+
+    from npti_export.inspection import inspect_file
+
+    found = inspect_file(file)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, found))
+    for key, value in found.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        click.echo(f"{key:<{width}}  {text}")

@@ -1,0 +1,156 @@
+"""Options that commands share, and how progress is drawn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FILE = click.Path(path_type=Path)
+
+
+def model_options(command: Command) -> Command:
+    """Options of every command that runs a model."""
+    decorators = [
+        click.option(
+            "--model",
+            metavar="FILE|DIR|ID",
+            help="GGUF file, transformers directory, hub id or ID:FILE.gguf [default: SmolLM2-135M-Instruct, embedded]",
+        ),
+        click.option("--recipe", metavar="NAME|FILE", help="Recipe [default: the one tuned for the model, else npti]"),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override any recipe value, such as select.threshold=0.2",
+        ),
+        click.option(
+            "--questions",
+            type=click.IntRange(0),
+            metavar="N",
+            help="Search questions a trait, 0 for all [identify.questions]",
+        ),
+        click.option(
+            "--max-new-tokens", type=int, metavar="N", help="Longest answer while identifying [identify.max_new_tokens]"
+        ),
+        click.option("--batch-size", type=int, metavar="N", help="Sequences decoded together [identify.batch_size]"),
+        click.option("--seed", type=int, metavar="N", help="Pairs questions with personas [identify.seed]"),
+        click.option(
+            "--bench",
+            type=FILE,
+            metavar="DIR",
+            help="Folder with personas.jsonl and questions.jsonl instead of the shipped ones",
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps"),
+        click.option(
+            "--dtype",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            help="Of identification; verification is always float32",
+        ),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model"),
+        click.option("--no-cache", is_flag=True, help="Neither use nor keep saved identifications"),
+        click.option("--force", is_flag=True, help="Replace existing outputs"),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def recipe_overrides(options: dict[str, Any]) -> tuple[str, ...]:
+    """Take the flags that stand for a recipe value out of ``options``; return them and ``--set`` as overrides."""
+    flags = {
+        "gamma": "rule.gamma",
+        "questions": "identify.questions",
+        "max_new_tokens": "identify.max_new_tokens",
+        "batch_size": "identify.batch_size",
+        "seed": "identify.seed",
+    }
+    values = [(key, options.pop(name, None)) for name, key in flags.items()]
+    return (*options.pop("overrides"), *(f"{key}={value}" for key, value in values if value is not None))
+
+
+def job_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Turn parsed model options into fields of a :class:`npti_export.pipeline.Job`."""
+    from npti_export.errors import ModelError
+    from npti_export.identify.collect import cache_folder
+    from npti_export.loader import RuntimeSettings
+
+    options["overrides"] = recipe_overrides(options)
+    options["cache"] = None if options.pop("no_cache") else cache_folder()
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options["device"]):
+        raise ModelError(f"--device {options['device']!r}: give auto, cpu, mps, cuda or cuda:N")
+    names = ("device", "dtype", "trust_remote_code")
+    options["runtime"] = RuntimeSettings(**{name: options.pop(name) for name in names})
+    return options
+
+
+class RichProgress:
+    """Draws a bar a stage on stderr, with tokens per second and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._console = console
+        self._bars: Bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: TaskID | None = None
+        self._tokens = 0
+
+    def __enter__(self) -> RichProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def start(self, stage: str, total: int) -> None:
+        """See :class:`npti_export.progress.Progress`."""
+        self._task = self._bars.add_task(stage, total=total, rate="")
+        self._tokens = 0
+        if not self._console.is_terminal:
+            self._console.print(f"{stage} …", style="dim")
+
+    def advance(self, steps: int, tokens: int = 0) -> None:
+        """See :class:`npti_export.progress.Progress`."""
+        if self._task is None:
+            return
+        self._bars.advance(self._task, steps)
+        if tokens:
+            self._tokens += tokens
+            elapsed = self._bars.tasks[self._bars.task_ids.index(self._task)].elapsed or 0.0
+            if elapsed > 0:
+                self._bars.update(self._task, rate=f"{self._tokens / elapsed:.0f} tokens/s")
+
+    def note(self, text: str) -> None:
+        """See :class:`npti_export.progress.Progress`."""
+        self._console.print(text, style="dim", markup=False)

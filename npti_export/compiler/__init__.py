@@ -1,0 +1,1 @@
+"""From the rule to extra neurons: pure, without files or weights."""

@@ -1,0 +1,55 @@
+"""Every error that the library raises on purpose.
+
+The command line turns each into one line on stderr and the class's ``exit_code``; nothing else
+converts them. A message names the file or field at fault and how to mend it.
+"""
+
+
+class NptiError(Exception):
+    """Base of all errors raised on purpose; one sentence, fit to be shown to a user."""
+
+    exit_code = 2
+
+
+class TraitError(NptiError):
+    """A trait that does not parse or is not known."""
+
+
+class RecipeError(NptiError):
+    """A recipe with an unknown key, a bad value or no such name."""
+
+
+class BenchError(NptiError):
+    """Personas or questions that are missing, empty or malformed."""
+
+
+class ModelError(NptiError):
+    """A model that is missing, damaged or cannot be handled."""
+
+
+class ArchitectureError(ModelError):
+    """A model family that the requested output does not support."""
+
+
+class GGUFError(ModelError):
+    """A GGUF file that is truncated, malformed or of an unsupported version."""
+
+
+class ProfileError(NptiError):
+    """A neuron profile that is damaged, selects nothing, or belongs to another model."""
+
+
+class OutputError(NptiError):
+    """An output path that exists already or cannot be written."""
+
+
+class DiskFullError(OutputError):
+    """Not enough room for the output."""
+
+    exit_code = 4
+
+
+class FidelityError(NptiError):
+    """The written file does not do what the rule says; it is kept aside, not delivered."""
+
+    exit_code = 3

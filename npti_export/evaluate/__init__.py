@@ -1,0 +1,1 @@
+"""Does the personality show?"""

@@ -1,0 +1,293 @@
+"""Bake a program into a GGUF, and take it out again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, by_gguf_name
+from npti_export.compiler.program import LayerProgram, MLPProgram
+from npti_export.errors import DiskFullError, GGUFError, ModelError
+from npti_export.files import atomic_output, sha256_file
+from npti_export.gguf import widen
+from npti_export.gguf.blocks import block_shape, supports_widening, type_name
+from npti_export.gguf.reader import GGUFFile, TensorInfo, read_gguf
+from npti_export.gguf.writer import (
+    NewTensor,
+    Value,
+    encode_header,
+    encode_uint32,
+    encode_value,
+    lay_out,
+    patch_values,
+)
+
+PREFIX = "npti."
+FORMAT = 1  # of the npti.* keys and of what strip expects
+_SHA256 = "npti.base.sha256"
+_WIDTH = "npti.base.feed_forward_length"
+_HEADER = "npti.base.header"
+_GAPS = "npti.base.gaps"
+_MINIMUM_BLOCK = 32  # n_ff must be a multiple of it in llama.cpp's kernels
+
+
+@dataclass(frozen=True)
+class BakePlan:
+    """A steered file, laid out but not written."""
+
+    base: GGUFFile
+    program: MLPProgram
+    header: bytes
+    tensors: tuple[NewTensor, ...]
+    extra: int
+    base_sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        last = self.tensors[-1]
+        return len(self.header) + -(-(last.offset + last.nbytes) // self.base.alignment) * self.base.alignment
+
+
+def check_base(base: GGUFFile) -> None:
+    """Raise if a program cannot be baked into ``base``; reads nothing but its header.
+
+    Raises:
+        ArchitectureError: llama.cpp loads no MLP biases for this family.
+        GGUFError: a tensor is missing.
+        ModelError: already steered, has MLP biases of its own, or a tensor type that cannot be widened.
+    """
+    by_gguf_name(base.architecture, str(base.path))
+    if any(entry.key.startswith(PREFIX) for entry in base.keys):
+        raise ModelError(f"{base.path}: is steered already; npti-export strip it first, or give --trait several times")
+    for layer in range(base.require_int(f"{base.architecture}.block_count")):
+        for stem in (FFN_GATE, FFN_UP, FFN_DOWN):
+            tensor = base.require_tensor(stem.format(layer) + ".weight")
+            if stem.format(layer) + ".bias" in base.by_name:
+                raise ModelError(f"{base.path}: {stem.format(layer)} has a bias of its own, which is not supported yet")
+            if not supports_widening(tensor.type_id):
+                raise ModelError(
+                    f"{base.path}: {tensor.name} is {type_name(tensor.type_id)}, which cannot be widened; "
+                    "take a Q4_0 to Q8_0, K-quant, IQ4, F16, BF16 or F32 file of the model"
+                )
+
+
+def plan_bake(base: GGUFFile, program: MLPProgram, metadata: dict[str, Value], base_sha256: str) -> BakePlan:
+    """Lay out the steered file: every tensor of the base, the MLPs widened, gate biases appended.
+
+    Args:
+        base: header of the unsteered file, see :func:`check_base`.
+        program: as many layers as the base has.
+        metadata: added under ``npti.``; floats may be patched later by :func:`record`.
+        base_sha256: of the base file, which :func:`strip` compares its result with.
+    """
+    widths = {
+        block_shape(base.require_tensor(FFN_DOWN.format(layer) + ".weight").type_id, str(base.path))[0]
+        for layer in range(len(program.layers))
+    }
+    extra = program.extra_width(max(widths | {_MINIMUM_BLOCK}))
+    padded = MLPProgram(program.width, tuple(layer.padded(extra) for layer in program.layers))
+    tensors = [_widened(tensor, program.width, extra) for tensor in base.tensors]
+    tensors += [
+        NewTensor(FFN_GATE.format(layer) + ".bias", (program.width + extra,), 0, 4 * (program.width + extra))
+        for layer, one in enumerate(padded.layers)
+        if one.off.size or one.gate_bias.any()
+    ]
+    placed = lay_out(tensors, base.alignment)
+    added: dict[str, Value] = {
+        "npti.format": FORMAT,
+        _SHA256: base_sha256,
+        _WIDTH: program.width,
+        **{PREFIX + key: value for key, value in metadata.items()},
+        **_recovery(base),
+    }
+    width_key = f"{base.architecture}.feed_forward_length"
+    keys = [
+        (entry.key, encode_uint32(program.width + extra) if entry.key == width_key else entry.raw)
+        for entry in base.keys
+    ]
+    keys += [(key, encode_value(value)) for key, value in added.items()]
+    header = encode_header(base.version, keys, placed, base.alignment)
+    return BakePlan(base, padded, header, tuple(placed), extra, base_sha256)
+
+
+def write_bake(plan: BakePlan, path: Path) -> None:
+    """Write a planned file to ``path``, streaming; memory is bounded by a few chunks, whatever the model's size.
+
+    Raises:
+        DiskFullError: known before the first byte.
+        GGUFError: the base changed or ended early while being read.
+    """
+    free = shutil.disk_usage(path.absolute().parent).free
+    if free < plan.nbytes:
+        raise DiskFullError(
+            f"{path.absolute().parent}: the file needs {plan.nbytes / 1e6:.0f} MB but only {free / 1e6:.0f} MB are free"
+        )
+    base = plan.base
+    with base.path.open("rb") as source, path.open("wb") as target:
+        target.write(plan.header)
+        try:
+            for tensor in plan.tensors:
+                _pad_to(target, len(plan.header) + tensor.offset)
+                for data in _content(source, plan, tensor):
+                    target.write(data)
+        except (EOFError, ValueError) as error:
+            raise GGUFError(
+                f"{base.path}: changed or ended while it was read ({error}); run the command again"
+            ) from error
+        _pad_to(target, plan.nbytes)
+
+
+def record(path: Path, values: dict[str, float]) -> None:
+    """Fill in float metadata that :func:`plan_bake` left as placeholders, such as the measured fidelity."""
+    patch_values(path, {PREFIX + key: value for key, value in values.items()})
+
+
+def strip(path: Path, out: Path, *, force: bool) -> str:
+    """Write the unsteered file that ``path`` was baked from, bit for bit.
+
+    Returns:
+        Its SHA-256, which was compared with the one recorded when it was baked.
+
+    Raises:
+        GGUFError: not a steered file, or the result is not the base, in which case nothing is written.
+        OutputError: ``out`` exists and ``force`` is not set.
+    """
+    steered = read_gguf(path)
+    expected = steered.get(_SHA256)
+    if steered.get("npti.format") != FORMAT or not isinstance(expected, str):
+        raise GGUFError(
+            f"{path}: was not made by this version of npti-export (no npti.base metadata); nothing to strip"
+        )
+    header, tensors = _base_layout(steered)
+    gaps = memoryview(bytes(steered.get(_GAPS, [])))
+    with atomic_output(out, force=force) as temporary:
+        with path.open("rb") as source, temporary.open("wb") as target:
+            target.write(header)
+            for tensor in sorted(tensors, key=lambda one: one.offset):
+                gaps = _fill_gap(target, tensor.offset, gaps)
+                for data in _narrowed(source, steered, tensor):
+                    target.write(data)
+            _fill_gap(target, int(steered.get("npti.base.bytes", target.tell())), gaps)
+        found = sha256_file(temporary)
+        if found != expected:
+            raise GGUFError(
+                f"{path}: the base cannot be restored (sha256 {found[:12]}…, not {expected[:12]}…); it is damaged"
+            )
+    return found
+
+
+def _widened(tensor: TensorInfo, width: int, extra: int) -> NewTensor:
+    if tensor.name.endswith(("ffn_gate.weight", "ffn_up.weight")):
+        shape = (tensor.shape[0], width + extra)
+    elif tensor.name.endswith("ffn_down.weight"):
+        shape = (width + extra, tensor.shape[1])
+    else:
+        return NewTensor(tensor.name, tensor.shape, tensor.type_id, tensor.nbytes)
+    block, nbytes = block_shape(tensor.type_id, tensor.name)
+    return NewTensor(tensor.name, shape, tensor.type_id, shape[0] // block * nbytes * shape[1])
+
+
+def _content(source: BinaryIO, plan: BakePlan, tensor: NewTensor) -> Iterator[bytes]:
+    old = plan.base.by_name.get(tensor.name)
+    if old is None:
+        return iter([widen.gate_bias(plan.program.width, _layer(plan, tensor.name))])
+    if tensor.name.endswith("ffn_gate.weight"):
+        layer = _layer(plan, tensor.name)
+        return widen.append_rows(source, old, layer.source, layer.gate_scale)
+    if tensor.name.endswith("ffn_up.weight"):
+        layer = _layer(plan, tensor.name)
+        return widen.append_rows(source, old, layer.source, layer.up_scale)
+    if tensor.name.endswith("ffn_down.weight"):
+        return widen.append_columns(source, old, _layer(plan, tensor.name).source)
+    return widen.copy(source, old)
+
+
+def _layer(plan: BakePlan, name: str) -> LayerProgram:
+    return plan.program.layers[int(name.split(".")[1])]
+
+
+def _pad_to(target: BinaryIO, position: int) -> None:
+    target.write(b"\0" * (position - target.tell()))
+
+
+def _plain_layout(base: GGUFFile) -> tuple[bytes, list[NewTensor]]:
+    """The header that a writer without quirks gives the base's keys and tensors."""
+    placed = lay_out([NewTensor(one.name, one.shape, one.type_id, one.nbytes) for one in base.tensors], base.alignment)
+    return encode_header(base.version, [(entry.key, entry.raw) for entry in base.keys], placed, base.alignment), placed
+
+
+def _recovery(base: GGUFFile) -> dict[str, Value]:
+    """What strip cannot work out for itself: a header with quirks, bytes between tensors that are not zero."""
+    header, _ = _plain_layout(base)
+    with base.path.open("rb") as stream:
+        original = stream.read(base.data_start)
+        gaps = []
+        position = base.data_start
+        for tensor in sorted(base.tensors, key=lambda one: one.offset):
+            stream.seek(position)
+            gaps.append(stream.read(tensor.offset - position))
+            position = tensor.offset + tensor.nbytes
+        stream.seek(position)
+        gaps.append(stream.read())
+    result: dict[str, Value] = {"npti.base.bytes": base.size}
+    if original != header:
+        result[_HEADER] = original
+    if any(gap.strip(b"\0") for gap in gaps):
+        result[_GAPS] = b"".join(gaps)
+    return result
+
+
+def _base_layout(steered: GGUFFile) -> tuple[bytes, list[TensorInfo]]:
+    """Header bytes and tensors (offsets from the start of the file) of the base of a steered file."""
+    width = steered.require_int(_WIDTH)
+    total = steered.require_int(f"{steered.architecture}.feed_forward_length")
+    tensors = [_widened(one, width, 0) for one in steered.tensors if not one.name.endswith("ffn_gate.bias")]
+    stored = steered.get(_HEADER)
+    if stored is not None:
+        return _stored_layout(steered, bytes(stored))
+    width_key = f"{steered.architecture}.feed_forward_length"
+    keys = [
+        (entry.key, encode_uint32(width) if entry.key == width_key else entry.raw)
+        for entry in steered.keys
+        if not entry.key.startswith(PREFIX)
+    ]
+    if total < width:
+        raise GGUFError(f"{steered.path}: is narrower than its base; it is damaged")
+    placed = lay_out(tensors, steered.alignment)
+    header = encode_header(steered.version, keys, placed, steered.alignment)
+    return header, [
+        TensorInfo(one.name, one.shape, one.type_id, len(header) + one.offset, one.nbytes) for one in placed
+    ]
+
+
+def _stored_layout(steered: GGUFFile, header: bytes) -> tuple[bytes, list[TensorInfo]]:
+    import tempfile
+
+    size = steered.require_int("npti.base.bytes")
+    with tempfile.TemporaryDirectory() as folder:
+        # A sparse file of the base's size, so that the one reader with all its checks reads this header too.
+        sparse = Path(folder) / "base.gguf"
+        with sparse.open("wb") as stream:
+            stream.write(header)
+            stream.truncate(size)
+        return header, list(read_gguf(sparse).tensors)
+
+
+def _narrowed(source: BinaryIO, steered: GGUFFile, tensor: TensorInfo) -> Iterator[bytes]:
+    wide = steered.require_tensor(tensor.name)
+    if tensor.name.endswith(("ffn_gate.weight", "ffn_up.weight")):
+        return widen.keep_rows(source, wide, tensor.rows)
+    if tensor.name.endswith("ffn_down.weight"):
+        return widen.keep_columns(source, wide, tensor.row_bytes)
+    return widen.copy(source, wide)
+
+
+def _fill_gap(target: BinaryIO, position: int, gaps: memoryview) -> memoryview:
+    length = position - target.tell()
+    data = bytes(gaps[:length])
+    target.write(data + b"\0" * (length - len(data)))
+    return gaps[length:]

@@ -1,0 +1,115 @@
+"""Writing files so that they are either whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from npti_export.errors import DiskFullError, OutputError
+
+_HASH_CHUNK = 1 << 22
+
+
+def check_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
+    """Raise before any work is done if ``path`` could not be written at the end of it.
+
+    Raises:
+        OutputError: the path exists and ``force`` is not set, is a directory, or its folder is missing
+            or not writable.
+        DiskFullError: the volume has less than ``need_bytes`` bytes free.
+    """
+    parent = path.absolute().parent
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; give the name of a file to write")
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists already; pass --force to replace it, or choose another name")
+    if not parent.is_dir():
+        raise OutputError(f"{path}: the folder {parent} does not exist; create it first")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{path}: the folder {parent} is not writable")
+    free = shutil.disk_usage(parent).free
+    if free < need_bytes:
+        raise DiskFullError(
+            f"{path}: needs {need_bytes / 1e6:.0f} MB but only {free / 1e6:.0f} MB are free in {parent}; "
+            "make room or choose another folder"
+        )
+
+
+@contextmanager
+def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; publish it on success, remove it on any failure.
+
+    The temporary file is fsynced, then renamed over ``path``; without ``force`` an existing ``path`` is
+    refused both before and after the work, so that two jobs cannot overwrite each other's result.
+    A caller may move the temporary file elsewhere (a rejected artifact): then nothing is published.
+
+    Raises:
+        OutputError: see :func:`check_writable`.
+        DiskFullError: the disk filled up while writing.
+    """
+    check_writable(path, force=force)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        with translate_os_errors(path):
+            yield temporary
+            if temporary.exists():
+                _publish(temporary, path, force=force)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+@contextmanager
+def translate_os_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's write errors on ``path`` into ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFullError(
+                f"{path}: the disk is full; nothing was left behind, make room and run the command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+            raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+        raise
+
+
+def _publish(temporary: Path, path: Path, *, force: bool) -> None:
+    with temporary.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    # mkstemp makes files private; an artifact gets the mode that open() would have given it.
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)
+    if force:
+        temporary.replace(path)
+    else:
+        try:
+            os.link(temporary, path)  # fails where rename would silently replace
+        except FileExistsError:
+            raise OutputError(f"{path}: was created by someone else meanwhile; pass --force to replace it") from None
+        except OSError:
+            temporary.replace(path)  # a file system without hard links
+    with suppress(OSError):  # Windows cannot open a directory
+        folder = os.open(path.absolute().parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sha256_file(path: Path) -> str:
+    """The file's SHA-256 as 64 hexadecimal digits, read in bounded memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Finding a trait's neurons: contrastive answers, mergeable statistics, selection."""

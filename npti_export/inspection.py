@@ -1,0 +1,80 @@
+"""What a file is, and where it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from npti_export.errors import ModelError
+from npti_export.export.gguf import PREFIX
+from npti_export.gguf.blocks import type_name
+from npti_export.gguf.reader import read_gguf
+
+
+def inspect_file(path: Path) -> dict[str, Any]:
+    """Describe a GGUF (steered or not) or a profile, as a flat JSON-able dictionary.
+
+    Raises:
+        NptiError: neither of these, or damaged.
+    """
+    if path.suffix == ".json":
+        return _published(path)
+    try:
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    if magic == b"GGUF":
+        return _gguf(path)
+    if path.suffix == ".safetensors":
+        return _profile(path)
+    raise ModelError(f"{path}: neither a GGUF nor a profile")
+
+
+def _gguf(path: Path) -> dict[str, Any]:
+    header = read_gguf(path)
+    steering = {entry.key: entry.value for entry in header.keys if entry.key.startswith(PREFIX)}
+    for key in ("npti.base.header", "npti.base.gaps"):
+        if key in steering:
+            steering[key] = f"{len(steering[key])} bytes"
+    types = sorted({type_name(tensor.type_id) for tensor in header.tensors})
+    return {
+        "kind": "steered GGUF" if steering else "GGUF, not steered by npti-export",
+        "name": header.get("general.name"),
+        "architecture": header.architecture,
+        "layers": header.get(f"{header.architecture}.block_count"),
+        "mlp width": header.get(f"{header.architecture}.feed_forward_length"),
+        "tensor types": ", ".join(types),
+        "bytes": header.size,
+        **steering,
+    }
+
+
+def _profile(path: Path) -> dict[str, Any]:
+    from npti_export.profile import read_profile
+
+    profile = read_profile(path)
+    layers, width = profile.p_plus.shape
+    return {
+        "kind": "neuron profile",
+        "trait": profile.trait,
+        "shape": f"{layers} layers of {width} neurons",
+        "delta >= 0.1": int((profile.delta >= 0.1).sum()),
+        "delta <= -0.1": int((profile.delta <= -0.1).sum()),
+        "fingerprint": profile.fingerprint,
+        **profile.origin,
+    }
+
+
+def _published(path: Path) -> dict[str, Any]:
+    from npti_export.profile import published_rows
+
+    rows = published_rows(path, None)
+    layers = sorted({row[0] for row in rows})
+    deltas = [row[2] for row in rows]
+    return {
+        "kind": "neuron profile of one pole, published JSON format",
+        "neurons": len(rows),
+        "layers": f"{layers[0]} to {layers[-1]}",
+        "delta": f"{min(deltas):.3f} to {max(deltas):.3f}",
+    }

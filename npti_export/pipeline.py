@@ -1,0 +1,329 @@
+"""The main job: traits in, a verified steered GGUF and a report out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npti_export import __version__
+from npti_export.bench import TraitBench, load_bench
+from npti_export.compiler.exact import compile_exact
+from npti_export.errors import FidelityError, ModelError, ProfileError
+from npti_export.export.gguf import BakePlan, check_base, plan_bake, record, write_bake
+from npti_export.files import atomic_output, check_writable, sha256_file
+from npti_export.gguf.reader import GGUFFile, read_gguf
+from npti_export.gguf.writer import Value
+from npti_export.identify.collect import identify
+from npti_export.loader import Models, RuntimeSettings, Timings
+from npti_export.models import ModelSource, gguf_source, resolve_model
+from npti_export.profile import NeuronProfile, load_profile, published_pair, save_profile
+from npti_export.progress import Progress
+from npti_export.recipe import Recipe, select_recipe
+from npti_export.report import peak_rss_mb
+from npti_export.rule import SteeringRule, build_rule, compose
+from npti_export.runtimes.base import chat
+from npti_export.traits import TraitSpec
+
+if TYPE_CHECKING:
+    from npti_export.verify import Fidelity
+
+_SAMPLE_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a user asked for.
+
+    Attributes:
+        traits: poles to steer towards.
+        out: the GGUF to write; None stops after the profile.
+        model: see :func:`npti_export.models.resolve_model`.
+        base: the GGUF to bake into, where ``model`` is not one.
+        recipe: name or path; None picks by model.
+        overrides: ``section.key=value`` strings.
+        profiles: saved profiles to re-use.
+        save_profile: where to keep a fresh profile.
+        bench: folder of personas and questions instead of the shipped ones (one trait only).
+        any_model: accept a profile of another model of the same shape.
+        force: replace existing outputs.
+        cache: folder of resumable state; None keeps none.
+    """
+
+    traits: tuple[TraitSpec, ...]
+    out: Path | None
+    model: str | None = None
+    base: Path | None = None
+    recipe: str | None = None
+    overrides: tuple[str, ...] = ()
+    profiles: tuple[Path, ...] = ()
+    save_profile: Path | None = None
+    bench: Path | None = None
+    any_model: bool = False
+    force: bool = False
+    cache: Path | None = None
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose inputs were checked and read, with nothing computed yet."""
+
+    job: Job
+    source: ModelSource
+    base: GGUFFile | None
+    recipe: Recipe
+    benches: dict[str, TraitBench]
+    profiles: dict[str, NeuronProfile]
+
+
+def prepare(job: Job) -> Prepared:
+    """Check everything that can be checked before anything expensive starts.
+
+    Raises:
+        NptiError: whatever is wrong with the job.
+    """
+    for path in [job.out, job.save_profile]:
+        if path is not None:
+            check_writable(path, force=job.force)
+    traits = sorted({spec.trait for spec in job.traits})
+    if len({spec.pole for spec in job.traits}) < len(job.traits):
+        raise ProfileError("the same pole is given twice; give it once, with a strength such as openness+:1.5")
+    if job.save_profile is not None and len(traits) > 1:
+        raise ProfileError("--save-profile takes one trait; save several with npti-export identify, one by one")
+    source = resolve_model(job.model)
+    base = _base_of(job, source) if job.out is not None else None
+    recipe = select_recipe(job.recipe, source.fingerprint, job.overrides)
+    profiles = _load_profiles(job, source)
+    benches = {trait: load_bench(trait, job.bench) for trait in traits}
+    for trait, bench in benches.items():
+        if trait not in profiles:
+            bench.search(recipe.identify.questions, recipe.identify.seed)
+    if job.out is not None and base is not None:
+        check_writable(job.out, force=job.force, need_bytes=base.size)
+    return Prepared(job, source, base, recipe, benches, profiles)
+
+
+def obtain_profiles(
+    prepared: Prepared, models: Models, timings: Timings, progress: Progress
+) -> dict[str, NeuronProfile]:
+    """The profile of each trait: given, cached or identified now; saved where the job says."""
+    job, profiles = prepared.job, dict(prepared.profiles)
+    for trait, bench in prepared.benches.items():
+        if trait in profiles:
+            continue
+        loaded = timings.seconds.get("load", 0.0)
+        started = time.perf_counter()
+        profiles[trait] = identify(
+            models.fast,
+            prepared.source,
+            bench,
+            prepared.recipe,
+            progress,
+            dtype=models.dtype(),
+            cache=job.cache,
+        )
+        loading = timings.seconds.get("load", 0.0) - loaded
+        timings.seconds["identify"] = timings.seconds.get("identify", 0.0) + time.perf_counter() - started - loading
+    if job.save_profile is not None:
+        select = prepared.recipe.select
+        (profile,) = profiles.values()
+        save_profile(profile, job.save_profile, force=job.force, threshold=select.threshold, at_least=select.at_least)
+    return profiles
+
+
+def run(job: Job, progress: Progress) -> dict[str, Any]:
+    """The whole main job.
+
+    Returns:
+        The report; see the README for its fields.
+
+    Raises:
+        FidelityError: the file was written but does not do what the rule says; it is kept as ``OUT.rejected``.
+        NptiError: bad input, or an output that cannot be written; nothing is left behind.
+    """
+    started = time.perf_counter()
+    timings = Timings({"identify": 0.0})
+    prepared = prepare(job)
+    if job.out is None or prepared.base is None:
+        raise ModelError("the main job needs an output file")
+    base = prepared.base
+    with ThreadPoolExecutor(1) as pool:
+        base_sha256: Future[str] = pool.submit(sha256_file, base.path)
+        models = Models(prepared.source, job.runtime, timings, progress, verifies=True)
+        profiles = obtain_profiles(prepared, models, timings, progress)
+        models.release_fast()
+        with timings.measure("compile"):
+            rule = compose([build_rule(profiles[spec.trait], spec, prepared.recipe) for spec in job.traits])
+            program = compile_exact(rule, prepared.recipe.compile.clamp_units)
+            plan = plan_bake(base, program, _metadata(prepared, rule), base_sha256.result())
+        with atomic_output(job.out, force=job.force) as temporary:
+            progress.start("write", 1)
+            with timings.measure("write"):
+                write_bake(plan, temporary)
+            progress.advance(1)
+            with timings.measure("verify"):
+                fidelity = _verify(prepared, models, rule, temporary, progress)
+            record(temporary, {f"fidelity.{key}": float(value) for key, value in asdict(fidelity).items()})
+            _refuse_unfaithful(fidelity, prepared, temporary)
+            with timings.measure("sample"):
+                sample = _sample(prepared, temporary, progress)
+            digest = sha256_file(temporary)
+    timings.seconds["total"] = time.perf_counter() - started
+    return _report(prepared, profiles, rule, plan, fidelity, sample, digest, timings)
+
+
+def _base_of(job: Job, source: ModelSource) -> GGUFFile:
+    if job.base is None and source.kind != "gguf":
+        raise ModelError(
+            f"{source.name}: is a transformers model, and a GGUF is baked into a GGUF; convert it with llama.cpp's "
+            "convert_hf_to_gguf.py and pass the result as --base FILE.gguf"
+        )
+    path = job.base or source.path
+    other = gguf_source(path)
+    if other.fingerprint != source.fingerprint:
+        raise ModelError(f"{path}: is not the same model as {source.name} (their norm weights differ)")
+    header = read_gguf(path)
+    check_base(header)
+    return header
+
+
+def _load_profiles(job: Job, source: ModelSource) -> dict[str, NeuronProfile]:
+    wanted = {spec.trait for spec in job.traits}
+    profiles: dict[str, NeuronProfile] = {}
+    for path in job.profiles:
+        trait = published_pair(path)[0] if path.suffix == ".json" else None
+        profile = load_profile(path, source.shape, trait)
+        if profile.trait not in wanted:
+            raise ProfileError(f"{path}: is a profile of {profile.trait}, which no --trait asks for")
+        if profile.trait in profiles:
+            raise ProfileError(f"{path}: is a second profile of {profile.trait}; give one")
+        profile.check_model(source, any_model=job.any_model)
+        profiles[profile.trait] = profile
+    return profiles
+
+
+def _metadata(prepared: Prepared, rule: SteeringRule) -> dict[str, Value]:
+    from npti_export.verify import Fidelity
+
+    placeholders: dict[str, Value] = {f"fidelity.{name}": float("nan") for name in Fidelity.__dataclass_fields__}
+    return {
+        "version": __version__,
+        "trait": " ".join(map(str, prepared.job.traits)),
+        "gamma": prepared.recipe.rule.gamma,
+        "recipe": prepared.recipe.to_json(),
+        "model.fingerprint": prepared.source.fingerprint,
+        "base.name": prepared.base.path.name if prepared.base else "",
+        "neurons.shift": rule.shifted,
+        "neurons.clamp": rule.clamped,
+        **placeholders,
+    }
+
+
+def _verify(prepared: Prepared, models: Models, rule: SteeringRule, artifact: Path, progress: Progress) -> Fidelity:
+    from npti_export.verify import measure
+
+    assert prepared.base is not None
+    runtime = models.exact()
+    prompts = [runtime.encode(chat(None, question)) for question in _held_out(prepared, prepared.recipe.verify.prompts)]
+    return measure(runtime, rule, artifact, prepared.base.path, prompts, prepared.recipe, progress)
+
+
+def _held_out(prepared: Prepared, count: int) -> list[str]:
+    """Test questions of the requested traits in turn."""
+    pools = [bench.test() for bench in prepared.benches.values()]
+    mixed = [question for round_ in zip(*pools, strict=False) for question in round_]
+    return [prepared.recipe.prompt.user.replace("{question}", question.text) for question in mixed[:count]]
+
+
+def _refuse_unfaithful(fidelity: Fidelity, prepared: Prepared, temporary: Path) -> None:
+    assert prepared.base is not None
+    assert prepared.job.out is not None
+    limit = fidelity.limit(prepared.base, prepared.recipe)
+    if fidelity.kl_rule_artifact <= limit:  # also false for NaN
+        return
+    aside = prepared.job.out.with_name(prepared.job.out.name + ".rejected")
+    temporary.replace(aside)
+    raise FidelityError(
+        f"{prepared.job.out}: not delivered, as it does not do what the rule says: KL {fidelity.kl_rule_artifact:.2g} "
+        f"is over the limit {limit:.2g} (runtime noise {fidelity.kl_runtime_floor:.2g}); the file is kept as {aside}"
+    )
+
+
+def _sample(prepared: Prepared, artifact: Path, progress: Progress) -> dict[str, str]:
+    """One held-out question answered by the base and by the steered file, in llama.cpp."""
+    from npti_export.runtimes.llamacpp import LlamaCppRuntime
+
+    assert prepared.base is not None
+    question = _held_out(prepared, 1)[0]
+    progress.start("sample answers", 2)
+    answers = {}
+    for name, path in (("base", prepared.base.path), ("steered", artifact)):
+        with LlamaCppRuntime(path, context=2048) as runtime:
+            answers[name] = runtime.answer(
+                chat(None, question),
+                max_new_tokens=_SAMPLE_TOKENS,
+                repetition_penalty=prepared.recipe.identify.repetition_penalty,
+            )
+        progress.advance(1)
+    return {"question": question, **answers}
+
+
+def _report(
+    prepared: Prepared,
+    profiles: dict[str, NeuronProfile],
+    rule: SteeringRule,
+    plan: BakePlan,
+    fidelity: Fidelity,
+    sample: dict[str, str],
+    digest: str,
+    timings: Timings,
+) -> dict[str, Any]:
+    assert prepared.base is not None
+    assert prepared.job.out is not None
+    out = prepared.job.out
+    return {
+        "version": __version__,
+        "trait": [str(spec) for spec in prepared.job.traits],
+        "gamma": prepared.recipe.rule.gamma,
+        "model": {"name": prepared.source.name, "fingerprint": prepared.source.fingerprint},
+        "neurons": {
+            "shift": rule.shifted,
+            "clamp": rule.clamped,
+            "shift_per_layer": (rule.shift != 0).sum(1).tolist(),
+            "clamp_per_layer": rule.clamp.sum(1).tolist(),
+            "width": plan.program.width,
+            "extra_width": plan.extra,
+        },
+        "fidelity": {key: float(value) for key, value in asdict(fidelity).items()}
+        | {"limit": fidelity.limit(prepared.base, prepared.recipe)},
+        "seconds": {key: round(value, 3) for key, value in timings.seconds.items()},
+        "peak_rss_mb": peak_rss_mb(),
+        "artifact": {
+            "path": str(out),
+            "bytes": plan.nbytes,
+            "sha256": digest,
+            "base_bytes": prepared.base.size,
+            "base_sha256": plan.base_sha256,
+        },
+        "sample": sample,
+        "profiles": {trait: profile.origin for trait, profile in profiles.items()},
+        "recipe": json.loads(prepared.recipe.to_json()),
+    }
+
+
+def identify_only(job: Job, progress: Progress) -> tuple[NeuronProfile, dict[str, float]]:
+    """The ``identify`` command: one trait, both poles, and its profile written to ``job.save_profile``."""
+    timings = Timings()
+    prepared = prepare(job)
+    models = Models(prepared.source, job.runtime, timings, progress, verifies=False)
+    profiles = obtain_profiles(prepared, models, timings, progress)
+    (profile,) = profiles.values()
+    return profile, timings.seconds
+
+
+__all__: Sequence[str] = ("Job", "identify_only", "prepare", "run")

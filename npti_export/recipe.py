@@ -1,0 +1,210 @@
+"""The recipe: every choice of a run, typed, validated and without unknown keys."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from npti_export.errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PromptSection(_Section):
+    """How a persona and a question become a chat."""
+
+    system: str = Field(description="System turn; must contain {persona}")
+    user: str = Field(description="User turn; must contain {question}")
+
+    @field_validator("system")
+    @classmethod
+    def _has_persona(cls, value: str) -> str:
+        if "{persona}" not in value:
+            raise ValueError("must contain {persona}")
+        return value
+
+    @field_validator("user")
+    @classmethod
+    def _has_question(cls, value: str) -> str:
+        if "{question}" not in value:
+            raise ValueError("must contain {question}")
+        return value
+
+
+class IdentifySection(_Section):
+    """How responses are generated while neurons are counted."""
+
+    questions: int = Field(ge=0, description="Search questions a trait; 0 takes all")
+    seed: int = Field(ge=0, description="Pairs questions with personas")
+    batch_size: int = Field(ge=1, le=4096, description="Sequences decoded together")
+    max_new_tokens: int = Field(ge=2, le=65536, description="Longest answer, in tokens")
+    repetition_penalty: float = Field(gt=0, le=10, description="Divides the logits of tokens seen before")
+
+
+class SelectSection(_Section):
+    """Which neurons belong to a pole."""
+
+    threshold: float = Field(ge=0, le=1, description="Smallest |delta|")
+    at_least: int = Field(ge=0, description="Neurons a pole taken even below the threshold, ranked by |delta|")
+    at_most: int | None = Field(default=None, ge=1, description="Cap on the neurons of a pole")
+
+
+class RuleSection(_Section):
+    """The induction rule."""
+
+    gamma: float = Field(gt=0, le=100, description="Strength of the shift")
+    percentile: float = Field(gt=0, lt=1, description="Quantile of the activation that scales a shift")
+    slope: float = Field(gt=0, description="Slope of the weight f(delta)")
+    center: float = Field(ge=0, le=1, description="|delta| at which the weight is one half")
+    shift: bool = Field(description="Shift the wanted pole's neurons")
+    clamp: bool = Field(description="Clamp the opposite pole's neurons")
+
+
+class CompileSection(_Section):
+    """How the rule becomes extra neurons."""
+
+    clamp_units: int = Field(ge=3, le=5, description="Extra neurons for one clamp")
+
+
+class VerifySection(_Section):
+    """How the written file is measured, and what is accepted."""
+
+    prompts: int = Field(ge=1, description="Held-out test questions")
+    answer_tokens: int = Field(ge=0, le=4096, description="Tokens of the steered answer compared after each prompt")
+    kl_limit_float: float = Field(gt=0, description="Limit in nats for F32 and F16 bases")
+    kl_limit_quantised: float = Field(gt=0, description="Limit in nats for other bases")
+    kl_limit_floor_ratio: float = Field(ge=1, description="Limit for other bases as a multiple of the runtime floor")
+
+
+class Recipe(_Section):
+    """Every choice of a run. Immutable; :func:`load_recipe` reads one."""
+
+    name: str
+    description: str = ""
+    tuned_for: str | None = Field(default=None, description="Fingerprint of the model this was tuned for")
+    prompt: PromptSection
+    identify: IdentifySection
+    select: SelectSection
+    rule: RuleSection
+    compile: CompileSection
+    verify: VerifySection
+
+    def to_json(self) -> str:
+        """The resolved recipe as compact JSON with sorted keys, for reports, metadata and cache keys."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
+    packaged = Path(str(files("npti_export"))) / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parent.parent / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name or any recipe by path, and apply ``section.key=value`` overrides.
+
+    A recipe may start with ``extends = "name"`` and give only what differs.
+
+    Raises:
+        RecipeError: no such recipe, not TOML, an unknown key or a bad value; all faults are listed.
+    """
+    source, raw = _read(name_or_path, ())
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(_explain(source, error)) from error
+
+
+def select_recipe(requested: str | None, fingerprint: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The requested recipe, or else the shipped one tuned for the model, or else ``npti``.
+
+    Args:
+        requested: a name or path; None decides by ``fingerprint``.
+        fingerprint: the model's fingerprint, see :mod:`npti_export.models`.
+        overrides: ``section.key=value`` strings.
+    """
+    if requested is not None:
+        return load_recipe(requested, overrides)
+    for name in shipped_recipes():
+        if load_recipe(name).tuned_for == fingerprint:
+            return load_recipe(name, overrides)
+    return load_recipe("npti", overrides)
+
+
+def _read(name_or_path: str, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = recipe_folder() / f"{name_or_path}.toml"
+        if not path.is_file():
+            raise RecipeError(f"recipe {name_or_path!r}: not shipped; there are {', '.join(shipped_recipes())}")
+    path = path.resolve()
+    if path in seen:
+        raise RecipeError(f"{path}: 'extends' goes round in a circle")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{name_or_path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{name_or_path}: not valid TOML: {error}") from error
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return name_or_path, raw
+    if not isinstance(parent, str):
+        raise RecipeError(f"{name_or_path}: 'extends' must be the name of a recipe")
+    _, merged = _read(parent, (*seen, path))
+    return name_or_path, _merge(merged, raw)
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not separator or len(keys) > 2 or not all(keys):
+        raise RecipeError(f"--set {override!r}: not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    section = raw
+    for key in keys[:-1]:
+        section[key] = dict(section.get(key, {}))
+        section = section[key]
+    section[keys[-1]] = value
+
+
+def _explain(source: str, error: ValidationError) -> str:
+    faults = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            faults.append(f"unknown key '{where}'")
+        else:
+            faults.append(f"'{where}': {fault['msg'].removeprefix('Value error, ')} (got {fault.get('input')!r})")
+    return f"recipe {source}: " + "; ".join(faults)

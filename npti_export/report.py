@@ -1,0 +1,83 @@
+"""The report: a JSON file for machines, a summary for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npti_export.files import atomic_output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def peak_rss_mb() -> float:
+    """The largest resident size of this process so far, in MB; NaN where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e6 if sys.platform == "darwin" else 1e3), 1)  # bytes on macOS, KiB elsewhere
+
+
+def save_report(report: dict[str, Any], path: Path, *, force: bool) -> None:
+    """Write the report as JSON, atomically.
+
+    Raises:
+        OutputError: it exists and ``force`` is not set.
+    """
+    with atomic_output(path, force=force) as temporary:
+        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def render(report: dict[str, Any], console: Console) -> None:
+    """Print the summary of a main job."""
+    from rich.columns import Columns
+    from rich.markup import escape
+    from rich.panel import Panel
+    from rich.table import Table
+
+    fidelity, artifact, neurons, seconds = (report[key] for key in ("fidelity", "artifact", "neurons", "seconds"))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    moved = fidelity["kl_rule_base"]
+    rows = {
+        "trait": f"{' '.join(report['trait'])}  (recipe {report['recipe']['name']}, gamma {report['gamma']:g})",
+        "neurons": f"{neurons['shift']} shifted, {neurons['clamp']} clamped; "
+        f"MLP width {neurons['width']} + {neurons['extra_width']}",
+        "  shifted by layer": sparkline(neurons["shift_per_layer"]),
+        "  clamped by layer": sparkline(neurons["clamp_per_layer"]),
+        "moved": f"KL {moved:.3g} nats per token from the unsteered model",
+        "faithful": f"KL {fidelity['kl_rule_artifact']:.2g} to the rule "
+        f"(limit {fidelity['limit']:.2g}; the runtime's own noise is "
+        f"{fidelity['kl_runtime_floor']:.2g}), top-1 agreement {fidelity['top1']:.1%}, "
+        f"worst logit off by {fidelity['max_logit_diff']:.2g}, {fidelity['positions']:.0f} tokens",
+        "size": f"{artifact['bytes'] / 1e6:.1f} MB, base {artifact['base_bytes'] / 1e6:.1f} MB",
+        "time": ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value >= 0.05),
+        "memory": f"{report['peak_rss_mb']:.0f} MB at peak",
+        "sha256": artifact["sha256"],
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+    sample = report["sample"]
+    console.print(f"\n[bold]{escape(sample['question'])}[/bold]")
+    panels = [
+        Panel(escape(sample[name].strip()), title=name, width=max(40, console.width // 2 - 1))
+        for name in ("base", "steered")
+    ]
+    console.print(Columns(panels))
+    console.print(f"[bold green]wrote[/bold green] {escape(artifact['path'])}")
+
+
+def sparkline(values: list[int]) -> str:
+    """One bar a value, and the range in figures."""
+    top = max(*values, 1)
+    bars = "".join(_BLOCKS[-(-value * (len(_BLOCKS) - 1) // top)] for value in values)
+    return f"{bars}  {min(values)} to {max(values)}"

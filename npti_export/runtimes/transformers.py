@@ -1,0 +1,333 @@
+"""A model in transformers: batched greedy generation, and gate activations from one teacher-forced pass."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import operator
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.errors import ModelError
+from npti_export.identify.stats import BIN_COUNT, EDGES, ActivationStats
+from npti_export.models import ModelSource
+from npti_export.runtimes.base import Exchange, Message
+
+if TYPE_CHECKING:
+    import torch
+
+# Used where a model brings no chat template, with a note to the user: plain labelled turns, which any model can follow.
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n' }}"
+    "{% else %}{{ 'Assistant: ' + message['content'] + '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+_TOKENS_PER_PASS = 8192  # of a teacher-forced batch, padding included: bounds its memory
+
+
+class TransformersRuntime:
+    """Implements :class:`npti_export.runtimes.base.Runtime`.
+
+    Args:
+        source: a GGUF (dequantised by transformers) or a transformers directory.
+        device: ``auto`` (CUDA, then MPS, then CPU) or a torch device.
+        dtype: ``auto`` or a torch dtype's name. Auto is bfloat16 where the hardware multiplies it (CUDA from
+            Ampere on, CPUs with AVX512-BF16 or AMX; on the latter it is 2 to 3 times as fast), else float32.
+        trust_remote_code: run the model repository's own code.
+
+    Raises:
+        ModelError: the model cannot be loaded; the reason given is transformers'.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> None:
+        import torch
+
+        self.source = source
+        self.device = torch.device(pick_device() if device == "auto" else device)
+        self.dtype = pick_dtype(self.device) if dtype == "auto" else parse_dtype(dtype)
+        self.model, self.tokenizer = _load(source, self.dtype, trust_remote_code)
+        self.model.to(self.device).eval()
+        self.uses_fallback_template = not self.tokenizer.chat_template
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self._stop = _stop_tokens(self.model, self.tokenizer)
+
+    def converted(self, dtype: str) -> TransformersRuntime:
+        """A second runtime with a copy of the weights in another dtype, for models small enough to keep twice."""
+        other = copy.copy(self)
+        other.dtype = parse_dtype(dtype)
+        other.model = copy.deepcopy(self.model).to(other.dtype)
+        return other
+
+    @property
+    def layers(self) -> Sequence[torch.nn.Module]:
+        """The decoder layers."""
+        layers: Sequence[torch.nn.Module] = operator.attrgetter(self.source.architecture.layers)(self.model)
+        return layers
+
+    @property
+    def activations(self) -> list[torch.nn.Module]:
+        """Per layer, the module whose output is the gate activation ``a``."""
+        get = operator.attrgetter(self.source.architecture.act)
+        return [get(layer) for layer in self.layers]
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """See :class:`Runtime`. Templates that refuse a system turn get it at the head of the user's turn."""
+        import jinja2
+
+        template = FALLBACK_TEMPLATE if self.uses_fallback_template else None
+        try:
+            text = self._render(messages, template)
+        except jinja2.TemplateError:
+            system, user = messages[0]["content"], messages[1]["content"]
+            text = self._render([{"role": "user", "content": f"{system}\n\n{user}"}], template)
+        return tuple(self.tokenizer(text, add_special_tokens=self.uses_fallback_template)["input_ids"])
+
+    def _render(self, messages: Sequence[Message], template: str | None) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """See :class:`Runtime`."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, repetition_penalty: float
+    ) -> list[Exchange]:
+        """See :class:`Runtime`."""
+        import torch
+
+        ids, mask = self._pad(prompts, left=True)
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                repetition_penalty=repetition_penalty,
+                do_sample=False,
+                eos_token_id=sorted(self._stop),
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        answers = output[:, ids.shape[1] :].tolist()
+        return [
+            Exchange(tuple(prompt), self._cut(answer, max_new_tokens))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+
+    def _cut(self, answer: list[int], limit: int) -> tuple[int, ...]:
+        end = next((index + 1 for index, token in enumerate(answer) if token in self._stop), limit)
+        return tuple(answer[:end])
+
+    def activation_stats(self, exchanges: Sequence[Exchange]) -> ActivationStats:
+        """See :class:`Runtime`."""
+        import torch
+
+        accumulator = StatsAccumulator(self.source.shape.layers, self.source.shape.width, self.device)
+        for batch in _batches(exchanges):
+            ids, mask = self._pad([exchange.tokens for exchange in batch], left=False)
+            counted = torch.zeros_like(ids, dtype=torch.bool)
+            for row, exchange in enumerate(batch):
+                counted[row, len(exchange.prompt) : len(exchange.tokens) - 1] = True
+            with accumulator.listen(self.activations, counted), torch.inference_mode():
+                self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return accumulator.result()
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """See :class:`Runtime`."""
+        import torch
+
+        ids = torch.tensor([list(tokens)], device=self.device)
+        with torch.inference_mode():
+            result: npt.NDArray[np.float32] = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
+        return result
+
+    def log_likelihoods(self, exchanges: Sequence[Exchange]) -> list[float]:
+        """Mean log-likelihood per token (nats) of each response after its prompt."""
+        import torch
+
+        result: list[float] = []
+        for batch in _batches(exchanges):
+            ids, mask = self._pad([exchange.tokens for exchange in batch], left=False)
+            with torch.inference_mode():
+                hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+                for row, exchange in enumerate(batch):
+                    start, end = len(exchange.prompt), len(exchange.tokens)
+                    logits = self.model.get_output_embeddings()(hidden[row, start - 1 : end - 1]).float()
+                    chosen = logits.gather(-1, ids[row, start:end, None])[:, 0]
+                    result.append(float((chosen - logits.logsumexp(-1)).mean()))
+        return result
+
+    def _pad(self, sequences: Sequence[Sequence[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        length = max(map(len, sequences))
+        ids = torch.full((len(sequences), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            place = slice(length - len(sequence), length) if left else slice(0, len(sequence))
+            ids[row, place] = torch.tensor(list(sequence))
+            mask[row, place] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+
+class StatsAccumulator:
+    """Builds an :class:`ActivationStats` from forward passes, on the model's device."""
+
+    def __init__(self, layers: int, width: int, device: torch.device) -> None:
+        import torch
+
+        self._tokens = 0
+        self._width = width
+        self._active = torch.zeros((layers, width), dtype=torch.int64, device=device)
+        self._histogram = torch.zeros((layers, width * BIN_COUNT), dtype=torch.int32, device=device)
+        self._largest = torch.zeros((layers, width), dtype=torch.float32, device=device)
+        self._edges = torch.from_numpy(EDGES).to(device)
+        self._rows = torch.arange(width, device=device) * BIN_COUNT
+
+    @contextmanager
+    def listen(self, activations: Sequence[torch.nn.Module], counted: torch.Tensor) -> Iterator[None]:
+        """Count, during the forward passes of the block, the positions of ``counted`` ``[batch, length]`` bool."""
+        with ExitStack() as stack:
+            for layer, module in enumerate(activations):
+
+                def hook(_module: Any, _inputs: Any, output: torch.Tensor, layer: int = layer) -> None:
+                    self._add(layer, output[counted])
+
+                handle = module.register_forward_hook(hook)
+                stack.callback(handle.remove)
+            yield
+        self._tokens += int(counted.sum())
+
+    def _add(self, layer: int, values: torch.Tensor) -> None:
+        import torch
+
+        values = values.float()
+        positive = values > 0
+        self._active[layer] += positive.sum(0)
+        if not len(values):
+            return
+        self._largest[layer] = torch.maximum(self._largest[layer], values.max(0).values.clamp_min(0))
+        places = torch.bucketize(values, self._edges, right=True) + self._rows
+        counts = torch.bincount(places[positive], minlength=self._histogram.shape[1])
+        self._histogram[layer] += counts.int()
+
+    def result(self) -> ActivationStats:
+        """What was counted so far."""
+        shape = (*self._active.shape, BIN_COUNT)
+        return ActivationStats(
+            self._tokens,
+            self._active.cpu().numpy(),
+            self._histogram.reshape(shape).cpu().numpy(),
+            self._largest.cpu().numpy(),
+        )
+
+
+def pick_device() -> str:
+    """The best torch device of this machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """The fastest dtype that is right for identification on a device."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name such as ``float32``."""
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _batches(exchanges: Sequence[Exchange]) -> Iterator[list[Exchange]]:
+    """Exchanges of similar length together, each batch within ``_TOKENS_PER_PASS`` padded tokens, order kept.
+
+    Callers rely on the order, so exchanges are not sorted across batches.
+    """
+    batch: list[Exchange] = []
+    longest = 0
+    for exchange in exchanges:
+        longest = max(longest, len(exchange.tokens))
+        if batch and longest * (len(batch) + 1) > _TOKENS_PER_PASS:
+            yield batch
+            batch, longest = [], len(exchange.tokens)
+        batch.append(exchange)
+    if batch:
+        yield batch
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    stop = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    return {token for token in stop if token is not None}
+
+
+def _load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.path)}
+    if source.kind == "gguf":
+        where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
+    try:
+        with _quiet(transformers), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                **where, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{source.path}: transformers cannot load it: {reason}") from error
+    return model, tokenizer
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Silence transformers' advice and progress bars (some go to stderr past its own switch) while loading."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    gguf_log = logging.getLogger("gguf")
+    level = gguf_log.level
+    gguf_log.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        gguf_log.setLevel(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
