@@ -30,6 +30,7 @@ from npti_export.runtimes.base import chat
 from npti_export.traits import TraitSpec
 
 if TYPE_CHECKING:
+    from npti_export.runtimes.transformers import TransformersRuntime
     from npti_export.verify import Fidelity
 
 _SAMPLE_TOKENS = 96
@@ -166,8 +167,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             with timings.measure("write"):
                 write_bake(plan, temporary)
             progress.advance(1)
+            runtime = models.exact()
             with timings.measure("verify"):
-                fidelity = _verify(prepared, models, rule, temporary, progress)
+                fidelity = _verify(prepared, runtime, rule, temporary, progress)
             record(temporary, {f"fidelity.{key}": float(value) for key, value in asdict(fidelity).items()})
             _refuse_unfaithful(fidelity, prepared, temporary)
             with timings.measure("sample"):
@@ -224,11 +226,12 @@ def _metadata(prepared: Prepared, rule: SteeringRule) -> dict[str, Value]:
     }
 
 
-def _verify(prepared: Prepared, models: Models, rule: SteeringRule, artifact: Path, progress: Progress) -> Fidelity:
+def _verify(
+    prepared: Prepared, runtime: TransformersRuntime, rule: SteeringRule, artifact: Path, progress: Progress
+) -> Fidelity:
     from npti_export.verify import measure
 
     assert prepared.base is not None
-    runtime = models.exact()
     prompts = [runtime.encode(chat(None, question)) for question in _held_out(prepared, prepared.recipe.verify.prompts)]
     return measure(runtime, rule, artifact, prepared.base.path, prompts, prepared.recipe, progress)
 

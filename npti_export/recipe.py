@@ -86,7 +86,7 @@ class VerifySection(_Section):
     answer_tokens: int = Field(ge=0, le=4096, description="Tokens of the steered answer compared after each prompt")
     kl_limit_float: float = Field(gt=0, description="Limit in nats for F32 and F16 bases")
     kl_limit_quantised: float = Field(gt=0, description="Limit in nats for other bases")
-    kl_limit_floor_ratio: float = Field(ge=1, description="Limit for other bases as a multiple of the runtime floor")
+    kl_limit_floor_ratio: float = Field(ge=1, description="Limit as a multiple of the runtime floor, if larger")
 
 
 class Recipe(_Section):

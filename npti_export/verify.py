@@ -50,9 +50,9 @@ class Fidelity:
         layers = base.require_int(f"{base.architecture}.block_count")
         weights = [base.require_tensor(f"{stem.format(layer)}.weight") for stem in stems for layer in range(layers)]
         settings = recipe.verify
-        if all(is_float(tensor.type_id) for tensor in weights):
-            return settings.kl_limit_float
-        return max(settings.kl_limit_quantised, settings.kl_limit_floor_ratio * self.kl_runtime_floor)
+        exact = all(is_float(tensor.type_id) for tensor in weights)
+        limit = settings.kl_limit_float if exact else settings.kl_limit_quantised
+        return max(limit, settings.kl_limit_floor_ratio * self.kl_runtime_floor)
 
 
 def measure(

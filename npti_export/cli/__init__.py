@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -13,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from npti_export.cli.root import cli
     from npti_export.errors import NptiError
 
+    signal.signal(signal.SIGTERM, _interrupt)  # so that temporary files are removed then, too
     try:
         code = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
     except NptiError as error:
@@ -32,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MemoryError:
         _fail("out of memory; use a smaller model or batch (--set identify.batch_size=8)", 4)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, code: int) -> None:

@@ -120,12 +120,12 @@ class RichProgress:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
+            disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
         self._tokens = 0
 
     def __enter__(self) -> RichProgress:
-        self._bars.start()
         return self
 
     def __exit__(
@@ -135,6 +135,7 @@ class RichProgress:
 
     def start(self, stage: str, total: int) -> None:
         """See :class:`npti_export.progress.Progress`."""
+        self._bars.start()  # not before there is something to show: bad input gets its one line only
         self._task = self._bars.add_task(stage, total=total, rate="")
         self._tokens = 0
         if not self._console.is_terminal:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +34,8 @@ _SHA256 = "npti.base.sha256"
 _WIDTH = "npti.base.feed_forward_length"
 _HEADER = "npti.base.header"
 _GAPS = "npti.base.gaps"
+_AHEAD = 6  # tensors prepared ahead: two layers' MLPs
+_AHEAD_BYTES = 32 << 20  # larger tensors are streamed chunk by chunk instead, so that memory stays bounded
 _MINIMUM_BLOCK = 32  # n_ff must be a multiple of it in llama.cpp's kernels
 
 
@@ -127,18 +132,34 @@ def write_bake(plan: BakePlan, path: Path) -> None:
             f"{path.absolute().parent}: the file needs {plan.nbytes / 1e6:.0f} MB but only {free / 1e6:.0f} MB are free"
         )
     base = plan.base
-    with base.path.open("rb") as source, path.open("wb") as target:
-        target.write(plan.header)
-        try:
-            for tensor in plan.tensors:
+    try:
+        with base.path.open("rb") as source, path.open("wb", buffering=0) as target:
+            target.write(plan.header)
+            for tensor, pieces in _prepared(plan):
                 _pad_to(target, len(plan.header) + tensor.offset)
-                for data in _content(source, plan, tensor):
-                    target.write(data)
-        except (EOFError, ValueError) as error:
-            raise GGUFError(
-                f"{base.path}: changed or ended while it was read ({error}); run the command again"
-            ) from error
-        _pad_to(target, plan.nbytes)
+                widen.write_pieces(source, target, pieces)
+            _pad_to(target, plan.nbytes)
+    except EOFError as error:
+        raise GGUFError(f"{base.path}: changed or ended while it was read ({error}); run the command again") from error
+
+
+def _prepared(plan: BakePlan) -> Iterator[tuple[NewTensor, Iterator[widen.Piece]]]:
+    """The content of each tensor in order. A second thread works a few small tensors ahead of the writing one."""
+
+    def content(tensor: NewTensor) -> list[widen.Piece]:
+        with plan.base.path.open("rb") as stream:
+            return list(_content(stream, plan, tensor))
+
+    with ThreadPoolExecutor(1) as pool, plan.base.path.open("rb") as stream:
+        ahead: deque[tuple[NewTensor, Future[list[widen.Piece]] | None]] = deque()
+        waiting = iter(plan.tensors)
+        while True:
+            for tensor in itertools.islice(waiting, _AHEAD - len(ahead)):
+                ahead.append((tensor, pool.submit(content, tensor) if tensor.nbytes < _AHEAD_BYTES else None))
+            if not ahead:
+                return
+            tensor, future = ahead.popleft()
+            yield tensor, _content(stream, plan, tensor) if future is None else iter(future.result())
 
 
 def record(path: Path, values: dict[str, float]) -> None:
@@ -165,12 +186,11 @@ def strip(path: Path, out: Path, *, force: bool) -> str:
     header, tensors = _base_layout(steered)
     gaps = memoryview(bytes(steered.get(_GAPS, [])))
     with atomic_output(out, force=force) as temporary:
-        with path.open("rb") as source, temporary.open("wb") as target:
+        with path.open("rb") as source, temporary.open("wb", buffering=0) as target:
             target.write(header)
             for tensor in sorted(tensors, key=lambda one: one.offset):
                 gaps = _fill_gap(target, tensor.offset, gaps)
-                for data in _narrowed(source, steered, tensor):
-                    target.write(data)
+                widen.write_pieces(source, target, _narrowed(source, steered, tensor))
             _fill_gap(target, int(steered.get("npti.base.bytes", target.tell())), gaps)
         found = sha256_file(temporary)
         if found != expected:
@@ -191,7 +211,7 @@ def _widened(tensor: TensorInfo, width: int, extra: int) -> NewTensor:
     return NewTensor(tensor.name, shape, tensor.type_id, shape[0] // block * nbytes * shape[1])
 
 
-def _content(source: BinaryIO, plan: BakePlan, tensor: NewTensor) -> Iterator[bytes]:
+def _content(source: BinaryIO, plan: BakePlan, tensor: NewTensor) -> Iterator[widen.Piece]:
     old = plan.base.by_name.get(tensor.name)
     if old is None:
         return iter([widen.gate_bias(plan.program.width, _layer(plan, tensor.name))])
@@ -203,7 +223,7 @@ def _content(source: BinaryIO, plan: BakePlan, tensor: NewTensor) -> Iterator[by
         return widen.append_rows(source, old, layer.source, layer.up_scale)
     if tensor.name.endswith("ffn_down.weight"):
         return widen.append_columns(source, old, _layer(plan, tensor.name).source)
-    return widen.copy(source, old)
+    return widen.copy(old)
 
 
 def _layer(plan: BakePlan, name: str) -> LayerProgram:
@@ -277,13 +297,13 @@ def _stored_layout(steered: GGUFFile, header: bytes) -> tuple[bytes, list[Tensor
         return header, list(read_gguf(sparse).tensors)
 
 
-def _narrowed(source: BinaryIO, steered: GGUFFile, tensor: TensorInfo) -> Iterator[bytes]:
+def _narrowed(source: BinaryIO, steered: GGUFFile, tensor: TensorInfo) -> Iterator[widen.Piece]:
     wide = steered.require_tensor(tensor.name)
     if tensor.name.endswith(("ffn_gate.weight", "ffn_up.weight")):
-        return widen.keep_rows(source, wide, tensor.rows)
+        return widen.keep_rows(wide, tensor.rows)
     if tensor.name.endswith("ffn_down.weight"):
         return widen.keep_columns(source, wide, tensor.row_bytes)
-    return widen.copy(source, wide)
+    return widen.copy(wide)
 
 
 def _fill_gap(target: BinaryIO, position: int, gaps: memoryview) -> memoryview:

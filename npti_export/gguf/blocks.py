@@ -102,12 +102,11 @@ def scale_rows(rows: Bytes, factors: Floats, type_id: int) -> Bytes:
     result = rows.copy()
     if name in _FLOATS:
         values = decode(rows, type_id)
-        result[:] = encode_floats(values * factors[:, None], type_id)
+        result[:] = quantise(values * factors[:, None], type_id)
         result[factors == 1] = rows[factors == 1]
     else:
-        block, nbytes = _sizes()[type_id]
-        del block
-        blocks = result.reshape(len(rows), -1, nbytes)
+        _, nbytes = _sizes()[type_id]
+        blocks = result.reshape(len(rows), rows.shape[1] // nbytes, nbytes)
         for offset in _SCALE_OFFSETS[name]:
             scales = np.ascontiguousarray(blocks[:, :, offset : offset + 2]).view(np.float16)[..., 0]
             scaled = (scales.astype(np.float32) * factors[:, None]).astype(np.float16)
@@ -117,49 +116,41 @@ def scale_rows(rows: Bytes, factors: Floats, type_id: int) -> Bytes:
 
 
 def decode(rows: Bytes, type_id: int) -> Floats:
-    """Decode rows ``[R, row bytes]`` uint8 to ``[R, row length]`` float32."""
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    return np.asarray(dequantize(np.ascontiguousarray(rows), GGMLQuantizationType(type_id)), dtype=np.float32)
+    """Decode rows ``[R, row bytes]`` uint8 to ``[R, row length]`` float32, by ggml's own C code."""
+    rows = np.ascontiguousarray(rows)
+    name = type_name(type_id)
+    if name == "F32":
+        return rows.view(np.float32)
+    if name == "F16":
+        return rows.view(np.float16).astype(np.float32)
+    if name == "BF16":  # the upper half of a float32
+        return (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    block, nbytes = _sizes()[type_id]
+    result = np.empty((len(rows), rows.shape[1] // nbytes * block), np.float32)
+    # void dequantize_row_<type>(const block_<type> * x, float * y, int64_t k), ggml-quants.h
+    function = getattr(_ggml(), f"dequantize_row_{name.lower().replace('_k', '_K')}")
+    function(ctypes.c_void_p(rows.ctypes.data), ctypes.c_void_p(result.ctypes.data), ctypes.c_int64(result.size))
+    return result
 
 
 def decode_columns(rows: Bytes, columns: npt.NDArray[np.int64], type_id: int) -> Floats:
     """Decode single columns ``[C]`` of rows ``[R, row bytes]`` to ``[R, C]`` float32, reading only their blocks."""
     block, nbytes = _sizes()[type_id]
     wanted, inverse = np.unique(columns // block, return_inverse=True)
-    blocks = rows.reshape(len(rows), -1, nbytes)[:, wanted]
-    values = decode(blocks.reshape(len(rows), -1), type_id)
-    return values[:, inverse * block + columns % block]
-
-
-def encode_floats(values: Floats, type_id: int) -> Bytes:
-    """Encode ``[R, C]`` float32 as F32, F16 or BF16 bytes, rounded to nearest, ties to even."""
-    name = type_name(type_id)
-    if name == "F32":
-        return np.ascontiguousarray(values, dtype=np.float32).view(np.uint8)
-    if name == "F16":
-        return np.ascontiguousarray(values.astype(np.float16)).view(np.uint8)
-    return quantise(values, type_id)
+    if len(wanted) * nbytes < rows.shape[1]:
+        rows = rows.reshape(len(rows), -1, nbytes)[:, wanted].reshape(len(rows), -1)
+    return np.take(decode(rows, type_id), inverse * block + columns % block, axis=1)
 
 
 def quantise(values: Floats, type_id: int) -> Bytes:
-    """Quantise ``[R, C]`` float32 (C a multiple of the block) to ``[R, row bytes]`` uint8 in a ggml type.
+    """Encode ``[R, C]`` float32 (C a multiple of the block) as ``[R, row bytes]`` uint8 in a ggml type, by ggml itself.
 
-    gguf-py writes the legacy types and floats exactly as ggml does; the K- and I-quants go through the ggml that
-    llama-cpp-python bundles.
+    Floats are rounded to nearest, ties to even.
+
+    Raises:
+        GGUFError: ggml did not write what it should have.
     """
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import quantize
-
     values = np.ascontiguousarray(values, dtype=np.float32)
-    try:
-        return np.asarray(quantize(values, GGMLQuantizationType(type_id))).view(np.uint8).reshape(len(values), -1)
-    except NotImplementedError:
-        return _quantise_with_ggml(values, type_id)
-
-
-def _quantise_with_ggml(values: Floats, type_id: int) -> Bytes:
     block, nbytes = _sizes()[type_id]
     rows, length = values.shape
     result = np.empty((rows, length // block * nbytes), dtype=np.uint8)
@@ -172,6 +163,7 @@ def _quantise_with_ggml(values: Floats, type_id: int) -> Bytes:
 
 @cache
 def _ggml() -> Any:
+    """The ggml that llama-cpp-python bundles, without a compiler: its C functions by ctypes."""
     import llama_cpp._ggml as bundled
 
     function = bundled.libggml.ggml_quantize_chunk

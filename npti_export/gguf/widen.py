@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
@@ -14,33 +17,42 @@ from npti_export.gguf.reader import TensorInfo
 CHUNK = 4 << 20  # bytes read at once
 
 
-def copy(stream: BinaryIO, tensor: TensorInfo) -> Iterator[bytes]:
+@dataclass(frozen=True)
+class Range:
+    """Bytes to be copied from the source file as they are; the writer lets the kernel do it where it can."""
+
+    offset: int
+    nbytes: int
+
+
+Data = bytes | memoryview
+Piece = Range | Data
+
+
+def copy(tensor: TensorInfo) -> Iterator[Piece]:
     """The tensor's bytes."""
-    stream.seek(tensor.offset)
-    left = tensor.nbytes
-    while left:
-        data = stream.read(min(CHUNK, left))
-        if not data:
-            raise EOFError(tensor.name)
-        left -= len(data)
-        yield data
+    yield Range(tensor.offset, tensor.nbytes)
 
 
-def append_rows(stream: BinaryIO, tensor: TensorInfo, source: Indices, factors: Floats) -> Iterator[bytes]:
+def append_rows(stream: BinaryIO, tensor: TensorInfo, source: Indices, factors: Floats) -> Iterator[Piece]:
     """A gate or up projection: its bytes, then row ``source[u]`` times ``factors[u]`` for each unit."""
-    yield from copy(stream, tensor)
-    rows = np.zeros((len(source), tensor.row_bytes), np.uint8)
-    for place in np.flatnonzero(factors):
-        stream.seek(tensor.offset + int(source[place]) * tensor.row_bytes)
-        rows[place] = np.frombuffer(stream.read(tensor.row_bytes), np.uint8)
-    yield scale_rows(rows, factors, tensor.type_id).tobytes()
+    yield Range(tensor.offset, tensor.nbytes)
+    row_bytes, wanted = tensor.row_bytes, factors != 0
+    unique, place = np.unique(source[wanted], return_inverse=True)
+    read = np.empty((len(unique), row_bytes), np.uint8)
+    for row, neuron in zip(read, unique.tolist(), strict=True):
+        stream.seek(tensor.offset + neuron * row_bytes)
+        row[:] = _read(stream, row_bytes)
+    rows = np.zeros((len(source), row_bytes), np.uint8)
+    rows[wanted] = scale_rows(read[place], factors[wanted], tensor.type_id)
+    yield rows.data
 
 
-def append_columns(stream: BinaryIO, tensor: TensorInfo, source: Indices) -> Iterator[bytes]:
+def append_columns(stream: BinaryIO, tensor: TensorInfo, source: Indices) -> Iterator[Piece]:
     """A down projection: each row's bytes, then new blocks with its columns ``source``, in the tensor's own type."""
     for rows in _row_chunks(stream, tensor):
         added = quantise(decode_columns(rows, source, tensor.type_id), tensor.type_id)
-        yield np.concatenate([rows, added], axis=1).tobytes()
+        yield np.concatenate([rows, added], axis=1).data
 
 
 def gate_bias(width: int, program: LayerProgram) -> bytes:
@@ -50,21 +62,68 @@ def gate_bias(width: int, program: LayerProgram) -> bytes:
     return np.concatenate([bias, program.gate_bias]).tobytes()
 
 
-def keep_rows(stream: BinaryIO, tensor: TensorInfo, rows: int) -> Iterator[bytes]:
+def keep_rows(tensor: TensorInfo, rows: int) -> Iterator[Piece]:
     """The first ``rows`` rows: undoes :func:`append_rows`."""
-    return copy(stream, TensorInfo(tensor.name, tensor.shape, tensor.type_id, tensor.offset, rows * tensor.row_bytes))
+    yield Range(tensor.offset, rows * tensor.row_bytes)
 
 
-def keep_columns(stream: BinaryIO, tensor: TensorInfo, row_bytes: int) -> Iterator[bytes]:
+def keep_columns(stream: BinaryIO, tensor: TensorInfo, row_bytes: int) -> Iterator[Piece]:
     """The first ``row_bytes`` bytes of each row: undoes :func:`append_columns`."""
     for rows in _row_chunks(stream, tensor):
-        yield rows[:, :row_bytes].tobytes()
+        yield np.ascontiguousarray(rows[:, :row_bytes]).data
 
 
 def _row_chunks(stream: BinaryIO, tensor: TensorInfo) -> Iterator[Bytes]:
-    per_chunk = max(1, CHUNK // tensor.row_bytes)
-    for start in range(0, tensor.rows, per_chunk):
-        count = min(per_chunk, tensor.rows - start)
-        stream.seek(tensor.offset + start * tensor.row_bytes)
-        data = np.frombuffer(stream.read(count * tensor.row_bytes), np.uint8)
-        yield data.reshape(count, tensor.row_bytes)
+    row_bytes, left = tensor.row_bytes, tensor.rows
+    stream.seek(tensor.offset)
+    while left:
+        count = min(max(1, CHUNK // row_bytes), left)
+        yield _read(stream, count * row_bytes).reshape(count, row_bytes)
+        left -= count
+
+
+def _read(stream: BinaryIO, count: int) -> Bytes:
+    data = np.frombuffer(stream.read(count), np.uint8)
+    if len(data) != count:
+        raise EOFError("the file ended early")
+    return data
+
+
+def write_pieces(source: BinaryIO, target: BinaryIO, pieces: Iterable[Piece]) -> None:
+    """Write what the functions above yield. ``target`` must be unbuffered.
+
+    Raises:
+        EOFError: the source ended early.
+    """
+    for piece in pieces:
+        if isinstance(piece, Range):
+            _copy_range(source, target, piece)
+        else:
+            _write_all(target, memoryview(piece).cast("B"))
+
+
+def _copy_range(source: BinaryIO, target: BinaryIO, piece: Range) -> None:
+    position, end = piece.offset, piece.offset + piece.nbytes
+    if hasattr(os, "copy_file_range"):
+        try:
+            while position < end:
+                done = os.copy_file_range(source.fileno(), target.fileno(), min(end - position, 1 << 30), position)
+                if not done:
+                    raise EOFError("the file ended early")
+                position += done
+        except OSError as error:
+            # Not between these two file systems: the loop below does the rest. Anything else is a real failure.
+            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    source.seek(position)
+    while position < end:
+        data = source.read(min(CHUNK, end - position))
+        if not data:
+            raise EOFError("the file ended early")
+        _write_all(target, memoryview(data))
+        position += len(data)
+
+
+def _write_all(target: BinaryIO, data: memoryview) -> None:
+    while data:
+        data = data[target.write(data) :]

@@ -38,8 +38,8 @@ def pole_neurons(
     chosen = order[qualifies][:at_most]
     if len(chosen) == 0:
         raise ProfileError(
-            f"no neuron of {profile.trait}{sign} has |delta| >= {threshold:g} (the largest is {max(ranked[0], 0):.3f}); lower "
-            " select.threshold or set select.at_least"
+            f"no neuron of {profile.trait}{sign} has |delta| >= {threshold:g} (the largest is "
+            f"{max(ranked[0], 0):.3f}); lower select.threshold or set select.at_least"
         )
     layers, neurons = np.unravel_index(chosen, delta.shape)
     return layers.astype(np.int64), neurons.astype(np.int64)

@@ -21,7 +21,7 @@ class LlamaCppRuntime:
     Args:
         path: the GGUF.
         context: longest sequence, in tokens.
-        threads: 0 takes every core.
+        threads: 0 takes every core that this process may use.
 
     Raises:
         ModelError: llama.cpp refuses the file.
@@ -30,7 +30,7 @@ class LlamaCppRuntime:
     def __init__(self, path: Path, *, context: int, threads: int = 0) -> None:
         import llama_cpp
 
-        cores = threads or os.cpu_count() or 1
+        cores = threads or usable_cores()
         try:
             self._llama: Any = llama_cpp.Llama(
                 str(path),
@@ -70,3 +70,10 @@ class LlamaCppRuntime:
             list(messages), max_tokens=max_new_tokens, temperature=0.0, repeat_penalty=repetition_penalty
         )
         return str(completion["choices"][0]["message"]["content"])
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine's in a container or under taskset."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,173 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from npti_export.models import default_model_path, gguf_source
+from npti_export.rule import SteeringRule
+
+VOCABULARY = 1024  # the default tokenizer's first tokens: its special tokens, the bytes and the first merges
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("NPTI_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def default_model():
+    return default_model_path()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_fields(default_model):
+    """The default model's tokenizer, cut to VOCABULARY tokens."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(default_model).fields
+    get = lambda key: fields[f"tokenizer.{key}"].contents()  # noqa: E731
+    tokens = get("ggml.tokens")[:VOCABULARY]
+    known = set(tokens)
+    merges = [merge for merge in get("ggml.merges") if merge.replace(" ", "") in known]
+    return {
+        "tokens": tokens,
+        "types": get("ggml.token_type")[:VOCABULARY],
+        "merges": merges,
+        "template": get("chat_template"),
+    }
+
+
+def write_tiny(path, tokenizer, kind="F32", hidden=64, width=96, layers=3, seed=0, template=True, alignment=None):
+    """A random llama with working tokenizer; MLP and attention weights in ``kind``, K-quants through ggml."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    from npti_export.gguf.blocks import quantise
+
+    rng = np.random.default_rng(seed)
+    heads, kv_heads = 4, 2
+    writer = GGUFWriter(path, "llama")
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    writer.add_name(f"tiny {kind}")
+    writer.add_block_count(layers)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokenizer["tokens"])
+    writer.add_token_types(tokenizer["types"])
+    writer.add_token_merges(tokenizer["merges"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    if template:
+        writer.add_chat_template(tokenizer["template"])
+
+    type_ = GGMLQuantizationType[kind]
+
+    def matrix(name, rows, columns, scale=1.0):
+        values = (rng.normal(size=(rows, columns)) * scale / np.sqrt(columns)).astype(np.float32)
+        if kind == "F32":
+            writer.add_tensor(name, values)
+        elif kind == "F16":
+            writer.add_tensor(name, values.astype(np.float16))
+        else:
+            writer.add_tensor(name, quantise(values, int(type_)), raw_dtype=type_)
+
+    def vector(name):
+        writer.add_tensor(name, (1 + 0.1 * rng.normal(size=hidden)).astype(np.float32))
+
+    writer.add_tensor("token_embd.weight", rng.normal(size=(VOCABULARY, hidden)).astype(np.float32) * 0.25)
+    for layer in range(layers):
+        vector(f"blk.{layer}.attn_norm.weight")
+        matrix(f"blk.{layer}.attn_q.weight", hidden, hidden)
+        matrix(f"blk.{layer}.attn_k.weight", hidden * kv_heads // heads, hidden)
+        matrix(f"blk.{layer}.attn_v.weight", hidden * kv_heads // heads, hidden)
+        matrix(f"blk.{layer}.attn_output.weight", hidden, hidden)
+        vector(f"blk.{layer}.ffn_norm.weight")
+        matrix(f"blk.{layer}.ffn_gate.weight", width, hidden, 1.5)
+        matrix(f"blk.{layer}.ffn_up.weight", width, hidden)
+        matrix(f"blk.{layer}.ffn_down.weight", hidden, width)
+    vector("output_norm.weight")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tmp_path_factory, tokenizer_fields):
+    """make_tiny(kind, **sizes) -> path of a tiny GGUF; the same arguments give the same file."""
+    made = {}
+
+    def make(kind="F32", **sizes):
+        key = (kind, *sorted(sizes.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("tiny")
+            made[key] = write_tiny(folder / f"tiny-{kind}.gguf", tokenizer_fields, kind, **sizes)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_tiny):
+    return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_runtime(tiny):
+    from npti_export.runtimes.transformers import TransformersRuntime
+
+    return TransformersRuntime(gguf_source(tiny), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_runtime, tmp_path_factory):
+    """The tiny model as a transformers directory."""
+    import copy
+
+    from transformers import LlamaForCausalLM
+
+    config = copy.deepcopy(tiny_runtime.model.config)
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(tiny_runtime.model.state_dict())
+    directory = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(directory)
+    tiny_runtime.tokenizer.save_pretrained(directory)
+    return directory
+
+
+def random_rule(layers, width, seed=0, per_layer=(5, 7)):
+    """A rule with shifts and clamps on different neurons, strong enough to be seen, and one layer left alone."""
+    rng = np.random.default_rng(seed)
+    shift = np.zeros((layers, width), np.float32)
+    clamp = np.zeros((layers, width), bool)
+    for layer in range(layers - 1):
+        chosen = rng.permutation(width)
+        shift[layer, chosen[: per_layer[0]]] = rng.uniform(0.2, 1.5, per_layer[0])
+        clamp[layer, chosen[per_layer[0] : sum(per_layer)]] = True
+    return SteeringRule(shift, clamp)
+
+
+@pytest.fixture
+def cli_environment(tmp_path):
+    """For subprocesses: their own cache, one thread, no network."""
+    return {
+        **os.environ,
+        "NPTI_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "120",
+    }

@@ -1,0 +1,86 @@
+"""A llama forward pass in float64 numpy, written from the architecture's definition, with the induction rule in place.
+
+It shares no code with the package and reads weights with gguf-py, so that runtimes, compiler and writer are all
+measured against something independent.
+"""
+
+import numpy as np
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+
+class ReferenceLlama:
+    def __init__(self, path):
+        reader = GGUFReader(path)
+        self.tensors = {
+            tensor.name: dequantize(tensor.data, tensor.tensor_type).astype(np.float64).reshape(tensor.shape[::-1])
+            for tensor in reader.tensors
+        }
+        get = lambda key: reader.fields[f"llama.{key}"].contents()  # noqa: E731
+        self.layers, self.heads, self.kv_heads = (
+            get("block_count"),
+            get("attention.head_count"),
+            get("attention.head_count_kv"),
+        )
+        self.eps, self.base = get("attention.layer_norm_rms_epsilon"), get("rope.freq_base")
+
+    def norm(self, x, name):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.eps) * self.tensors[name]
+
+    def rope(self, x):
+        """GGUF llama weights are stored for adjacent pairs (x[2j], x[2j+1])."""
+        length, _, size = x.shape
+        angle = np.arange(length)[:, None] * self.base ** (-np.arange(0, size, 2) / size)[None]
+        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        even, odd = x[..., 0::2], x[..., 1::2]
+        out = np.empty_like(x)
+        out[..., 0::2], out[..., 1::2] = even * cos - odd * sin, even * sin + odd * cos
+        return out
+
+    def attention(self, x, layer):
+        w = lambda name: self.tensors[f"blk.{layer}.{name}.weight"]  # noqa: E731
+        length = len(x)
+        q = self.rope((x @ w("attn_q").T).reshape(length, self.heads, -1))
+        k = self.rope((x @ w("attn_k").T).reshape(length, self.kv_heads, -1))
+        v = (x @ w("attn_v").T).reshape(length, self.kv_heads, -1)
+        group = self.heads // self.kv_heads
+        k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+        scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1])
+        scores += np.triu(np.full((length, length), -np.inf), 1)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+        return np.einsum("hqk,khd->qhd", scores, v).reshape(length, -1) @ w("attn_output").T
+
+    def mlp(self, x, layer, shift, clamp, seen):
+        w = lambda name: self.tensors[f"blk.{layer}.{name}.weight"]  # noqa: E731
+        gate = x @ w("ffn_gate").T
+        a = gate / (1 + np.exp(-gate))
+        if seen is not None:
+            seen.append(a.copy())
+        for neuron in np.flatnonzero(clamp):
+            a[:, neuron] = np.minimum(a[:, neuron], 0)
+        a = a + shift
+        return (a * (x @ w("ffn_up").T)) @ w("ffn_down").T
+
+    def logits(self, tokens, shift=None, clamp=None, seen=None):
+        """[tokens, vocabulary]; ``seen`` collects the activations a of each layer, [tokens, width]."""
+        x = self.tensors["token_embd.weight"][list(tokens)]
+        width = self.tensors["blk.0.ffn_gate.weight"].shape[0]
+        nothing = np.zeros((self.layers, width))
+        shift = nothing if shift is None else shift
+        clamp = nothing if clamp is None else clamp
+        for layer in range(self.layers):
+            x = x + self.attention(self.norm(x, f"blk.{layer}.attn_norm.weight"), layer)
+            x = x + self.mlp(self.norm(x, f"blk.{layer}.ffn_norm.weight"), layer, shift[layer], clamp[layer], seen)
+        return self.norm(x, "output_norm.weight") @ self.tensors["token_embd.weight"].T
+
+
+def kl(p_logits, q_logits):
+    """Mean KL(p || q) over rows, the plainest way."""
+    total = 0.0
+    for p_row, q_row in zip(np.asarray(p_logits, float), np.asarray(q_logits, float), strict=True):
+        p = np.exp(p_row - p_row.max())
+        q = np.exp(q_row - q_row.max())
+        p, q = p / p.sum(), q / q.sum()
+        total += float((p * np.log(p / q)).sum())
+    return total / len(p_logits)

@@ -1,0 +1,314 @@
+"""The command line as a user meets it: one clear line for bad input, exit codes, and nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from npti_export.files import sha256_file
+from npti_export.gguf.reader import read_gguf
+
+COMMAND = [sys.executable, "-c", "from npti_export.cli import main; main()"]
+# Small enough for a tiny random model, and no profile of a pole may come out empty.
+QUICK = ["--questions", "6", "--max-new-tokens", "8", "--batch-size", "4", "--dtype", "float32"]
+QUICK += ["--set", "select.at_least=20", "--set", "select.at_most=20", "--set", "verify.prompts=2"]
+QUICK += ["--set", "verify.answer_tokens=8"]
+
+
+def npti(*arguments, environment, cwd, **options):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd, **options
+    )
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy():
+    program = (
+        "import sys; from npti_export.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'llama_cpp', 'numpy', 'rich', 'pydantic', 'gguf', 'safetensors'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--trait" in done.stdout
+    assert "identify" in done.stdout
+
+
+def test_no_arguments_shows_help(cli_environment, tmp_path):
+    done = npti(environment=cli_environment, cwd=tmp_path)
+    assert "--trait POLE" in done.stdout
+
+
+def test_traits_lists_poles_and_everyday_names(cli_environment, tmp_path):
+    done = npti("traits", environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "neuroticism-" in done.stdout
+    assert "calm" in done.stdout
+    assert "self-discipline" in done.stdout
+
+
+BAD = [
+    (["--trait", "agreablness+", "--out", "o.gguf"], "did you mean 'agreeableness+'"),
+    (["--trait", "calm"], "no --out"),
+    (["--out", "o.gguf"], "no --trait"),
+    (["--trait", "calm", "--out", "o.gguf", "--gamma", "0"], "'rule.gamma'"),
+    (["--trait", "calm", "--out", "o.gguf", "--gamma", "nan"], "'rule.gamma'"),
+    (["--trait", "calm", "--out", "o.gguf", "--gamma", "-1"], "'rule.gamma'"),
+    (["--trait", "calm", "--out", "o.gguf", "--gamma", "x"], "--gamma"),
+    (["--trait", "calm", "--out", "o.gguf", "--set", "rule.gama=1"], "unknown key 'rule.gama'"),
+    (["--trait", "calm", "--out", "o.gguf", "--recipe", "nope"], "not shipped; there are npti"),
+    (["--trait", "calm", "--out", "o.gguf", "--model", "none.gguf"], "none.gguf"),
+    (["--trait", "calm", "--out", "o.gguf", "--model", "cut.gguf"], "truncated"),
+    (["--trait", "calm", "--out", "o.gguf", "--model", "text.gguf"], "not a GGUF file"),
+    (["--trait", "calm", "--out", "o.gguf", "--model", "empty"], "no config.json"),
+    (["--trait", "calm", "--out", "o.gguf", "--model", "nobody/nothing-here"], "nor to be had from the hub"),
+    (["--trait", "calm", "--out", "o.gguf", "--bench", "bench"], "questions.jsonl: is empty"),
+    (["--trait", "calm", "--out", "o.gguf", "--questions", "9999"], "9999 search questions asked for"),
+    (["--trait", "calm", "--out", "there.gguf"], "there.gguf: exists already; pass --force"),
+    (["--trait", "calm", "--out", "no/o.gguf"], "does not exist"),
+    (["--trait", "calm", "--out", "o.gguf", "--profile", "none.safetensors"], "no such profile"),
+    (["--trait", "calm", "--trait", "calm", "--out", "o.gguf"], "given twice"),
+    (["--trait", "calm", "--out", "o.gguf", "--device", "gpu"], "--device"),
+    (["--trait", "calm", "--out", "o.gguf", "--report", "there.gguf"], "there.gguf: exists already"),
+    (["--frobnicate"], "--frobnicate"),
+    (["identify", "--trait", "calm", "--out", "p.txt"], "p.txt"),
+    (["inspect", "none.gguf"], "none.gguf"),
+    (["inspect", "text.gguf"], "neither a GGUF nor a profile"),
+    (["strip", "tiny.gguf", "--out", "o.gguf"], "nothing to strip"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_bad_input(arguments, says, cli_environment, tmp_path, tiny):
+    data = tiny.read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(data)
+    (tmp_path / "cut.gguf").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.gguf").write_text("hello, I am no model")
+    (tmp_path / "there.gguf").write_text("precious")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bench").mkdir()
+    for name in ("personas", "questions"):
+        (tmp_path / "bench" / f"{name}.jsonl").write_text("")
+    line = '{"pole": "%s", "facet": "anxiety", "text": "You are."}\n'
+    (tmp_path / "bench" / "personas.jsonl").write_text(line % "+" + line % "-")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = npti(*arguments, environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("npti-export: ")
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "there.gguf").read_text() == "precious"
+
+
+def main_job(tiny, out, *more):
+    return ["--trait", "extraversion+", "--model", tiny, "--recipe", "npti", *QUICK, "--out", out, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """One uninterrupted run of the main job on the tiny model."""
+    folder = tmp_path_factory.mktemp("finished")
+    environment = {**os.environ, "NPTI_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = npti(
+        *main_job(tiny, "model.gguf", "--report", "report.json", "--save-profile", "p.safetensors"),
+        environment=environment,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_the_report_says_everything(finished, tiny):
+    folder, done = finished
+    report = json.loads((folder / "report.json").read_text())
+    artifact, fidelity = report["artifact"], report["fidelity"]
+    assert report["trait"] == ["extraversion+"]
+    assert report["gamma"] == 1.4
+    assert (report["neurons"]["shift"], report["neurons"]["clamp"]) == (20, 20)
+    assert 0 <= fidelity["kl_rule_artifact"] <= 1e-4 < fidelity["kl_rule_base"]
+    assert 0 <= fidelity["kl_runtime_floor"] <= 1e-4
+    assert fidelity["top1"] > 0.95
+    assert 0 < fidelity["max_logit_diff"] < 1
+    assert {"identify", "compile", "write", "verify", "total"} <= set(report["seconds"])
+    assert report["seconds"]["total"] >= sum(report["seconds"][key] for key in ("identify", "write", "verify"))
+    assert report["peak_rss_mb"] > 100
+    assert artifact["sha256"] == sha256_file(folder / "model.gguf")
+    assert artifact["base_sha256"] == sha256_file(tiny)
+    assert artifact["bytes"] == (folder / "model.gguf").stat().st_size
+    assert report["recipe"]["select"]["at_least"] == 20
+    assert report["sample"]["base"] != report["sample"]["steered"]
+    assert "faithful" in done.stdout
+    assert "wrote" in done.stdout
+
+
+def test_the_file_says_where_it_came_from(finished, tiny):
+    folder, _ = finished
+    header = read_gguf(folder / "model.gguf")
+    report = json.loads((folder / "report.json").read_text())
+    assert header.get("npti.trait") == "extraversion+"
+    assert header.get("npti.base.sha256") == sha256_file(tiny)
+    assert json.loads(header.get("npti.recipe")) == report["recipe"]
+    assert header.get("npti.fidelity.kl_rule_artifact") == report["fidelity"]["kl_rule_artifact"]
+
+
+def test_inspect_and_strip(finished, tiny, cli_environment):
+    folder, _ = finished
+    shown = npti("inspect", "model.gguf", "--json", environment=cli_environment, cwd=folder)
+    assert json.loads(shown.stdout)["npti.trait"] == "extraversion+"
+    profile = npti("inspect", "p.safetensors", environment=cli_environment, cwd=folder)
+    assert "extraversion" in profile.stdout
+    assert "6048" not in profile.stdout
+    stripped = npti("strip", "model.gguf", "--out", "base.gguf", environment=cli_environment, cwd=folder)
+    assert stripped.returncode == 0, stripped.stderr
+    assert (folder / "base.gguf").read_bytes() == tiny.read_bytes()
+
+
+def test_a_saved_profile_gives_the_same_file(finished, tiny, cli_environment, tmp_path):
+    folder, _ = finished
+    done = npti(
+        *main_job(tiny, "again.gguf", "--profile", folder / "p.safetensors"), environment=cli_environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again.gguf").read_bytes() == (folder / "model.gguf").read_bytes()
+
+
+def test_a_published_profile_works_and_another_models_is_refused(finished, tiny, make_tiny, cli_environment, tmp_path):
+    folder, _ = finished
+    quick = ["--set", "select.at_least=20", "--model", tiny, "--recipe", "npti", *QUICK[:8]]
+    done = npti(
+        "identify",
+        "--trait",
+        "extraversion",
+        "--out",
+        "Extraversion_dict.json",
+        *quick,
+        environment=cli_environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "Extraversion_reversed_dict.json").is_file()
+    done = npti(
+        *main_job(tiny, "m.gguf", "--profile", "Extraversion_dict.json"), environment=cli_environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    other = make_tiny(seed=1)
+    done = npti(
+        *main_job(other, "n.gguf", "--profile", folder / "p.safetensors"), environment=cli_environment, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "made from another model" in done.stderr
+    done = npti(
+        *main_job(other, "n.gguf", "--profile", folder / "p.safetensors", "--any-model"),
+        environment=cli_environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_traits_compose(finished, tiny, cli_environment, tmp_path):
+    done = npti(
+        *main_job(tiny, "m.gguf", "--trait", "calm:0.5", "--report", "r.json"),
+        environment=cli_environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["trait"] == ["extraversion+", "neuroticism-:0.5"]
+    assert 20 <= report["neurons"]["shift"] <= 40
+    assert report["fidelity"]["kl_rule_artifact"] <= 1e-4 < report["fidelity"]["kl_rule_base"]
+
+
+def test_an_unfaithful_file_is_kept_aside(finished, tiny, cli_environment, tmp_path):
+    folder, _ = finished
+    impossible = ["--set", "verify.kl_limit_float=1e-30", "--set", "verify.kl_limit_floor_ratio=1"]
+    impossible += ["--set", "compile.clamp_units=3"]
+    done = npti(
+        *main_job(tiny, "m.gguf", "--profile", folder / "p.safetensors", *impossible),
+        environment=cli_environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "does not do what the rule says" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"m.gguf.rejected"}
+
+
+def wait_for_batches(cache, process, count=1, timeout=120):
+    """Until a state file has been written ``count`` times."""
+    seen, last = 0, None
+    limit = time.monotonic() + timeout
+    while seen < count and process.poll() is None and time.monotonic() < limit:
+        for path in Path(cache).glob("identify/*.safetensors"):
+            stamp = path.stat().st_mtime_ns
+            if stamp != last:
+                seen, last = seen + 1, stamp
+        time.sleep(0.005)
+    assert seen >= count, "the run ended before it could be killed"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_run_goes_on_where_it_stopped_and_gives_the_same_bytes(finished, tiny, cli_environment, tmp_path, how):
+    folder, _ = finished
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, main_job(tiny, "model.gguf"))],
+        env=cli_environment,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_batches(cli_environment["NPTI_CACHE"], process)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert not (tmp_path / "model.gguf").exists()
+    if how != signal.SIGKILL:
+        assert process.returncode == 130
+        assert "interrupted" in errors.splitlines()[-1]
+        assert {path.name for path in tmp_path.iterdir()} == {"cache"}
+    done = npti(*main_job(tiny, "model.gguf"), environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    assert (tmp_path / "model.gguf").read_bytes() == (folder / "model.gguf").read_bytes()
+
+
+def test_a_damaged_cache_is_not_believed(finished, tiny, cli_environment, tmp_path):
+    folder, _ = finished
+    environment = {**cli_environment, "NPTI_CACHE": str(folder / "cache")}
+    (state,) = (folder / "cache" / "identify").glob("*.safetensors")
+    data = state.read_bytes()
+    try:
+        state.write_bytes(data[: len(data) // 2])
+        done = npti(*main_job(tiny, "m.gguf"), environment=environment, cwd=tmp_path)
+    finally:
+        state.write_bytes(data)
+    assert done.returncode == 0, done.stderr
+    assert "starting this identification afresh" in done.stderr.replace("\n", " ")
+    assert (tmp_path / "m.gguf").read_bytes() == (folder / "model.gguf").read_bytes()
+
+
+def test_a_transformers_directory_bakes_into_a_gguf_of_the_same_model(tiny, tiny_checkpoint, cli_environment, tmp_path):
+    plain = main_job(tiny_checkpoint, "m.gguf")
+    done = npti(*plain, environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--base FILE.gguf" in done.stderr
+    done = npti(*plain, "--base", tiny, "--report", "r.json", environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    fidelity = json.loads((tmp_path / "r.json").read_text())["fidelity"]
+    assert fidelity["kl_rule_artifact"] <= 1e-4 < fidelity["kl_rule_base"]
+    assert np.isfinite(fidelity["kl_runtime_floor"])
+
+
+def test_a_base_of_another_model_is_refused(tiny, make_tiny, cli_environment, tmp_path):
+    done = npti(*main_job(tiny, "m.gguf", "--base", make_tiny(seed=1)), environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is not the same model" in done.stderr

@@ -1,0 +1,87 @@
+"""Outputs are whole or absent."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from npti_export.errors import DiskFullError, OutputError
+from npti_export.files import atomic_output, check_writable, sha256_file
+
+
+def test_published_on_success(tmp_path):
+    path = tmp_path / "a.txt"
+    with atomic_output(path) as temporary:
+        temporary.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_after_a_failure(tmp_path, error):
+    with pytest.raises(error), atomic_output(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_needs_force(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(OutputError, match="--force"), atomic_output(path):
+        pytest.fail("the work must not begin")
+    with pytest.raises(RuntimeError), atomic_output(path, force=True) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    with atomic_output(path, force=True) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
+    path = tmp_path / "a.txt"
+    with pytest.raises(OutputError, match="meanwhile"), atomic_output(path) as temporary:
+        temporary.write_text("mine")
+        path.write_text("theirs")
+    assert path.read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bad_places(tmp_path):
+    with pytest.raises(OutputError, match="is a directory"):
+        check_writable(tmp_path, force=True)
+    with pytest.raises(OutputError, match="does not exist"):
+        check_writable(tmp_path / "no" / "a.txt", force=False)
+    with pytest.raises(DiskFullError, match="MB are free"):
+        check_writable(tmp_path / "a.txt", force=False, need_bytes=1 << 60)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+def test_a_disk_that_fills_up_half_way(tmp_path):
+    """A real failing write: the process may not write files over 64 KiB."""
+    program = textwrap.dedent(
+        """
+        import resource, sys
+        from pathlib import Path
+        from npti_export.errors import DiskFullError
+        from npti_export.files import atomic_output
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+        try:
+            with atomic_output(Path(sys.argv[1])) as temporary, temporary.open("wb", buffering=0) as stream:
+                for _ in range(100):
+                    stream.write(bytes(4096))
+        except DiskFullError as error:
+            print(error)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "a.bin"], capture_output=True, text=True)
+    assert "disk is full" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "a").startswith("ba7816bf")

@@ -1,0 +1,102 @@
+"""Statistics against plain numpy over the raw activations."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import QUANTILE_BIN, QUANTILE_FULL_BINS
+
+from npti_export.errors import ProfileError
+from npti_export.identify.stats import BIN_COUNT, ActivationStats, load_stats, save_stats
+from npti_export.runtimes.transformers import StatsAccumulator
+
+
+def collect(activations):
+    """Statistics of [layers, tokens, width] through the accumulator that runs beside a model."""
+    layers, tokens, width = activations.shape
+    accumulator = StatsAccumulator(layers, width, torch.device("cpu"))
+    modules = [torch.nn.Identity() for _ in range(layers)]
+    with accumulator.listen(modules, torch.ones(1, tokens, dtype=torch.bool)):
+        for module, values in zip(modules, activations, strict=True):
+            module(torch.from_numpy(values)[None])
+    return accumulator.result()
+
+
+def silu_like(rng, shape):
+    gates = rng.normal(0.3, 1.5, shape)
+    return (gates / (1 + np.exp(-gates))).astype(np.float32)
+
+
+def test_counts_against_plain_loops():
+    activations = silu_like(np.random.default_rng(0), (2, 50, 7))
+    stats = collect(activations)
+    assert stats.tokens == 50
+    for layer in range(2):
+        for neuron in range(7):
+            values = [float(value) for value in activations[layer, :, neuron]]
+            assert stats.active[layer, neuron] == sum(value > 0 for value in values)
+            assert stats.histogram[layer, neuron].sum() == sum(value > 0 for value in values)
+            assert stats.largest[layer, neuron] == max(0.0, *values)
+    np.testing.assert_array_equal(stats.probability(), (activations > 0).mean(1))
+
+
+def test_exact_zeros_and_empty_neurons_are_not_active():
+    activations = np.zeros((1, 10, 3), np.float32)
+    activations[0, :, 1] = -0.2
+    activations[0, 3, 2] = 1e9
+    stats = collect(activations)
+    assert stats.active.tolist() == [[0, 0, 1]]
+    assert stats.histogram[0, 2, BIN_COUNT - 1] == 1
+    assert stats.quantile(0.5).tolist() == [[0, 0, 0]]
+    assert stats.quantile(0.99)[0, 2] <= 1e9
+
+
+@pytest.mark.parametrize("q", [0.5, 0.9, 0.95, 0.99])
+def test_quantiles_against_sorting(q):
+    activations = silu_like(np.random.default_rng(1), (1, 20000, 40))
+    exact = np.quantile(activations[0], q, axis=0, method="inverted_cdf")
+    found = collect(activations).quantile(q)[0]
+    assert (exact > 0).all()
+    assert np.abs(found / exact - 1).max() < QUANTILE_FULL_BINS
+
+
+@given(
+    st.lists(st.floats(-1, 31, width=32), min_size=1, max_size=60),  # 32 and more share one open bin
+    st.floats(0.01, 0.99),
+)
+@settings(max_examples=200, deadline=None)
+def test_quantile_is_never_off_by_more_than_its_bin(values, q):
+    activations = np.array(values, np.float32).reshape(1, -1, 1)
+    exact = max(float(np.quantile(activations, q, method="inverted_cdf")), 0.0)
+    found = float(collect(activations).quantile(q)[0, 0])
+    assert found <= exact * (1 + QUANTILE_BIN) + 2**-7
+    assert found >= exact / (1 + QUANTILE_BIN) - 2**-7
+
+
+def test_adding_shards_is_counting_everything_at_once():
+    activations = silu_like(np.random.default_rng(2), (2, 90, 5))
+    whole = collect(activations)
+    a, b, c = (collect(activations[:, start : start + 30]) for start in (0, 30, 60))
+    zero = ActivationStats.empty(2, 5)
+    for total in ((a + b) + c, a + (b + c), c + a + b, zero + a + b + c):
+        assert total.tokens == whole.tokens
+        for field in ("active", "histogram", "largest"):
+            np.testing.assert_array_equal(getattr(total, field), getattr(whole, field))
+
+
+def test_saved_and_read_back(tmp_path):
+    stats = collect(silu_like(np.random.default_rng(3), (2, 20, 5)))
+    save_stats(tmp_path / "s.safetensors", {"+": stats, "-": stats + stats}, {"batches": 3})
+    read, progress = load_stats(tmp_path / "s.safetensors")
+    assert progress == {"batches": 3}
+    assert (read["+"].tokens, read["-"].tokens) == (20, 40)
+    np.testing.assert_array_equal(read["-"].histogram, 2 * stats.histogram)
+    (tmp_path / "s.safetensors").write_bytes((tmp_path / "s.safetensors").read_bytes()[:-7])
+    with pytest.raises(ProfileError, match="damaged"):
+        load_stats(tmp_path / "s.safetensors")
+
+
+def test_no_tokens_is_an_error():
+    with pytest.raises(ProfileError, match="no response token"):
+        ActivationStats.empty(1, 2).probability()
