@@ -80,7 +80,8 @@ def main():
                         say(
                             f"| {name} | {arguments.trait}{sign} | {gamma:g} | {units} "
                             f"| {one.kl_rule_base:.3f} "
-                            f"| {one.kl_rule_artifact:.2g} | {one.kl_runtime_floor:.2g} | {one.top1:.1%} | {plan.extra} |"
+                            f"| {one.kl_rule_artifact:.2g} | {one.kl_runtime_floor:.2g} | {one.top1:.1%} "
+                            f"| {plan.extra} |"
                         )
 
 
