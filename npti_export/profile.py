@@ -115,12 +115,12 @@ def save_profile(
         raise ProfileError(
             f"{path}: a profile is written as .safetensors or (published format) .json; change the suffix"
         )
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     described = {"trait": profile.trait, "fingerprint": profile.fingerprint, "origin": profile.origin}
     with atomic_output(path, force=force) as temporary:
         tensors = {name: np.ascontiguousarray(getattr(profile, name)) for name in _FIELDS}
-        save_file(tensors, temporary, metadata={"npti.profile": json.dumps(described, sort_keys=True)})
+        temporary.write_bytes(save(tensors, metadata={"npti.profile": json.dumps(described, sort_keys=True)}))
     return [path]
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-
 from conftest import VOCABULARY, random_rule
+
 from npti_export.architectures import ARCHITECTURES
 from npti_export.errors import ArchitectureError
 from npti_export.models import resolve_model
@@ -52,7 +52,9 @@ def test_counts_are_those_of_the_gate_projection(family):
     for exchange in exchanges:
         gates = []
         hooks = [
-            layer.mlp.gate_proj.register_forward_hook(lambda _m, _i, out: gates.append(out[0].detach().numpy()))
+            layer.mlp.gate_proj.register_forward_hook(
+                lambda _module, _inputs, out, seen=gates: seen.append(out[0].detach().numpy())
+            )
             for layer in family.layers
         ]
         family.logits(exchange.tokens)

@@ -243,6 +243,25 @@ def test_an_unfaithful_file_is_kept_aside(finished, tiny, cli_environment, tmp_p
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"m.gguf.rejected"}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+@pytest.mark.parametrize("allowed", [50_000, 400_000])
+def test_a_disk_that_fills_up(finished, tiny, cli_environment, tmp_path, allowed):
+    """Real failing writes, at two places of the file: the process may not write files over a size."""
+    import resource
+
+    folder, _ = finished
+    done = npti(
+        *main_job(tiny, "m.gguf", "--profile", folder / "p.safetensors"),
+        environment=cli_environment,
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, allowed)),
+    )
+    assert done.returncode == 4, done.stderr
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+
+
 def wait_for_batches(cache, process, count=1, timeout=120):
     """Until a state file has been written ``count`` times."""
     seen, last = 0, None

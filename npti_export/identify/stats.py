@@ -92,7 +92,7 @@ class ActivationStats:
 
 def save_stats(path: Path, stats: dict[str, ActivationStats], progress: dict[str, object]) -> None:
     """Write named statistics and a JSON-able progress record to one safetensors file, atomically."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {
         f"{name}.{field}": getattr(one, field)
@@ -101,7 +101,8 @@ def save_stats(path: Path, stats: dict[str, ActivationStats], progress: dict[str
     }
     record = {"tokens": {name: one.tokens for name, one in stats.items()}, "progress": progress}
     with atomic_output(path, force=True) as temporary:
-        save_file(tensors, temporary, metadata={"npti": json.dumps(record)})
+        # written by us, not by the library, so that a full disk is an OSError like everywhere else
+        temporary.write_bytes(save(tensors, metadata={"npti": json.dumps(record)}))
 
 
 def load_stats(path: Path) -> tuple[dict[str, ActivationStats], dict[str, object]]:
