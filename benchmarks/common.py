@@ -24,7 +24,16 @@ def load_model(dtype="auto"):
 def profile_of(trait, source, runtime, recipe):
     """The trait's profile, from the same cache as the command line's."""
     dtype = str(runtime.dtype).removeprefix("torch.")
-    return identify(lambda: runtime, source, load_bench(trait), recipe, Silent(), dtype=dtype, cache=cache_folder())
+    return identify(
+        lambda: runtime,
+        source,
+        load_bench(trait),
+        recipe,
+        Silent(),
+        dtype=dtype,
+        device=runtime.device.type,
+        cache=cache_folder(),
+    )
 
 
 def poles(traits=None):

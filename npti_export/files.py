@@ -24,7 +24,11 @@ def check_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
             or not writable.
         DiskFullError: the volume has less than ``need_bytes`` bytes free.
     """
-    parent = path.absolute().parent
+    if len(os.fsencode(path.name)) > 255:
+        raise OutputError(f"{path.name[:40]}…: the name is longer than 255 bytes; choose a shorter one")
+    with translate_os_errors(path):
+        parent = path.absolute().parent
+        path.exists()
     if path.is_dir():
         raise OutputError(f"{path}: is a directory; give the name of a file to write")
     if path.exists() and not force:
@@ -54,8 +58,9 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
         DiskFullError: the disk filled up while writing.
     """
     check_writable(path, force=force)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent)
-    os.close(handle)
+    with translate_os_errors(path):
+        handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=".partial", dir=path.absolute().parent)
+        os.close(handle)
     temporary = Path(name)
     try:
         with translate_os_errors(path):
@@ -77,9 +82,11 @@ def translate_os_errors(path: Path) -> Iterator[None]:
             raise DiskFullError(
                 f"{path}: the disk is full; nothing was left behind, make room and run the command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
-            raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
-        raise
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:100]}."
 
 
 def _publish(temporary: Path, path: Path, *, force: bool) -> None:

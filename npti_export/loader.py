@@ -69,14 +69,21 @@ class Models:
 
     def dtype(self) -> str:
         """The dtype identification computes in."""
-        import torch
-
-        from npti_export.runtimes.transformers import pick_device, pick_dtype
+        from npti_export.runtimes.transformers import pick_dtype, usable_device
 
         if self._settings.dtype != "auto":
             return self._settings.dtype
-        device = pick_device() if self._settings.device == "auto" else self._settings.device
-        return str(pick_dtype(torch.device(device))).removeprefix("torch.")
+        return str(pick_dtype(usable_device(self._settings.device))).removeprefix("torch.")
+
+    def device(self) -> str:
+        """The kind of device: cpu, cuda or mps.
+
+        Raises:
+            ModelError: the requested one cannot be used here.
+        """
+        from npti_export.runtimes.transformers import usable_device
+
+        return usable_device(self._settings.device).type
 
     def fast(self) -> TransformersRuntime:
         """The model in the identification dtype."""

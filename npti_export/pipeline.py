@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from npti_export import __version__
 from npti_export.bench import TraitBench, load_bench
 from npti_export.compiler.exact import compile_exact
-from npti_export.errors import FidelityError, ModelError, ProfileError
+from npti_export.errors import FidelityError, ModelError, NptiError, OutputError, ProfileError
 from npti_export.export.gguf import BakePlan, check_base, plan_bake, record, write_bake
 from npti_export.files import atomic_output, check_writable, sha256_file
 from npti_export.gguf.reader import GGUFFile, read_gguf
@@ -21,7 +21,7 @@ from npti_export.gguf.writer import Value
 from npti_export.identify.collect import identify
 from npti_export.loader import Models, RuntimeSettings, Timings
 from npti_export.models import ModelSource, gguf_source, resolve_model
-from npti_export.profile import NeuronProfile, load_profile, published_pair, save_profile
+from npti_export.profile import NeuronProfile, load_profile, profile_files, published_pair, save_profile
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe, select_recipe
 from npti_export.report import peak_rss_mb
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from npti_export.runtimes.transformers import TransformersRuntime
     from npti_export.verify import Fidelity
 
-_SAMPLE_TOKENS = 96
+_SAMPLE_TOKENS, _SAMPLE_CONTEXT = 96, 2048
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Job:
         recipe: name or path; None picks by model.
         overrides: ``section.key=value`` strings.
         profiles: saved profiles to re-use.
-        save_profile: where to keep a fresh profile.
+        save_profile: where to keep the profile.
+        report: where the caller will write the report; only checked here.
         bench: folder of personas and questions instead of the shipped ones (one trait only).
         any_model: accept a profile of another model of the same shape.
         force: replace existing outputs.
@@ -63,6 +64,7 @@ class Job:
     overrides: tuple[str, ...] = ()
     profiles: tuple[Path, ...] = ()
     save_profile: Path | None = None
+    report: Path | None = None
     bench: Path | None = None
     any_model: bool = False
     force: bool = False
@@ -88,15 +90,18 @@ def prepare(job: Job) -> Prepared:
     Raises:
         NptiError: whatever is wrong with the job.
     """
-    for path in [job.out, job.save_profile]:
-        if path is not None:
-            check_writable(path, force=job.force)
     traits = sorted({spec.trait for spec in job.traits})
+    outputs = [] if job.out is None else [job.out]
+    if job.save_profile is not None:
+        outputs += profile_files(job.save_profile, traits[0])
+    for path in [*outputs, *([job.report] if job.report else [])]:
+        check_writable(path, force=job.force)
     if len({spec.pole for spec in job.traits}) < len(job.traits):
         raise ProfileError("the same pole is given twice; give it once, with a strength such as openness+:1.5")
     if job.save_profile is not None and len(traits) > 1:
         raise ProfileError("--save-profile takes one trait; save several with npti-export identify, one by one")
     source = resolve_model(job.model)
+    _refuse_shared_paths(job, source, outputs)
     base = _base_of(job, source) if job.out is not None else None
     recipe = select_recipe(job.recipe, source.fingerprint, job.overrides)
     profiles = _load_profiles(job, source)
@@ -104,6 +109,8 @@ def prepare(job: Job) -> Prepared:
     for trait, bench in benches.items():
         if trait not in profiles:
             bench.search(recipe.identify.questions, recipe.identify.seed)
+        if job.out is not None:
+            bench.test(-(-recipe.verify.prompts // len(benches)))
     if job.out is not None and base is not None:
         check_writable(job.out, force=job.force, need_bytes=base.size)
     return Prepared(job, source, base, recipe, benches, profiles)
@@ -126,6 +133,7 @@ def obtain_profiles(
             prepared.recipe,
             progress,
             dtype=models.dtype(),
+            device=models.device(),
             cache=job.cache,
         )
         loading = timings.seconds.get("load", 0.0) - loaded
@@ -172,11 +180,23 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
                 fidelity = _verify(prepared, runtime, rule, temporary, progress)
             record(temporary, {f"fidelity.{key}": float(value) for key, value in asdict(fidelity).items()})
             _refuse_unfaithful(fidelity, prepared, temporary)
-            with timings.measure("sample"):
-                sample = _sample(prepared, temporary, progress)
             digest = sha256_file(temporary)
+    with timings.measure("sample"):
+        sample = _sample(prepared, job.out, progress)
     timings.seconds["total"] = time.perf_counter() - started
     return _report(prepared, profiles, rule, plan, fidelity, sample, digest, timings)
+
+
+def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:
+    """No output may replace an input, or another output, whatever --force says."""
+    every = [*outputs, *([job.report] if job.report else [])]
+    resolved = [path.resolve() for path in every]
+    inputs = {path.resolve() for path in [source.path, *job.profiles, *([job.base] if job.base else [])]}
+    for path, place in zip(every, resolved, strict=True):
+        if place in inputs:
+            raise OutputError(f"{path}: is an input of this very job; choose another name for the output")
+        if resolved.count(place) > 1:
+            raise OutputError(f"{path}: is named for two outputs; give each its own name")
 
 
 def _base_of(job: Job, source: ModelSource) -> GGUFFile:
@@ -209,6 +229,11 @@ def _load_profiles(job: Job, source: ModelSource) -> dict[str, NeuronProfile]:
     return profiles
 
 
+def ascii_name(path: Path) -> str:
+    """A file's name with what is not ASCII escaped, fit for metadata whatever bytes the file system holds."""
+    return path.name.encode("ascii", "backslashreplace").decode("ascii")
+
+
 def _metadata(prepared: Prepared, rule: SteeringRule) -> dict[str, Value]:
     from npti_export.verify import Fidelity
 
@@ -219,7 +244,7 @@ def _metadata(prepared: Prepared, rule: SteeringRule) -> dict[str, Value]:
         "gamma": prepared.recipe.rule.gamma,
         "recipe": prepared.recipe.to_json(),
         "model.fingerprint": prepared.source.fingerprint,
-        "base.name": prepared.base.path.name if prepared.base else "",
+        "base.name": ascii_name(prepared.base.path) if prepared.base else "",
         "neurons.shift": rule.shifted,
         "neurons.clamp": rule.clamped,
         **placeholders,
@@ -238,42 +263,47 @@ def _verify(
 
 def _held_out(prepared: Prepared, count: int) -> list[str]:
     """Test questions of the requested traits in turn."""
-    pools = [bench.test() for bench in prepared.benches.values()]
-    mixed = [question for round_ in zip(*pools, strict=False) for question in round_]
+    share = -(-count // len(prepared.benches))
+    pools = [bench.test(share) for bench in prepared.benches.values()]
+    mixed = [question for turn in zip(*pools, strict=True) for question in turn]
     return [prepared.recipe.prompt.user.replace("{question}", question.text) for question in mixed[:count]]
 
 
 def _refuse_unfaithful(fidelity: Fidelity, prepared: Prepared, temporary: Path) -> None:
     assert prepared.base is not None
     assert prepared.job.out is not None
-    limit = fidelity.limit(prepared.base, prepared.recipe)
-    if fidelity.kl_rule_artifact <= limit:  # also false for NaN
+    fault = fidelity.fault(prepared.base, prepared.recipe)
+    if fault is None:
         return
     aside = prepared.job.out.with_name(prepared.job.out.name + ".rejected")
     temporary.replace(aside)
-    raise FidelityError(
-        f"{prepared.job.out}: not delivered, as it does not do what the rule says: KL {fidelity.kl_rule_artifact:.2g} "
-        f"is over the limit {limit:.2g} (runtime noise {fidelity.kl_runtime_floor:.2g}); the file is kept as {aside}"
-    )
+    raise FidelityError(f"{prepared.job.out}: not delivered: {fault}; the file is kept as {aside}")
 
 
-def _sample(prepared: Prepared, artifact: Path, progress: Progress) -> dict[str, str]:
-    """One held-out question answered by the base and by the steered file, in llama.cpp."""
+def _sample(prepared: Prepared, artifact: Path, progress: Progress) -> dict[str, str] | None:
+    """One held-out question answered by the base and by the steered file, in llama.cpp.
+
+    The file is verified and delivered by then: if the sample cannot be had, a note says so and there is none.
+    """
     from npti_export.runtimes.llamacpp import LlamaCppRuntime
 
     assert prepared.base is not None
     question = _held_out(prepared, 1)[0]
+    sample = {"question": question}
     progress.start("sample answers", 2)
-    answers = {}
-    for name, path in (("base", prepared.base.path), ("steered", artifact)):
-        with LlamaCppRuntime(path, context=2048) as runtime:
-            answers[name] = runtime.answer(
-                chat(None, question),
-                max_new_tokens=_SAMPLE_TOKENS,
-                repetition_penalty=prepared.recipe.identify.repetition_penalty,
-            )
-        progress.advance(1)
-    return {"question": question, **answers}
+    try:
+        for name, path in (("base", prepared.base.path), ("steered", artifact)):
+            with LlamaCppRuntime(path, context=_SAMPLE_CONTEXT, all_logits=False) as runtime:
+                sample[name] = runtime.answer(
+                    chat(None, question),
+                    max_new_tokens=_SAMPLE_TOKENS,
+                    repetition_penalty=prepared.recipe.identify.repetition_penalty,
+                )
+            progress.advance(1)
+    except NptiError as error:
+        progress.note(f"no sample answers: {error}")
+        return None
+    return sample
 
 
 def _report(
@@ -282,7 +312,7 @@ def _report(
     rule: SteeringRule,
     plan: BakePlan,
     fidelity: Fidelity,
-    sample: dict[str, str],
+    sample: dict[str, str] | None,
     digest: str,
     timings: Timings,
 ) -> dict[str, Any]:

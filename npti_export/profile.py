@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from npti_export.errors import ProfileError
 from npti_export.files import atomic_output
 from npti_export.identify.stats import ActivationStats
 from npti_export.models import ModelShape, ModelSource
-from npti_export.traits import FACETS, Sign
+from npti_export.traits import FACETS, SIGNS, Sign
 
 Matrix = npt.NDArray[np.float32]
 _FIELDS = ("p_plus", "p_minus", "a95_plus", "a95_minus")
@@ -111,10 +112,7 @@ def save_profile(
     """
     if path.suffix == ".json":
         return _save_published(profile, path, force, threshold, at_least)
-    if path.suffix != ".safetensors":
-        raise ProfileError(
-            f"{path}: a profile is written as .safetensors or (published format) .json; change the suffix"
-        )
+    profile_files(path, profile.trait)
     from safetensors.numpy import save
 
     described = {"trait": profile.trait, "fingerprint": profile.fingerprint, "origin": profile.origin}
@@ -230,7 +228,9 @@ def published_rows(file: Path, shape: ModelShape | None) -> list[tuple[int, int,
                 raise ProfileError(
                     f"{file}: layer {key!r} has an entry that is not [layer, neuron, delta, p, a95]: {entry!r}"
                 )
-            layer, neuron = int(entry[0]), int(entry[1])
+            if not (isinstance(entry[0], int) and isinstance(entry[1], int) and all(map(math.isfinite, entry[2:4]))):
+                raise ProfileError(f"{file}: layer {key!r} has an entry whose numbers make no sense: {entry!r}")
+            layer, neuron = entry[0], entry[1]
             if str(layer) != key or min(layer, neuron) < 0:
                 raise ProfileError(
                     f"{file}: layer {key!r} has an entry of another layer or a negative number: {entry!r}"
@@ -238,6 +238,8 @@ def published_rows(file: Path, shape: ModelShape | None) -> list[tuple[int, int,
             if shape is not None and not (layer < shape.layers and neuron < shape.width):
                 raise ProfileError(f"{file}: names neuron {neuron} of layer {layer}, but the model has {shape}")
             rows.append((layer, neuron, float(entry[2]), float(entry[3]), float(entry[4])))
+    if not rows:
+        raise ProfileError(f"{file}: holds no neurons")
     return rows
 
 
@@ -247,20 +249,44 @@ def _is_number(value: object) -> bool:
 
 
 def _save_published(profile: NeuronProfile, path: Path, force: bool, threshold: float, at_least: int) -> list[Path]:
+
+    files = profile_files(path, profile.trait)
+    contents = [_published_content(profile, sign, threshold, at_least) for sign in SIGNS]
+    with ExitStack() as stack:  # both or, if writing one fails, neither
+        for file, content in zip(files, contents, strict=True):
+            temporary = stack.enter_context(atomic_output(file, force=force))
+            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return files
+
+
+def _published_content(
+    profile: NeuronProfile, sign: Sign, threshold: float, at_least: int
+) -> dict[str, list[list[float]]]:
     from npti_export.identify.select import pole_neurons
 
+    own = profile.p_plus if sign == "+" else profile.p_minus
+    layers, neurons = pole_neurons(profile, sign, threshold, at_least, None)
+    content: dict[str, list[list[float]]] = {}
+    for layer, neuron in zip(layers.tolist(), neurons.tolist(), strict=True):
+        delta = abs(float(profile.delta[layer, neuron]))
+        row = [layer, neuron, delta, float(own[layer, neuron]), float(profile.a95(sign)[layer, neuron])]
+        content.setdefault(str(layer), []).append(row)
+    return content
+
+
+def profile_files(path: Path, trait: str) -> list[Path]:
+    """The files that a profile saved under ``path`` goes to: one, or the published pair.
+
+    Raises:
+        ProfileError: a suffix or a name that no profile of ``trait`` can have.
+    """
+    if path.suffix == ".safetensors":
+        return [path]
+    if path.suffix != ".json":
+        raise ProfileError(
+            f"{path}: a profile is written as .safetensors or (published format) .json; change the suffix"
+        )
     named, plus, minus = published_pair(path)
-    if named != profile.trait:
-        raise ProfileError(f"{path}: would name a profile of {profile.trait} after {named}; choose another name")
-    for sign, file in (("+", plus), ("-", minus)):
-        own = profile.p_plus if sign == "+" else profile.p_minus
-        a95 = profile.a95("+" if sign == "+" else "-")
-        layers, neurons = pole_neurons(profile, "+" if sign == "+" else "-", threshold, at_least, None)
-        content: dict[str, list[list[float]]] = {}
-        for layer, neuron in zip(layers.tolist(), neurons.tolist(), strict=True):
-            delta = abs(float(profile.delta[layer, neuron]))
-            row = [layer, neuron, delta, float(own[layer, neuron]), float(a95[layer, neuron])]
-            content.setdefault(str(layer), []).append(row)
-        with atomic_output(file, force=force) as temporary:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    if named != trait:
+        raise ProfileError(f"{path}: would name a profile of {trait} after {named}; choose another name")
     return [plus, minus]

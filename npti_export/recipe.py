@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from npti_export.errors import RecipeError
 
@@ -59,7 +59,15 @@ class SelectSection(_Section):
 
     threshold: float = Field(ge=0, le=1, description="Smallest |delta|")
     at_least: int = Field(ge=0, description="Neurons a pole taken even below the threshold, ranked by |delta|")
-    at_most: int | None = Field(default=None, ge=1, description="Cap on the neurons of a pole")
+    at_most: int | None = Field(default=None, ge=1, description="Cap on the neurons of a pole; none lifts it")
+
+    @model_validator(mode="after")
+    def _cap_above_floor(self) -> SelectSection:
+        if self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(
+                f"at_least = {self.at_least} is more than at_most = {self.at_most}; set both, or at_most=none"
+            )
+        return self
 
 
 class RuleSection(_Section):
@@ -83,10 +91,11 @@ class VerifySection(_Section):
     """How the written file is measured, and what is accepted."""
 
     prompts: int = Field(ge=1, description="Held-out test questions")
-    answer_tokens: int = Field(ge=0, le=4096, description="Tokens of the steered answer compared after each prompt")
+    answer_tokens: int = Field(ge=1, le=4096, description="Tokens of the steered answer compared after each prompt")
     kl_limit_float: float = Field(gt=0, description="Limit in nats for F32 and F16 bases")
     kl_limit_quantised: float = Field(gt=0, description="Limit in nats for other bases")
     kl_limit_floor_ratio: float = Field(ge=1, description="Limit as a multiple of the runtime floor, if larger")
+    kl_floor_cap: float = Field(gt=0, description="Largest believable runtime floor in nats")
 
 
 class Recipe(_Section):
@@ -152,7 +161,8 @@ def select_recipe(requested: str | None, fingerprint: str, overrides: Sequence[s
 
 
 def _read(name_or_path: str, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any]]:
-    path = Path(name_or_path)
+    # a recipe that another one extends by path is looked for beside that one
+    path = (seen[-1].parent if seen else Path()) / name_or_path
     if path.suffix != ".toml":
         path = recipe_folder() / f"{name_or_path}.toml"
         if not path.is_file():
@@ -194,9 +204,12 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         value = text.strip()
     section = raw
     for key in keys[:-1]:
-        section[key] = dict(section.get(key, {}))
+        below = section.get(key, {})
+        if not isinstance(below, Mapping):
+            raise RecipeError(f"--set {override!r}: {key!r} is a single value, not a section")
+        section[key] = dict(below)
         section = section[key]
-    section[keys[-1]] = value
+    section[keys[-1]] = None if value == "none" else value
 
 
 def _explain(source: str, error: ValidationError) -> str:

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def peak_rss_mb() -> float:
-    """The largest resident size of this process so far, in MB; NaN where the system does not tell."""
+def peak_rss_mb() -> float | None:
+    """The largest resident size of this process so far, in MB; None where the system does not tell."""
     try:
         import resource
     except ImportError:  # Windows
-        return float("nan")
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1e6 if sys.platform == "darwin" else 1e3), 1)  # bytes on macOS, KiB elsewhere
 
@@ -32,14 +32,12 @@ def save_report(report: dict[str, Any], path: Path, *, force: bool) -> None:
         OutputError: it exists and ``force`` is not set.
     """
     with atomic_output(path, force=force) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def render(report: dict[str, Any], console: Console) -> None:
     """Print the summary of a main job."""
-    from rich.columns import Columns
     from rich.markup import escape
-    from rich.panel import Panel
     from rich.table import Table
 
     fidelity, artifact, neurons, seconds = (report[key] for key in ("fidelity", "artifact", "neurons", "seconds"))
@@ -60,20 +58,26 @@ def render(report: dict[str, Any], console: Console) -> None:
         f"worst logit off by {fidelity['max_logit_diff']:.2g}, {fidelity['positions']:.0f} tokens",
         "size": f"{artifact['bytes'] / 1e6:.1f} MB, base {artifact['base_bytes'] / 1e6:.1f} MB",
         "time": ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value >= 0.05),
-        "memory": f"{report['peak_rss_mb']:.0f} MB at peak",
+        "memory": "unknown" if report["peak_rss_mb"] is None else f"{report['peak_rss_mb']:.0f} MB at peak",
         "sha256": artifact["sha256"],
     }
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console.print(table)
-    sample = report["sample"]
-    console.print(f"\n[bold]{escape(sample['question'])}[/bold]")
-    panels = [
-        Panel(escape(sample[name].strip()), title=name, width=max(40, console.width // 2 - 1))
-        for name in ("base", "steered")
-    ]
-    console.print(Columns(panels))
+    if report["sample"] is not None:
+        _render_sample(report["sample"], console)
     console.print(f"[bold green]wrote[/bold green] {escape(artifact['path'])}")
+
+
+def _render_sample(sample: dict[str, str], console: Console) -> None:
+    from rich.columns import Columns
+    from rich.markup import escape
+    from rich.panel import Panel
+
+    console.print(f"\n[bold]{escape(sample['question'])}[/bold]")
+    width = max(40, console.width // 2 - 1)
+    panels = [Panel(escape(sample[name].strip()), title=name, width=width) for name in ("base", "steered")]
+    console.print(Columns(panels))
 
 
 def sparkline(values: list[int]) -> str:

@@ -15,6 +15,7 @@ from typing import Literal
 from npti_export.errors import TraitError
 
 Sign = Literal["+", "-"]
+SIGNS: tuple[Sign, Sign] = ("+", "-")
 
 FACETS: dict[str, tuple[str, ...]] = {
     "openness": (
@@ -99,7 +100,7 @@ class TraitSpec:
         return self.trait + self.sign
 
     def __str__(self) -> str:
-        return self.pole if self.strength == 1.0 else f"{self.pole}:{self.strength:g}"
+        return self.pole if self.strength == 1.0 else f"{self.pole}:{self.strength!r}"
 
 
 def parse_trait(text: str) -> TraitSpec:

@@ -31,6 +31,7 @@ class Fidelity:
     Attributes:
         kl_rule_artifact: mean KL(rule in float32 torch ‖ steered file in llama.cpp), nats.
         kl_rule_base: mean KL(rule ‖ unsteered model), both in torch: how far the model moved.
+        kl_rule_base_file: mean KL(rule ‖ base file in llama.cpp): what a file that does nothing would score.
         kl_runtime_floor: mean KL(unsteered model in torch ‖ base file in llama.cpp): noise that is not ours.
         top1: share of positions where rule and file agree on the likeliest token.
         max_logit_diff: largest absolute difference of a logit between rule and file.
@@ -39,6 +40,7 @@ class Fidelity:
 
     kl_rule_artifact: float
     kl_rule_base: float
+    kl_rule_base_file: float
     kl_runtime_floor: float
     top1: float
     max_logit_diff: float
@@ -53,6 +55,26 @@ class Fidelity:
         exact = all(is_float(tensor.type_id) for tensor in weights)
         limit = settings.kl_limit_float if exact else settings.kl_limit_quantised
         return max(limit, settings.kl_limit_floor_ratio * self.kl_runtime_floor)
+
+    def fault(self, base: GGUFFile, recipe: Recipe) -> str | None:
+        """Why the file must not be delivered, or None. A measure that is not a number is a fault, too."""
+        limit = self.limit(base, recipe)
+        if not self.kl_runtime_floor <= recipe.verify.kl_floor_cap:
+            return (
+                f"unsteered, {base.path.name} in llama.cpp is already KL {self.kl_runtime_floor:.2g} away from the "
+                f"model in torch (at most {recipe.verify.kl_floor_cap:g} is believable): it is not the same model"
+            )
+        if not self.kl_rule_artifact <= limit:
+            return (
+                f"it does not do what the rule says: KL {self.kl_rule_artifact:.2g} is over the limit {limit:.2g} "
+                f"(runtime noise {self.kl_runtime_floor:.2g})"
+            )
+        if not self.kl_rule_artifact <= 0.5 * self.kl_rule_base_file:
+            return (
+                f"nothing proves that it does anything: it is KL {self.kl_rule_artifact:.2g} away from the rule, the "
+                f"unsteered file {self.kl_rule_base_file:.2g}; raise gamma or select more neurons"
+            )
+        return None
 
 
 def measure(
@@ -79,12 +101,12 @@ def measure(
     with steered(runtime.activations, rule):
         exchanges = runtime.generate(
             prompts,
-            max_new_tokens=max(recipe.verify.answer_tokens, 1),
+            max_new_tokens=recipe.verify.answer_tokens,
             repetition_penalty=recipe.identify.repetition_penalty,
         )
     sequences = [exchange.tokens for exchange in exchanges]
     context = max(map(len, sequences)) + 1
-    sums: dict[str, float] = dict.fromkeys(("rule_artifact", "rule_base", "floor", "agree"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("rule_artifact", "rule_base", "rule_base_file", "floor", "agree"), 0.0)
     worst = 0.0
     with ExitStack() as stack:
         steered_file = stack.enter_context(LlamaCppRuntime(artifact, context=context))
@@ -97,18 +119,21 @@ def measure(
             floor = base_file.logits(tokens)
             sums["rule_artifact"] += kl_divergence(want, got).sum()
             sums["rule_base"] += kl_divergence(want, plain).sum()
+            sums["rule_base_file"] += kl_divergence(want, floor).sum()
             sums["floor"] += kl_divergence(plain, floor).sum()
             sums["agree"] += float((want.argmax(-1) == got.argmax(-1)).sum())
             worst = max(worst, float(np.abs(want - got).max()))
             progress.advance(4, 4 * len(tokens))
     count = sum(map(len, sequences))
+    kl = {name: float(sums[name]) / count for name in ("rule_artifact", "rule_base", "rule_base_file", "floor")}
     return Fidelity(
-        sums["rule_artifact"] / count,
-        sums["rule_base"] / count,
-        sums["floor"] / count,
-        sums["agree"] / count,
-        worst,
-        count,
+        kl_rule_artifact=kl["rule_artifact"],
+        kl_rule_base=kl["rule_base"],
+        kl_rule_base_file=kl["rule_base_file"],
+        kl_runtime_floor=kl["floor"],
+        top1=sums["agree"] / count,
+        max_logit_diff=worst,
+        positions=count,
     )
 
 

@@ -193,6 +193,14 @@ def test_what_cannot_be_stripped_or_baked(tiny, tmp_path, make_tiny):
         check_base(read_gguf(tmp_path / "gemma.gguf"))
 
 
+def test_a_header_that_contradicts_its_tensors(tiny, tmp_path):
+    key = b"llama.feed_forward_length" + struct.pack("<I", 4)
+    data = tiny.read_bytes().replace(key + struct.pack("<I", 96), key + struct.pack("<I", 64))
+    (tmp_path / "x.gguf").write_bytes(data)
+    with pytest.raises(GGUFError, match=r"blk.0.ffn_gate.weight is \(64, 96\), not \(64, 64\)"):
+        check_base(read_gguf(tmp_path / "x.gguf"))
+
+
 def test_no_room_is_said_before_writing(tiny, tmp_path, monkeypatch):
     base = read_gguf(tiny)
     plan = plan_bake(base, compile_exact(rule_for(tiny), 4), {}, "0" * 64)

@@ -78,6 +78,19 @@ BAD = [
     (["--trait", "calm", "--out", "o.gguf", "--device", "gpu"], "--device"),
     (["--trait", "calm", "--out", "o.gguf", "--report", "there.gguf"], "there.gguf: exists already"),
     (["--frobnicate"], "--frobnicate"),
+    (["--trait", "calm", "--out", "o.gguf", "--model", "~nobody-here/x"], "not a usable path"),
+    (["--trait", "calm", "--out", "o.gguf", "--model", "x" * 300], "xxx"),
+    (["--trait", "calm", "--out", "o" * 300 + ".gguf"], "longer than 255"),
+    (["--trait", "calm", "--out", "o.gguf", "--model", "foo/bar--baz"], "foo/bar--baz"),
+    (["--trait", "calm", "--out", "o.gguf", "--report", "o.gguf"], "named for two outputs"),
+    (["--trait", "calm", "--out", "tiny.gguf", "--model", "tiny.gguf", "--force"], "is an input of this very job"),
+    (["--trait", "calm", "--out", "o.gguf", "--set", "verify.prompts=9999"], "9999 test questions asked for"),
+    (["--trait", "calm", "--out", "o.gguf", "--save-profile", "p.txt"], "change the suffix"),
+    (["identify", "--trait", "calm", "--out", "foo.json"], "like the published files"),
+    (["identify", "--trait", "calm", "--out", "Openness_dict.json"], "after openness"),
+    (["--gamma", "2", "traits"], "after its name"),
+    (["--gamma", "2"], "no --trait"),
+    (["--trait", "calm", "--out", "o.gguf", "--device", "cuda:77", "--model", "tiny.gguf"], "--device cuda:77"),
     (["identify", "--trait", "calm", "--out", "p.txt"], "p.txt"),
     (["inspect", "none.gguf"], "none.gguf"),
     (["inspect", "text.gguf"], "neither a GGUF nor a profile"),
@@ -148,6 +161,7 @@ def test_the_report_says_everything(finished, tiny):
     assert artifact["bytes"] == (folder / "model.gguf").stat().st_size
     assert report["recipe"]["select"]["at_least"] == 20
     assert report["sample"]["base"] != report["sample"]["steered"]
+    assert "NaN" not in (folder / "report.json").read_text()
     assert "faithful" in done.stdout
     assert "wrote" in done.stdout
 
@@ -331,3 +345,56 @@ def test_a_base_of_another_model_is_refused(tiny, make_tiny, cli_environment, tm
     done = npti(*main_job(tiny, "m.gguf", "--base", make_tiny(seed=1)), environment=cli_environment, cwd=tmp_path)
     assert done.returncode == 2
     assert "is not the same model" in done.stderr
+
+
+def test_progress_is_told_of_every_question_of_its_own_stage(tiny, tiny_runtime):
+    """The model is loaded before the bar of the questions begins."""
+    from npti_export.bench import load_bench
+    from npti_export.identify.collect import identify
+    from npti_export.models import gguf_source
+    from npti_export.recipe import load_recipe
+
+    class Told:
+        def __init__(self):
+            self.stages = []
+
+        def start(self, stage, total):
+            self.stages.append([stage, 0, total])
+
+        def advance(self, steps, tokens=0):
+            self.stages[-1][1] += steps
+
+        def note(self, text):
+            pass
+
+    told = Told()
+
+    def load():
+        told.start("load", 1)
+        told.advance(1)
+        return tiny_runtime
+
+    recipe = load_recipe("npti", ["identify.questions=6", "identify.max_new_tokens=4", "identify.batch_size=4"])
+    bench = load_bench("openness")
+    identify(load, gguf_source(tiny), bench, recipe, told, dtype="float32", device="cpu", cache=None)
+    assert told.stages == [["load", 1, 1], ["identify openness", 6, 6]]
+
+
+def test_a_question_too_long_for_the_sample_costs_only_the_sample(finished, tiny, cli_environment, tmp_path):
+    folder, _ = finished
+    persona = '{"pole": "%s", "facet": "trust", "text": "You are."}\n'
+    question = '{"split": "%s", "facet": "trust", "topic": "work", "text": "%s"}\n'
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    facet = "friendliness"
+    (bench / "personas.jsonl").write_text((persona % "+" + persona % "-").replace("trust", facet))
+    questions = question % ("search", "Why?") + question % ("test", "why and how " * 700)
+    (bench / "questions.jsonl").write_text(questions.replace("trust", facet))
+    arguments = main_job(tiny, "m.gguf", "--profile", folder / "p.safetensors", "--bench", bench)
+    done = npti(
+        *arguments, "--set", "verify.prompts=1", "--report", "r.json", environment=cli_environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no sample answers" in done.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["sample"] is None
+    assert (tmp_path / "m.gguf").is_file()

@@ -47,6 +47,8 @@ def test_overrides_win_and_keep_their_types():
         ("compile.clamp_units=9", "'compile.clamp_units'"),
         ("prompt.user=hello", "must contain {question}"),
         ("rule", "section.key=value"),
+        ("name.foo=3", "is a single value"),
+        ("verify.answer_tokens=0", "'verify.answer_tokens'"),
         ("a.b.c=1", "section.key=value"),
     ],
 )
@@ -54,6 +56,12 @@ def test_bad_overrides_are_named(override, says):
     with pytest.raises(RecipeError) as error:
         load_recipe("npti", [override])
     assert says in str(error.value)
+
+
+def test_a_cap_below_the_floor_is_refused_and_can_be_lifted():
+    with pytest.raises(RecipeError, match="at_least = 5000 is more than at_most = 1000"):
+        load_recipe("smollm2-135m", ["select.at_least=5000"])
+    assert load_recipe("smollm2-135m", ["select.at_least=5000", "select.at_most=none"]).select.at_most is None
 
 
 def test_all_faults_are_listed_at_once(tmp_path):
@@ -82,6 +90,14 @@ def test_broken_files(tmp_path, content, says):
     path.write_text(content)
     with pytest.raises(RecipeError, match=says):
         load_recipe(str(path))
+
+
+def test_extends_looks_beside_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "base.toml").write_text('extends = "npti"\nname = "base"\n[rule]\ngamma = 0.3\n')
+    (tmp_path / "sub" / "mine.toml").write_text('extends = "base.toml"\nname = "mine"\n')
+    assert load_recipe("sub/mine.toml").rule.gamma == 0.3
 
 
 def test_a_circle_is_refused(tmp_path):

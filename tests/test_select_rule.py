@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tolerances import FLOAT32
 
-from npti_export.errors import ProfileError
+from npti_export.errors import OutputError, ProfileError
 from npti_export.identify.select import pole_neurons
 from npti_export.models import ModelShape, gguf_source
 from npti_export.profile import NeuronProfile, load_profile, published_rows, save_profile
@@ -137,6 +137,10 @@ def test_published_format_round_trip_gives_the_same_rule(tmp_path):
         ('{"0": 3}', "not [layer, neuron, delta, p, a95]"),
         ('{"1": [[0, 1, 0.5, 0.9, 1.0]]}', "another layer"),
         ('{"0": [[0, -1, 0.5, 0.9, 1.0]]}', "negative"),
+        ('{"0": [[0, Infinity, 0.5, 0.9, 1.0]]}', "make no sense"),
+        ('{"0": [[0, 1.5, 0.5, 0.9, 1.0]]}', "make no sense"),
+        ('{"0": [[0, 1, -Infinity, 0.9, 1.0]]}', "make no sense"),
+        ('{"0": []}', "holds no neurons"),
         ('{"0": [[0, 20, 0.5, 0.9, 1.0]]}', "neuron 20 of layer 0, but the model has 3 layers of 20 neurons"),
     ],
 )
@@ -152,6 +156,19 @@ def test_half_a_published_pair(tmp_path):
     (tmp_path / "Openness_dict.json").write_text('{"0": [[0, 1, 0.5, 0.9, 1.0]]}')
     with pytest.raises(ProfileError, match=r"Openness_reversed_dict.json: missing"):
         load_profile(tmp_path / "Openness_dict.json", ModelShape(3, 20, 8))
+
+
+def test_the_published_pair_is_written_whole_or_not_at_all(tmp_path):
+    one_sided = NeuronProfile("openness", *[np.full((1, 3), p, np.float32) for p in (0.9, 0.1, 1, 1)], None)
+    with pytest.raises(ProfileError, match="no neuron of openness-"):
+        save_profile(one_sided, tmp_path / "Openness_dict.json", force=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "Extraversion_reversed_dict.json").write_text("precious")
+    with pytest.raises(OutputError, match="exists already"):
+        save_profile(make_profile(), tmp_path / "Extraversion_dict.json", force=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["Extraversion_reversed_dict.json"]
+    with pytest.raises(ProfileError, match="after extraversion"):
+        save_profile(one_sided, tmp_path / "Extraversion_dict.json", force=True)
 
 
 def test_damaged_and_foreign_profiles(tmp_path, tiny):

@@ -46,11 +46,34 @@ def test_an_inert_file_does_not_pass(tiny, tiny_runtime, tmp_path):
     prompts = [tiny_runtime.encode(chat(None, "Hello"))]
     found = measure(tiny_runtime, rule, tiny, tiny, prompts, recipe, Silent())
     assert found.kl_rule_artifact > 100 * found.limit(read_gguf(tiny), recipe)
+    assert found.kl_rule_artifact == found.kl_rule_base_file
+    assert found.fault(read_gguf(tiny), recipe) is not None
+
+
+def fidelity(artifact=1e-5, base_file=0.3, floor=1e-6):
+    return Fidelity(artifact, 0.3, base_file, floor, 1.0, 0.0, 10)
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (fidelity(), None),
+        (fidelity(artifact=2e-4), "does not do what the rule says"),
+        (fidelity(artifact=float("nan")), "does not do what the rule says"),
+        (fidelity(floor=0.2, artifact=0.01), "not the same model"),
+        (fidelity(floor=float("nan")), "not the same model"),
+        (fidelity(artifact=5e-5, base_file=6e-5), "nothing proves that it does anything"),
+        (fidelity(base_file=float("nan")), "nothing proves that it does anything"),
+    ],
+)
+def test_what_is_refused(found, says, tiny):
+    fault = found.fault(read_gguf(tiny), load_recipe("npti"))
+    assert fault is None if says is None else says in fault
 
 
 def test_limits(tiny, make_tiny):
     recipe = load_recipe("npti")
-    quiet, noisy = Fidelity(0, 0, 1e-6, 1, 0, 1), Fidelity(0, 0, 0.004, 1, 0, 1)
+    quiet, noisy = fidelity(floor=1e-6), fidelity(floor=0.004)
     assert quiet.limit(read_gguf(tiny), recipe) == 1e-4
     assert quiet.limit(read_gguf(make_tiny("Q4_1")), recipe) == 5e-3
     assert noisy.limit(read_gguf(make_tiny("Q4_1")), recipe) == 8e-3

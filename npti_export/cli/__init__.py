@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from npti_export.errors import NptiError
 
     signal.signal(signal.SIGTERM, _interrupt)  # so that temporary files are removed then, too
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character must not cost the summary
     try:
         code = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
     except NptiError as error:
@@ -32,9 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except BrokenPipeError:
         sys.exit(0)
-    except MemoryError:
-        _fail("out of memory; use a smaller model or batch (--set identify.batch_size=8)", 4)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        _fail("out of memory; use a smaller model or a smaller batch (--batch-size 8)", 4)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # if it is not loaded, it cannot have raised this
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

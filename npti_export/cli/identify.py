@@ -29,12 +29,9 @@ def identify(trait: str, out: Path, **options: Any) -> None:
     """
     from rich.console import Console
 
-    from npti_export.errors import ProfileError
     from npti_export.traits import TraitSpec, parse_trait_name
 
     name = parse_trait_name(trait)
-    if out.suffix not in (".safetensors", ".json"):
-        raise ProfileError(f"{out}: name the profile .safetensors, or .json for the published format")
 
     from npti_export.pipeline import Job, identify_only
 

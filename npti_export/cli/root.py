@@ -52,10 +52,10 @@ def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | 
       npti-export --trait openness- --profile openness.safetensors --gamma 1.0 --out plain.gguf
     """
     if context.invoked_subcommand is not None:
-        if trait_names or options["out"]:
+        if _given(context):
             raise click.UsageError(f"give the options of {context.invoked_subcommand} after its name")
         return
-    if not trait_names and options["out"] is None:
+    if not _given(context):
         click.echo(context.get_help())
         return
     if not trait_names:
@@ -65,22 +65,25 @@ def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | 
     _main_job(trait_names, report, options)
 
 
+def _given(context: click.Context) -> bool:
+    """Whether any option of the main job was on the command line."""
+    default = click.core.ParameterSource.DEFAULT
+    return any(context.get_parameter_source(name) not in (default, None) for name in context.params)
+
+
 def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from npti_export.files import check_writable
     from npti_export.traits import parse_trait
 
     specs = tuple(parse_trait(name) for name in trait_names)
     fields = job_options(options)
-    if report_path is not None:
-        check_writable(report_path, force=fields["force"])
 
     from npti_export.pipeline import Job, run
     from npti_export.report import render, save_report
 
     with RichProgress(Console(stderr=True)) as progress:
-        report = run(Job(traits=specs, **fields), progress)
+        report = run(Job(traits=specs, report=report_path, **fields), progress)
     if report_path is not None:
         save_report(report, report_path, force=fields["force"])
     render(report, Console())

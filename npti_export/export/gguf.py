@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import shutil
 from collections import deque
@@ -17,7 +18,7 @@ from npti_export.errors import DiskFullError, GGUFError, ModelError
 from npti_export.files import atomic_output, sha256_file
 from npti_export.gguf import widen
 from npti_export.gguf.blocks import block_shape, supports_widening, type_name
-from npti_export.gguf.reader import GGUFFile, TensorInfo, read_gguf
+from npti_export.gguf.reader import GGUFFile, TensorInfo, parse_gguf, read_gguf
 from npti_export.gguf.writer import (
     NewTensor,
     Value,
@@ -62,15 +63,24 @@ def check_base(base: GGUFFile) -> None:
 
     Raises:
         ArchitectureError: llama.cpp loads no MLP biases for this family.
-        GGUFError: a tensor is missing.
+        GGUFError: a tensor is missing or of another shape than the header says.
         ModelError: already steered, has MLP biases of its own, or a tensor type that cannot be widened.
     """
     by_gguf_name(base.architecture, str(base.path))
     if any(entry.key.startswith(PREFIX) for entry in base.keys):
         raise ModelError(f"{base.path}: is steered already; npti-export strip it first, or give --trait several times")
+    hidden = base.require_int(f"{base.architecture}.embedding_length")
+    width = base.require_int(f"{base.architecture}.feed_forward_length")
+    shapes = {FFN_GATE: (hidden, width), FFN_UP: (hidden, width), FFN_DOWN: (width, hidden)}
+    if base.get(f"{base.architecture}.expert_count", 0):
+        raise ModelError(f"{base.path}: is a mixture of experts, which cannot be baked yet; take a dense model")
     for layer in range(base.require_int(f"{base.architecture}.block_count")):
         for stem in (FFN_GATE, FFN_UP, FFN_DOWN):
             tensor = base.require_tensor(stem.format(layer) + ".weight")
+            if tensor.shape != shapes[stem]:
+                raise GGUFError(
+                    f"{base.path}: {tensor.name} is {tensor.shape}, not {shapes[stem]}; the file is damaged"
+                )
             if stem.format(layer) + ".bias" in base.by_name:
                 raise ModelError(f"{base.path}: {stem.format(layer)} has a bias of its own, which is not supported yet")
             if not supports_widening(tensor.type_id):
@@ -285,16 +295,8 @@ def _base_layout(steered: GGUFFile) -> tuple[bytes, list[TensorInfo]]:
 
 
 def _stored_layout(steered: GGUFFile, header: bytes) -> tuple[bytes, list[TensorInfo]]:
-    import tempfile
-
-    size = steered.require_int("npti.base.bytes")
-    with tempfile.TemporaryDirectory() as folder:
-        # A sparse file of the base's size, so that the one reader with all its checks reads this header too.
-        sparse = Path(folder) / "base.gguf"
-        with sparse.open("wb") as stream:
-            stream.write(header)
-            stream.truncate(size)
-        return header, list(read_gguf(sparse).tensors)
+    stored = parse_gguf(io.BytesIO(header), steered.require_int("npti.base.bytes"), steered.path)
+    return header, list(stored.tensors)
 
 
 def _narrowed(source: BinaryIO, steered: GGUFFile, tensor: TensorInfo) -> Iterator[widen.Piece]:

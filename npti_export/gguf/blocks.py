@@ -164,9 +164,11 @@ def quantise(values: Floats, type_id: int) -> Bytes:
 @cache
 def _ggml() -> Any:
     """The ggml that llama-cpp-python bundles, without a compiler: its C functions by ctypes."""
+    import llama_cpp._ctypes_extensions as loader
     import llama_cpp._ggml as bundled
 
-    function = bundled.libggml.ggml_quantize_chunk
+    library: Any = loader.load_shared_library("ggml-base", bundled.libggml_base_path)
+    function = library.ggml_quantize_chunk
     function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     function.restype = ctypes.c_size_t
-    return bundled.libggml
+    return library

@@ -170,14 +170,25 @@ def read_gguf(path: Path) -> GGUFFile:
         with path.open("rb") as stream:
             size = stream.seek(0, io.SEEK_END)
             stream.seek(0)
-            return _read(_Cursor(stream, size, str(path)), path)
+            return parse_gguf(stream, size, path)
     except FileNotFoundError:
         raise GGUFError(f"{path}: there is no such file") from None
     except OSError as error:
         raise GGUFError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _read(cursor: _Cursor, path: Path) -> GGUFFile:
+def parse_gguf(stream: BinaryIO, size: int, path: Path) -> GGUFFile:
+    """Read a header from a stream of which at least the header is there, of a file of ``size`` bytes.
+
+    Args:
+        stream: positioned at the magic.
+        size: what tensors must fit in.
+        path: for messages, and for whoever reads the tensors.
+
+    Raises:
+        GGUFError: see :func:`read_gguf`.
+    """
+    cursor = _Cursor(stream, size, str(path))
     if cursor.size < 24 or cursor.take(4) != MAGIC:
         raise GGUFError(f"{path}: not a GGUF file; give a .gguf model")
     version = cursor.scalar("I")

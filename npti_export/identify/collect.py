@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from npti_export.profile import NeuronProfile, profile_from_stats
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Exchange, Runtime, chat
-from npti_export.traits import Sign
+from npti_export.traits import SIGNS, Sign
 
-SIGNS: tuple[Sign, Sign] = ("+", "-")
 _CACHE_FORMAT = 1  # raise when the meaning of cached statistics changes
 
 
@@ -41,6 +39,7 @@ def identify(
     progress: Progress,
     *,
     dtype: str,
+    device: str,
     cache: Path | None,
 ) -> NeuronProfile:
     """Find how each neuron behaves under both poles of a trait.
@@ -56,6 +55,7 @@ def identify(
         recipe: its ``prompt``, ``identify`` and ``rule.percentile`` settings.
         progress: told of each batch.
         dtype: what the runtime computes in, part of the cache key.
+        device: the kind of device that it computes on, likewise.
         cache: folder of the saved state; None keeps nothing.
 
     Raises:
@@ -66,13 +66,13 @@ def identify(
     questions = bench.search(settings.questions, settings.seed)
     per_batch = max(1, settings.batch_size // 2)  # each question is decoded as both poles
     batches = [questions[start : start + per_batch] for start in range(0, len(questions), per_batch)]
-    key = _cache_key(source, bench, recipe, dtype)
+    key = _cache_key(source, bench, recipe, dtype, device)
     state = None if cache is None else cache / "identify" / f"{bench.trait}-{key}.safetensors"
     stats, done = _resume(state, source, progress)
+    runtime = load_runtime() if done < len(batches) else None
     progress.start(f"identify {bench.trait}", len(questions))
     progress.advance(sum(len(batch) for batch in batches[:done]))
-    if done < len(batches):
-        runtime = load_runtime()
+    if runtime is not None:
         first = 0
         for index, batch in enumerate(batches):
             if index >= done:
@@ -126,15 +126,18 @@ def _run_batch(
     return {"+": runtime.activation_stats(exchanges[:half]), "-": runtime.activation_stats(exchanges[half:])}
 
 
-def _cache_key(source: ModelSource, bench: TraitBench, recipe: Recipe, dtype: str) -> str:
-    stat = source.path.stat()
+def _cache_key(source: ModelSource, bench: TraitBench, recipe: Recipe, dtype: str, device: str) -> str:
+    # A directory's files are what a model is made of; a changed one, weights or chat template, is another model.
+    files = [source.path] if source.path.is_file() else sorted(path for path in source.path.iterdir() if path.is_file())
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     depends: dict[str, Any] = {
         "format": _CACHE_FORMAT,
-        "model": [source.fingerprint, str(source.path.resolve()), stat.st_size, stat.st_mtime_ns],
+        "model": [source.fingerprint, str(source.path.resolve()), stats],
         "bench": bench.digest,
         "prompt": recipe.prompt.model_dump(),
         "identify": recipe.identify.model_dump(),
         "dtype": dtype,
+        "device": device,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -160,10 +163,3 @@ def _save(state: Path, stats: dict[Sign, ActivationStats], batches: int) -> None
     with translate_os_errors(state):
         state.parent.mkdir(parents=True, exist_ok=True)
     save_stats(state, {str(sign): one for sign, one in stats.items()}, {"batches": batches})
-
-
-def forget(cache: Path, trait: str) -> None:
-    """Delete saved identifications of a trait."""
-    for path in (cache / "identify").glob(f"{trait}-*.safetensors"):
-        with suppress(FileNotFoundError):
-            path.unlink()

@@ -21,13 +21,14 @@ class LlamaCppRuntime:
     Args:
         path: the GGUF.
         context: longest sequence, in tokens.
+        all_logits: keep the logits of every position, which :meth:`logits` needs.
         threads: 0 takes every core that this process may use.
 
     Raises:
         ModelError: llama.cpp refuses the file.
     """
 
-    def __init__(self, path: Path, *, context: int, threads: int = 0) -> None:
+    def __init__(self, path: Path, *, context: int, all_logits: bool = True, threads: int = 0) -> None:
         import llama_cpp
 
         cores = threads or usable_cores()
@@ -38,7 +39,7 @@ class LlamaCppRuntime:
                 n_batch=context,
                 n_threads=cores,
                 n_threads_batch=cores,
-                logits_all=True,
+                logits_all=all_logits,
                 verbose=False,
             )
         except (ValueError, RuntimeError) as error:
@@ -64,11 +65,20 @@ class LlamaCppRuntime:
         return result
 
     def answer(self, messages: Sequence[Message], *, max_new_tokens: int, repetition_penalty: float) -> str:
-        """A greedy answer through the chat template inside the file."""
+        """A greedy answer through the chat template inside the file.
+
+        Raises:
+            ModelError: the prompt is longer than the context, or the template fails.
+        """
+        import jinja2
+
         self._llama.reset()
-        completion = self._llama.create_chat_completion(
-            list(messages), max_tokens=max_new_tokens, temperature=0.0, repeat_penalty=repetition_penalty
-        )
+        try:
+            completion = self._llama.create_chat_completion(
+                list(messages), max_tokens=max_new_tokens, temperature=0.0, repeat_penalty=repetition_penalty
+            )
+        except (ValueError, RuntimeError, jinja2.TemplateError) as error:
+            raise ModelError(f"llama.cpp cannot answer: {error}") from error
         return str(completion["choices"][0]["message"]["content"])
 
 

@@ -56,16 +56,13 @@ class TransformersRuntime:
         dtype: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
-        import torch
 
         self.source = source
-        self.device = torch.device(pick_device() if device == "auto" else device)
+        self.device = usable_device(device)
         self.dtype = pick_dtype(self.device) if dtype == "auto" else parse_dtype(dtype)
         self.model, self.tokenizer = _load(source, self.dtype, trust_remote_code)
         self.model.to(self.device).eval()
         self.uses_fallback_template = not self.tokenizer.chat_template
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
         self._stop = _stop_tokens(self.model, self.tokenizer)
 
     def converted(self, dtype: str) -> TransformersRuntime:
@@ -94,9 +91,11 @@ class TransformersRuntime:
         template = FALLBACK_TEMPLATE if self.uses_fallback_template else None
         try:
             text = self._render(messages, template)
-        except jinja2.TemplateError:
-            system, user = messages[0]["content"], messages[1]["content"]
-            text = self._render([{"role": "user", "content": f"{system}\n\n{user}"}], template)
+        except jinja2.TemplateError as error:
+            if len(messages) != 2:
+                raise ModelError(f"{self.source.name}: its chat template fails on a question: {error}") from error
+            joined = "\n\n".join(message["content"] for message in messages)
+            return self.encode([{"role": "user", "content": joined}])
         return tuple(self.tokenizer(text, add_special_tokens=self.uses_fallback_template)["input_ids"])
 
     def _render(self, messages: Sequence[Message], template: str | None) -> str:
@@ -124,8 +123,8 @@ class TransformersRuntime:
                 max_new_tokens=max_new_tokens,
                 repetition_penalty=repetition_penalty,
                 do_sample=False,
-                eos_token_id=sorted(self._stop),
-                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=sorted(self._stop) or None,
+                pad_token_id=min(self._stop, default=0),
             )
         answers = output[:, ids.shape[1] :].tolist()
         return [
@@ -180,7 +179,8 @@ class TransformersRuntime:
         import torch
 
         length = max(map(len, sequences))
-        ids = torch.full((len(sequences), length), self.tokenizer.pad_token_id)
+        # Padding is masked, but the repetition penalty sees it: a token that the row has anyway changes nothing there.
+        ids = torch.tensor([[sequence[0]] * length for sequence in sequences])
         mask = torch.zeros_like(ids)
         for row, sequence in enumerate(sequences):
             place = slice(length - len(sequence), length) if left else slice(0, len(sequence))
@@ -250,6 +250,23 @@ def pick_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name (``auto``: the best one), after a try.
+
+    Raises:
+        ModelError: this machine or this build of torch does not have it.
+    """
+    import torch
+
+    try:
+        device = torch.device(pick_device() if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"--device {name}: cannot be used here ({reason}); try --device auto") from error
+    return device
+
+
 def pick_dtype(device: torch.device) -> torch.dtype:
     """The fastest dtype that is right for identification on a device."""
     import torch
@@ -271,10 +288,7 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def _batches(exchanges: Sequence[Exchange]) -> Iterator[list[Exchange]]:
-    """Exchanges of similar length together, each batch within ``_TOKENS_PER_PASS`` padded tokens, order kept.
-
-    Callers rely on the order, so exchanges are not sorted across batches.
-    """
+    """Exchanges in their order, as many at once as fit in ``_TOKENS_PER_PASS`` padded tokens."""
     batch: list[Exchange] = []
     longest = 0
     for exchange in exchanges:
@@ -307,7 +321,7 @@ def _load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> t
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 **where, dtype=dtype, trust_remote_code=trust_remote_code
             )
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:
+    except Exception as error:  # these libraries raise anything, tokenizers a bare Exception, on a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source.path}: transformers cannot load it: {reason}") from error
     return model, tokenizer
