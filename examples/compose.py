@@ -14,7 +14,7 @@ from npti_export.export.gguf import check_base, plan_bake, write_bake
 from npti_export.files import atomic_output, sha256_file
 from npti_export.gguf.reader import read_gguf
 from npti_export.models import resolve_model
-from npti_export.profile import load_profile
+from npti_export.profile_io import load_profile
 from npti_export.recipe import select_recipe
 from npti_export.rule import build_rule
 from npti_export.traits import parse_trait

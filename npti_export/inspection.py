@@ -67,7 +67,7 @@ def _profile(path: Path) -> dict[str, Any]:
 
 
 def _published(path: Path) -> dict[str, Any]:
-    from npti_export.profile import published_rows
+    from npti_export.published import published_rows
 
     rows = published_rows(path, None)
     layers = sorted({row[0] for row in rows})

@@ -21,8 +21,10 @@ from npti_export.gguf.writer import Value
 from npti_export.identify.collect import identify
 from npti_export.loader import Models, RuntimeSettings, Timings
 from npti_export.models import ModelSource, gguf_source, resolve_model
-from npti_export.profile import NeuronProfile, load_profile, profile_files, published_pair, save_profile
+from npti_export.profile import NeuronProfile
+from npti_export.profile_io import load_profile, profile_files, save_profile
 from npti_export.progress import Progress
+from npti_export.published import published_pair
 from npti_export.recipe import Recipe, select_recipe
 from npti_export.report import peak_rss_mb
 from npti_export.rule import SteeringRule, build_rule, compose

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from npti_export.models import resolve_model
-from npti_export.profile import NeuronProfile, save_profile
+from npti_export.profile import NeuronProfile
+from npti_export.profile_io import save_profile
 from npti_export.recipe import load_recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

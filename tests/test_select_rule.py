@@ -11,7 +11,9 @@ from tolerances import FLOAT32
 from npti_export.errors import OutputError, ProfileError
 from npti_export.identify.select import pole_neurons
 from npti_export.models import ModelShape, gguf_source
-from npti_export.profile import NeuronProfile, load_profile, published_rows, save_profile
+from npti_export.profile import NeuronProfile
+from npti_export.profile_io import load_profile, save_profile
+from npti_export.published import published_rows
 from npti_export.recipe import load_recipe
 from npti_export.rule import build_rule, compose
 from npti_export.traits import TraitSpec, parse_trait

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tolerances import QUANTILE_BIN, QUANTILE_FULL_BINS
 
 from npti_export.errors import ProfileError
-from npti_export.identify.stats import BIN_COUNT, ActivationStats, load_stats, save_stats
 from npti_export.runtimes.transformers import StatsAccumulator
+from npti_export.stats import BIN_COUNT, ActivationStats, load_stats, save_stats
 
 
 def collect(activations):

@@ -15,8 +15,8 @@ from typing import BinaryIO
 from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, by_gguf_name
 from npti_export.compiler.program import LayerProgram, MLPProgram
 from npti_export.errors import DiskFullError, GGUFError, ModelError
+from npti_export.export import widen
 from npti_export.files import atomic_output, sha256_file
-from npti_export.gguf import widen
 from npti_export.gguf.blocks import block_shape, supports_widening, type_name
 from npti_export.gguf.reader import GGUFFile, TensorInfo, parse_gguf, read_gguf
 from npti_export.gguf.writer import (

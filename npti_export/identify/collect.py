@@ -11,12 +11,12 @@ from typing import Any
 from npti_export.bench import Question, TraitBench, pair_with_personas
 from npti_export.errors import ProfileError
 from npti_export.files import translate_os_errors
-from npti_export.identify.stats import ActivationStats, load_stats, save_stats
 from npti_export.models import ModelSource
 from npti_export.profile import NeuronProfile, profile_from_stats
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Exchange, Runtime, chat
+from npti_export.stats import ActivationStats, load_stats, save_stats
 from npti_export.traits import SIGNS, Sign
 
 _CACHE_FORMAT = 1  # raise when the meaning of cached statistics changes

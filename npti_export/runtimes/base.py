@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.identify.stats import ActivationStats
+from npti_export.stats import ActivationStats
 
 Message = dict[str, str]
 

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.errors import ModelError
-from npti_export.identify.stats import BIN_COUNT, EDGES, ActivationStats
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import Exchange, Message
+from npti_export.stats import BIN_COUNT, EDGES, ActivationStats
 
 if TYPE_CHECKING:
     import torch
