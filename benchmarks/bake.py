@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import numpy as np
 from npti_export.compiler.exact import compile_exact
@@ -29,7 +29,11 @@ from npti_export.gguf import blocks
 from npti_export.gguf.reader import read_gguf
 from npti_export.rule import SteeringRule
 blocks._ggml()
-imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def peak():  # ru_maxrss would count the parent's memory at the fork, too
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+imports = peak()
 if len(sys.argv) > 1:
     base, out, count, sync = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "sync"
     layers = read_gguf(base).get("llama.block_count")
@@ -49,8 +53,7 @@ if len(sys.argv) > 1:
     else:
         write_bake(plan, out)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "beyond": peak - imports, "bytes": out.stat().st_size}))
+    print(json.dumps({"seconds": seconds, "beyond": peak() - imports, "bytes": out.stat().st_size}))
 """
 
 
@@ -91,6 +94,7 @@ def child(*arguments):
 
 def copy(source, target, sync):
     target.unlink(missing_ok=True)
+    os.sync()  # no one else's dirty pages, and the same start for both
     started = time.perf_counter()
     subprocess.run(["cp", "--reflink=never", source, target], check=True)
     if sync:
@@ -119,6 +123,7 @@ def main():
                 for _ in range(arguments.runs):
                     copied = copy(source, folder / "copy", sync)
                     (folder / "out").unlink(missing_ok=True)
+                    os.sync()
                     baked = child(source, folder / "out", 34, "sync" if sync else "plain")
                     copies.append(copied)
                     bakes.append(baked["seconds"])

@@ -212,6 +212,15 @@ def test_no_room_is_said_before_writing(tiny, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_large_tensors_are_streamed_to_the_same_bytes(tiny, tmp_path, monkeypatch):
+    """With every tensor counted as large, and chunks of a few rows."""
+    bake(tiny, tmp_path / "a.gguf", rule_for(tiny))
+    monkeypatch.setattr("npti_export.export.gguf._AHEAD_BYTES", 1)
+    monkeypatch.setattr("npti_export.export.widen.CHUNK", 1000)
+    bake(tiny, tmp_path / "b.gguf", rule_for(tiny))
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
 def test_a_base_cut_short_while_it_is_read(make_tiny, tmp_path):
     import shutil
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import shutil
 from collections import deque
 from collections.abc import Iterator
@@ -35,8 +34,8 @@ _SHA256 = "npti.base.sha256"
 _WIDTH = "npti.base.feed_forward_length"
 _HEADER = "npti.base.header"
 _GAPS = "npti.base.gaps"
-_AHEAD = 6  # tensors prepared ahead: two layers' MLPs
-_AHEAD_BYTES = 32 << 20  # larger tensors are streamed chunk by chunk instead, so that memory stays bounded
+_AHEAD = 8  # tensors computed ahead of the writing
+_AHEAD_BYTES = 16 << 20  # larger ones are computed chunk by chunk as they are written, so that memory stays bounded
 _MINIMUM_BLOCK = 32  # n_ff must be a multiple of it in llama.cpp's kernels
 
 
@@ -143,33 +142,36 @@ def write_bake(plan: BakePlan, path: Path) -> None:
         )
     base = plan.base
     try:
-        with base.path.open("rb") as source, path.open("wb", buffering=0) as target:
+        with (
+            base.path.open("rb") as source,
+            base.path.open("rb") as copied,
+            path.open("wb", buffering=0) as target,
+            ThreadPoolExecutor(1) as writer,
+        ):
             target.write(plan.header)
-            for tensor, pieces in _prepared(plan):
-                _pad_to(target, len(plan.header) + tensor.offset)
-                widen.write_pieces(source, target, pieces)
+            pending: deque[Future[None]] = deque()
+            # This thread computes what is new, the other one moves bytes, mostly inside the kernel.
+            for tensor in plan.tensors:
+                pieces, ahead = _content(source, plan, tensor), _AHEAD
+                if tensor.nbytes < _AHEAD_BYTES:
+                    pieces = iter(list(pieces))
+                else:
+                    ahead = 0  # it reads from our source while it is written
+                pending.append(writer.submit(_write_tensor, plan, copied, target, tensor, pieces))
+                while len(pending) > ahead:
+                    pending.popleft().result()
+            while pending:
+                pending.popleft().result()
             _pad_to(target, plan.nbytes)
     except EOFError as error:
         raise GGUFError(f"{base.path}: changed or ended while it was read ({error}); run the command again") from error
 
 
-def _prepared(plan: BakePlan) -> Iterator[tuple[NewTensor, Iterator[widen.Piece]]]:
-    """The content of each tensor in order. A second thread works a few small tensors ahead of the writing one."""
-
-    def content(tensor: NewTensor) -> list[widen.Piece]:
-        with plan.base.path.open("rb") as stream:
-            return list(_content(stream, plan, tensor))
-
-    with ThreadPoolExecutor(1) as pool, plan.base.path.open("rb") as stream:
-        ahead: deque[tuple[NewTensor, Future[list[widen.Piece]] | None]] = deque()
-        waiting = iter(plan.tensors)
-        while True:
-            for tensor in itertools.islice(waiting, _AHEAD - len(ahead)):
-                ahead.append((tensor, pool.submit(content, tensor) if tensor.nbytes < _AHEAD_BYTES else None))
-            if not ahead:
-                return
-            tensor, future = ahead.popleft()
-            yield tensor, _content(stream, plan, tensor) if future is None else iter(future.result())
+def _write_tensor(
+    plan: BakePlan, source: BinaryIO, target: BinaryIO, tensor: NewTensor, pieces: Iterator[widen.Piece]
+) -> None:
+    _pad_to(target, len(plan.header) + tensor.offset)
+    widen.write_pieces(source, target, pieces)
 
 
 def record(path: Path, values: dict[str, float]) -> None:

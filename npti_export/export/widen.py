@@ -38,13 +38,16 @@ def append_rows(stream: BinaryIO, tensor: TensorInfo, source: Indices, factors: 
     """A gate or up projection: its bytes, then row ``source[u]`` times ``factors[u]`` for each unit."""
     yield Range(tensor.offset, tensor.nbytes)
     row_bytes, wanted = tensor.row_bytes, factors != 0
-    unique, place = np.unique(source[wanted], return_inverse=True)
-    read = np.empty((len(unique), row_bytes), np.uint8)
-    for row, neuron in zip(read, unique.tolist(), strict=True):
-        stream.seek(tensor.offset + neuron * row_bytes)
-        row[:] = _read(stream, row_bytes)
+    if tensor.nbytes <= CHUNK:
+        stream.seek(tensor.offset)
+        read = _read(stream, tensor.nbytes).reshape(-1, row_bytes)[source[wanted]]
+    else:
+        read = np.empty((np.count_nonzero(wanted), row_bytes), np.uint8)
+        for row, neuron in zip(read, source[wanted].tolist(), strict=True):
+            stream.seek(tensor.offset + neuron * row_bytes)
+            row[:] = _read(stream, row_bytes)
     rows = np.zeros((len(source), row_bytes), np.uint8)
-    rows[wanted] = scale_rows(read[place], factors[wanted], tensor.type_id)
+    rows[wanted] = scale_rows(read, factors[wanted], tensor.type_id)
     yield rows.data
 
 

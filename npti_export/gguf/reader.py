@@ -133,20 +133,46 @@ class GGUFFile:
             raise GGUFError(f"{self.path}: tensor {name} is missing; the file is incomplete") from None
 
 
+_LENGTH = struct.Struct("<Q")
+_READ_AHEAD = 1 << 20
+
+
 class _Cursor:
-    """Bounds-checked reads from a binary stream."""
+    """Bounds-checked reads from the front of a binary stream, buffered as far as it was read."""
 
     def __init__(self, stream: BinaryIO, size: int, name: str) -> None:
         self.stream, self.size, self.name, self.position = stream, size, name, 0
+        self.data = b""
+
+    def need(self, count: int) -> None:
+        """Make ``count`` more bytes available, or raise."""
+        end = self.position + count
+        if end > self.size:
+            raise self.truncated()
+        while len(self.data) < end:
+            more = self.stream.read(max(end - len(self.data), _READ_AHEAD, len(self.data)))
+            if not more:
+                raise self.truncated()
+            self.data += more
 
     def take(self, count: int) -> bytes:
-        if count > self.size - self.position:
-            raise GGUFError(f"{self.name}: truncated at byte {self.position}; download or copy the file again")
-        data = self.stream.read(count)
-        if len(data) != count:
-            raise GGUFError(f"{self.name}: truncated at byte {self.position}; download or copy the file again")
+        self.need(count)
         self.position += count
-        return data
+        return self.data[self.position - count : self.position]
+
+    def skip_strings(self, count: int) -> None:
+        """Go past ``count`` strings: the longest loop over a header by far, so it is spelt out."""
+        position, available, unpack = self.position, len(self.data), _LENGTH.unpack_from
+        for _ in range(count):
+            if position + 8 > available:
+                self.position = position
+                self.need(8)
+                available = len(self.data)
+            position += 8 + unpack(self.data, position)[0]
+            if position > self.size:
+                raise self.truncated()
+        self.position = position
+        self.need(0)
 
     def scalar(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
@@ -158,6 +184,9 @@ class _Cursor:
             raise GGUFError(
                 f"{self.name}: a string near byte {self.position} is not UTF-8; the file is damaged"
             ) from error
+
+    def truncated(self) -> GGUFError:
+        return GGUFError(f"{self.name}: truncated near byte {self.position}; download or copy the file again")
 
 
 def read_gguf(path: Path) -> GGUFFile:
@@ -214,9 +243,7 @@ def _read_key(cursor: _Cursor) -> KeyValue:
     key = cursor.text()
     start = cursor.position
     _skip(cursor, cursor.scalar("I"))
-    end = cursor.position
-    cursor.stream.seek(start)
-    return KeyValue(key, cursor.stream.read(end - start), start)
+    return KeyValue(key, cursor.data[start : cursor.position], start)
 
 
 def _skip(cursor: _Cursor, kind: int) -> None:
@@ -231,8 +258,7 @@ def _skip(cursor: _Cursor, kind: int) -> None:
         elif inner == _STRING:
             if count * 8 > cursor.size - cursor.position:
                 raise GGUFError(f"{cursor.name}: an array near byte {cursor.position} runs past the end of the file")
-            for _ in range(count):
-                cursor.take(cursor.scalar("Q"))
+            cursor.skip_strings(count)
         else:  # llama.cpp knows no arrays of arrays either
             raise GGUFError(f"{cursor.name}: array of unknown type {inner} near byte {cursor.position}")
     else:
