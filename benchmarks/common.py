@@ -1,7 +1,6 @@
 """What the benchmark scripts share: the default model, profiles, and small statistics."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +59,5 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
-def say(*parts):
-    print(*parts, flush=True)
-    sys.stdout.flush()
+def say(*parts, **options):
+    print(*parts, flush=True, **options)
