@@ -16,7 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from npti_export.cli.root import cli
     from npti_export.errors import NptiError
 
-    signal.signal(signal.SIGTERM, _interrupt)  # so that temporary files are removed then, too
+    for name in ("SIGTERM", "SIGHUP"):  # so that temporary files are removed then, too
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character must not cost the summary

@@ -1,0 +1,47 @@
+"""Generation speed of a steered file over its base, in llama.cpp.
+
+    npti-export --trait agreeableness+ --out model.gguf && npti-export strip model.gguf --out base.gguf
+    python benchmarks/generation.py model.gguf base.gguf [--runs 7]
+
+The two take turns; the ratio is the median of the pairs'. Extra width and bytes say what to expect.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+from npti_export.gguf.reader import read_gguf
+from npti_export.runtimes.llamacpp import LlamaCppRuntime
+
+
+def tokens_per_second(runtime, count=96):
+    prompt = list(range(20, 60))
+    model = runtime._llama
+    model.reset()
+    model.eval(prompt)
+    started = time.perf_counter()
+    for token in range(100, 100 + count):
+        model.eval([token])
+    return count / (time.perf_counter() - started)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steered", type=Path)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--runs", type=int, default=7)
+    arguments = parser.parse_args()
+    steered, base = (LlamaCppRuntime(path, context=512) for path in (arguments.steered, arguments.base))
+    pairs = [(tokens_per_second(steered), tokens_per_second(base)) for _ in range(arguments.runs + 1)][1:]
+    sizes = [path.stat().st_size for path in (arguments.steered, arguments.base)]
+    widths = [read_gguf(path).get("llama.feed_forward_length") for path in (arguments.steered, arguments.base)]
+    print(f"MLP width {widths[1]} -> {widths[0]}, bytes x{sizes[0] / sizes[1]:.2f}")
+    print(
+        f"steered {statistics.median(a for a, _ in pairs):.0f}, base {statistics.median(b for _, b in pairs):.0f} tokens/s"
+    )
+    print(f"ratio {statistics.median(a / b for a, b in pairs):.2f}")
+
+
+if __name__ == "__main__":
+    main()
