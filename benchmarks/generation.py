@@ -37,9 +37,8 @@ def main():
     sizes = [path.stat().st_size for path in (arguments.steered, arguments.base)]
     widths = [read_gguf(path).get("llama.feed_forward_length") for path in (arguments.steered, arguments.base)]
     print(f"MLP width {widths[1]} -> {widths[0]}, bytes x{sizes[0] / sizes[1]:.2f}")
-    print(
-        f"steered {statistics.median(a for a, _ in pairs):.0f}, base {statistics.median(b for _, b in pairs):.0f} tokens/s"
-    )
+    medians = [statistics.median(values) for values in zip(*pairs, strict=True)]
+    print(f"steered {medians[0]:.0f}, base {medians[1]:.0f} tokens/s")
     print(f"ratio {statistics.median(a / b for a, b in pairs):.2f}")
 
 
