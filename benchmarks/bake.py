@@ -21,6 +21,7 @@ from pathlib import Path
 CHILD = """
 import json, sys, time
 from pathlib import Path
+import gguf.quants
 import numpy as np
 from npti_export.compiler.exact import compile_exact
 from npti_export.export.gguf import check_base, plan_bake, write_bake

@@ -323,7 +323,8 @@ def _report(
     out = prepared.job.out
     return {
         "version": __version__,
-        "trait": [str(spec) for spec in prepared.job.traits],
+        "trait": " ".join(map(str, prepared.job.traits)),
+        "traits": [str(spec) for spec in prepared.job.traits],
         "gamma": prepared.recipe.rule.gamma,
         "model": {"name": prepared.source.name, "fingerprint": prepared.source.fingerprint},
         "neurons": {

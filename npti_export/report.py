@@ -46,7 +46,7 @@ def render(report: dict[str, Any], console: Console) -> None:
     table.add_column()
     moved = fidelity["kl_rule_base"]
     rows = {
-        "trait": f"{' '.join(report['trait'])}  (recipe {report['recipe']['name']}, gamma {report['gamma']:g})",
+        "trait": f"{report['trait']}  (recipe {report['recipe']['name']}, gamma {report['gamma']:g})",
         "neurons": f"{neurons['shift']} shifted, {neurons['clamp']} clamped; "
         f"MLP width {neurons['width']} + {neurons['extra_width']}",
         "  shifted by layer": sparkline(neurons["shift_per_layer"]),

@@ -146,7 +146,7 @@ def test_the_report_says_everything(finished, tiny):
     folder, done = finished
     report = json.loads((folder / "report.json").read_text())
     artifact, fidelity = report["artifact"], report["fidelity"]
-    assert report["trait"] == ["extraversion+"]
+    assert report["trait"] == "extraversion+"
     assert report["gamma"] == 1.4
     assert (report["neurons"]["shift"], report["neurons"]["clamp"]) == (20, 20)
     assert 0 <= fidelity["kl_rule_artifact"] <= 1e-4 < fidelity["kl_rule_base"]
@@ -238,7 +238,8 @@ def test_two_traits_compose(finished, tiny, cli_environment, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["trait"] == ["extraversion+", "neuroticism-:0.5"]
+    assert report["trait"] == "extraversion+ neuroticism-:0.5"
+    assert report["traits"] == ["extraversion+", "neuroticism-:0.5"]
     assert 20 <= report["neurons"]["shift"] <= 40
     assert report["fidelity"]["kl_rule_artifact"] <= 1e-4 < report["fidelity"]["kl_rule_base"]
 

@@ -31,7 +31,7 @@ def job(tmp_path_factory):
 def test_it_moves_the_model_and_is_faithful(job):
     _, report, _ = job
     fidelity = report["fidelity"]
-    assert report["trait"] == ["extraversion-"]
+    assert report["trait"] == "extraversion-"
     assert report["recipe"]["name"] == "smollm2-135m"
     assert fidelity["kl_rule_artifact"] <= max(5e-3, 2 * fidelity["kl_runtime_floor"])
     assert fidelity["kl_rule_base"] > 5 * fidelity["kl_rule_artifact"]

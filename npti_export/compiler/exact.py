@@ -22,15 +22,17 @@ def compile_exact(rule: SteeringRule, clamp_units: int) -> MLPProgram:
         clamp_units: 3, 4 or 5.
     """
     basis = clamp_basis(clamp_units)
+    constant = np.zeros(rule.shift.shape)
+    constant[rule.shift != 0] = silu_inverse(np.abs(rule.shift[rule.shift != 0]))
     layers = []
-    for shift, clamp in zip(rule.shift, rule.clamp, strict=True):
+    for shift, clamp, gate in zip(rule.shift, rule.clamp, constant, strict=True):
         shifted = np.flatnonzero(shift)
         off = np.flatnonzero(clamp)
         layers.append(
             LayerProgram(
                 source=np.concatenate([shifted, np.repeat(off, clamp_units)]).astype(np.int64),
                 gate_scale=_join(np.zeros(len(shifted)), np.tile(basis.scale, len(off))),
-                gate_bias=_join(silu_inverse(np.abs(shift[shifted])), np.tile(basis.bias, len(off))),
+                gate_bias=_join(gate[shifted], np.tile(basis.bias, len(off))),
                 up_scale=_join(np.sign(shift[shifted]), np.tile(basis.alpha, len(off))),
                 off=off.astype(np.int64),
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ _SHA256 = "npti.base.sha256"
 _WIDTH = "npti.base.feed_forward_length"
 _HEADER = "npti.base.header"
 _GAPS = "npti.base.gaps"
-_AHEAD = 8  # tensors computed ahead of the writing
+_AHEAD = 8  # batches computed ahead of the writing
 _AHEAD_BYTES = 16 << 20  # larger ones are computed chunk by chunk as they are written, so that memory stays bounded
 _MINIMUM_BLOCK = 32  # n_ff must be a multiple of it in llama.cpp's kernels
 
@@ -151,27 +151,39 @@ def write_bake(plan: BakePlan, path: Path) -> None:
             target.write(plan.header)
             pending: deque[Future[None]] = deque()
             # This thread computes what is new, the other one moves bytes, mostly inside the kernel.
-            for tensor in plan.tensors:
-                pieces, ahead = _content(source, plan, tensor), _AHEAD
-                if tensor.nbytes < _AHEAD_BYTES:
-                    pieces = iter(list(pieces))
-                else:
-                    ahead = 0  # it reads from our source while it is written
-                pending.append(writer.submit(_write_tensor, plan, copied, target, tensor, pieces))
-                while len(pending) > ahead:
+            for pieces, streamed in _batches(plan, source):
+                pending.append(writer.submit(widen.write_pieces, copied, target, pieces))
+                while len(pending) > (0 if streamed else _AHEAD):
                     pending.popleft().result()
             while pending:
                 pending.popleft().result()
-            _pad_to(target, plan.nbytes)
     except EOFError as error:
         raise GGUFError(f"{base.path}: changed or ended while it was read ({error}); run the command again") from error
 
 
-def _write_tensor(
-    plan: BakePlan, source: BinaryIO, target: BinaryIO, tensor: NewTensor, pieces: Iterator[widen.Piece]
-) -> None:
-    _pad_to(target, len(plan.header) + tensor.offset)
-    widen.write_pieces(source, target, pieces)
+def _batches(plan: BakePlan, source: BinaryIO) -> Iterator[tuple[Iterable[widen.Piece], bool]]:
+    """The data section in pieces, and whether computing them reads from ``source`` while they are written.
+
+    Tensors that are copied are gathered until there is one with something new, so that neighbours go in one call.
+    """
+    batch: list[widen.Piece] = []
+    position = 0
+    for tensor in plan.tensors:
+        if tensor.offset > position:
+            batch.append(bytes(tensor.offset - position))
+        position = tensor.offset + tensor.nbytes
+        content = _content(source, plan, tensor)
+        if tensor.nbytes >= _AHEAD_BYTES:
+            yield batch, False
+            yield content, True
+            batch = []
+            continue
+        batch += content
+        if not isinstance(batch[-1], widen.Range):
+            yield batch, False
+            batch = []
+    batch.append(bytes(plan.nbytes - len(plan.header) - position))
+    yield batch, False
 
 
 def record(path: Path, values: dict[str, float]) -> None:
@@ -240,10 +252,6 @@ def _content(source: BinaryIO, plan: BakePlan, tensor: NewTensor) -> Iterator[wi
 
 def _layer(plan: BakePlan, name: str) -> LayerProgram:
     return plan.program.layers[int(name.split(".")[1])]
-
-
-def _pad_to(target: BinaryIO, position: int) -> None:
-    target.write(b"\0" * (position - target.tell()))
 
 
 def _plain_layout(base: GGUFFile) -> tuple[bytes, list[NewTensor]]:

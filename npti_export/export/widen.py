@@ -98,11 +98,28 @@ def write_pieces(source: BinaryIO, target: BinaryIO, pieces: Iterable[Piece]) ->
     Raises:
         EOFError: the source ended early.
     """
-    for piece in pieces:
+    for piece in _joined(pieces):
         if isinstance(piece, Range):
             _copy_range(source, target, piece)
         else:
             _write_all(target, memoryview(piece).cast("B"))
+
+
+def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces, with ranges that continue each other in the source made one."""
+    held: Range | None = None
+    for piece in pieces:
+        if held is None:
+            pass
+        elif isinstance(piece, Range) and held.offset + held.nbytes == piece.offset:
+            piece = Range(held.offset, held.nbytes + piece.nbytes)
+        else:
+            yield held
+        held = piece if isinstance(piece, Range) else None
+        if held is None:
+            yield piece
+    if held is not None:
+        yield held
 
 
 def _copy_range(source: BinaryIO, target: BinaryIO, piece: Range) -> None:
