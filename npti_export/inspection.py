@@ -9,6 +9,7 @@ from npti_export.errors import ModelError
 from npti_export.export.gguf import PREFIX
 from npti_export.gguf.blocks import type_name
 from npti_export.gguf.reader import read_gguf
+from npti_export.profile import SAFETENSORS_SUFFIXES
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
     if magic == b"GGUF":
         return _gguf(path)
-    if path.suffix == ".safetensors":
+    if path.suffix in SAFETENSORS_SUFFIXES:
         return _profile(path)
     raise ModelError(f"{path}: neither a GGUF nor a profile")
 

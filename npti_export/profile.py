@@ -18,6 +18,7 @@ from npti_export.stats import ActivationStats
 from npti_export.traits import FACETS, Sign
 
 Matrix = npt.NDArray[np.float32]
+SAFETENSORS_SUFFIXES = (".safetensors", "")  # a bare name is as good
 FIELDS = ("p_plus", "p_minus", "a95_plus", "a95_minus")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from npti_export.errors import ProfileError
 from npti_export.models import ModelShape
-from npti_export.profile import NeuronProfile, read_profile, write_profile
+from npti_export.profile import SAFETENSORS_SUFFIXES, NeuronProfile, read_profile, write_profile
 from npti_export.published import published_pair, read_published, write_published
 
 
@@ -58,7 +58,7 @@ def profile_files(path: Path, trait: str) -> list[Path]:
     Raises:
         ProfileError: a suffix or a name that no profile of ``trait`` can have.
     """
-    if path.suffix == ".safetensors":
+    if path.suffix in SAFETENSORS_SUFFIXES:
         return [path]
     if path.suffix != ".json":
         raise ProfileError(

@@ -10,6 +10,7 @@ from tolerances import FLOAT32
 
 from npti_export.errors import OutputError, ProfileError
 from npti_export.identify.select import pole_neurons
+from npti_export.inspection import inspect_file
 from npti_export.models import ModelShape, gguf_source
 from npti_export.profile import NeuronProfile
 from npti_export.profile_io import load_profile, save_profile
@@ -114,6 +115,12 @@ def test_profiles_round_trip(tmp_path):
     assert (read.trait, read.fingerprint, read.origin) == (profile.trait, profile.fingerprint, profile.origin)
     with pytest.raises(ProfileError, match="not of openness"):
         load_profile(tmp_path / "p.safetensors", ModelShape(3, 20, 8), "openness")
+
+
+def test_a_bare_name_holds_a_profile_too(tmp_path):
+    save_profile(make_profile(), tmp_path / "profile", force=False)
+    assert inspect_file(tmp_path / "profile")["trait"] == "extraversion"
+    np.testing.assert_array_equal(load_profile(tmp_path / "profile", ModelShape(3, 20, 8)).delta, make_profile().delta)
 
 
 def test_published_format_round_trip_gives_the_same_rule(tmp_path):
