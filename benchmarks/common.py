@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from npti_export.bench import load_bench
-from npti_export.identify.collect import cache_folder, identify
+from npti_export.evaluate.contrast import answer, plain_prompts
+from npti_export.identify.collect import cache_folder, contrast_prompts, identify
 from npti_export.models import resolve_model
 from npti_export.progress import Silent
+from npti_export.rule import build_rule
 from npti_export.runtimes.transformers import TransformersRuntime
-from npti_export.traits import FACETS
+from npti_export.steer import steered
+from npti_export.traits import FACETS, TraitSpec
 
 OUT = Path(__file__).parent / "out"
 
@@ -33,6 +36,19 @@ def profile_of(trait, source, runtime, recipe):
         device=runtime.device.type,
         cache=cache_folder(),
     )
+
+
+def answer_as(condition, runtime, source, pole, questions, recipe, tokens):
+    """Answers of the unsteered model (``base``), of it as a ``persona`` of the pole, or of the ``steered`` one."""
+    trait, sign = pole[:-1], pole[-1]
+    if condition == "persona":
+        return answer(runtime, contrast_prompts(runtime, load_bench(trait), questions, sign, recipe), recipe, tokens)
+    plain = plain_prompts(runtime, questions, recipe)
+    if condition == "base":
+        return answer(runtime, plain, recipe, tokens)
+    rule = build_rule(profile_of(trait, source, runtime, recipe), TraitSpec(trait, sign), recipe)
+    with steered(runtime.activations, rule):
+        return answer(runtime, plain, recipe, tokens)
 
 
 def poles(traits=None):

@@ -12,15 +12,11 @@ import argparse
 import time
 
 import numpy as np
-from common import OUT, append_line, interval, load_model, poles, profile_of, read_lines, say
+from common import OUT, answer_as, append_line, interval, load_model, poles, read_lines, say
 
 from npti_export.bench import load_bench
-from npti_export.evaluate.contrast import answer, plain_prompts, score
-from npti_export.identify.collect import contrast_prompts
+from npti_export.evaluate.contrast import score
 from npti_export.recipe import load_recipe
-from npti_export.rule import build_rule
-from npti_export.steer import steered
-from npti_export.traits import TraitSpec
 
 RESULTS = OUT / "effect.jsonl"
 CONDITIONS = ("base", "persona", "steered")
@@ -48,22 +44,13 @@ def run(arguments):
     for trait, sign in poles(arguments.traits):
         bench = load_bench(trait)
         questions = bench.test(arguments.questions)
-        plain = plain_prompts(runtime, questions, recipe)
         for condition in CONDITIONS:
             if condition == "base" and sign == "-":
                 continue  # the same answers as for +, scored the other way round
             if (arguments.recipe, trait + sign, condition) in done:
                 continue
             started = time.time()
-            if condition == "base":
-                answers = answer(runtime, plain, recipe, arguments.tokens)
-            elif condition == "persona":
-                prompts = contrast_prompts(runtime, bench, questions, sign, recipe)
-                answers = answer(runtime, prompts, recipe, arguments.tokens)
-            else:
-                rule = build_rule(profile_of(trait, source, runtime, recipe), TraitSpec(trait, sign), recipe)
-                with steered(runtime.activations, rule):
-                    answers = answer(runtime, plain, recipe, arguments.tokens)
+            answers = answer_as(condition, runtime, source, trait + sign, questions, recipe, arguments.tokens)
             scores = score(runtime, bench, questions, answers, recipe, personas=arguments.personas)
             record = {
                 "recipe": arguments.recipe,

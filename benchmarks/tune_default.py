@@ -11,15 +11,11 @@ import time
 from collections import defaultdict
 
 import numpy as np
-from common import OUT, append_line, load_model, poles, profile_of, read_lines, say
+from common import OUT, answer_as, append_line, load_model, poles, read_lines, say
 
 from npti_export.bench import load_bench
-from npti_export.evaluate.contrast import answer, plain_prompts, score
-from npti_export.identify.collect import contrast_prompts
+from npti_export.evaluate.contrast import score
 from npti_export.recipe import load_recipe
-from npti_export.rule import build_rule
-from npti_export.steer import steered
-from npti_export.traits import TraitSpec
 
 RESULTS = OUT / "tune.jsonl"
 
@@ -51,21 +47,16 @@ def run(arguments):
             bench = load_bench(trait)
             questions = bench.search(arguments.questions)
             started = time.time()
-            plain = plain_prompts(runtime, questions, base_recipe)
-            if setting == "base":
-                answers = answer(runtime, plain, base_recipe, arguments.tokens)
-            elif setting == "persona":
-                prompts = contrast_prompts(runtime, bench, questions, sign, base_recipe)
-                answers = answer(runtime, prompts, base_recipe, arguments.tokens)
-            else:
+            condition, recipe = setting, base_recipe
+            if setting not in ("base", "persona"):
                 count, gamma = setting.split("/")
-                recipe = load_recipe(
-                    "smollm2-135m",
-                    [f"select.at_least={count}", f"select.at_most={count}", f"rule.gamma={gamma}"],
+                condition, recipe = (
+                    "steered",
+                    load_recipe(
+                        "smollm2-135m", [f"select.at_least={count}", f"select.at_most={count}", f"rule.gamma={gamma}"]
+                    ),
                 )
-                rule = build_rule(profile_of(trait, source, runtime, recipe), TraitSpec(trait, sign), recipe)
-                with steered(runtime.activations, rule):
-                    answers = answer(runtime, plain, recipe, arguments.tokens)
+            answers = answer_as(condition, runtime, source, trait + sign, questions, recipe, arguments.tokens)
             scores = score(runtime, bench, questions, answers, base_recipe, personas=arguments.personas)
             towards = 1 if sign == "+" else -1
             append_line(

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.architectures import ARCHITECTURES, Architecture, by_gguf_name, by_model_type
+from npti_export.architectures import Architecture, by_gguf_name, by_model_type
 from npti_export.errors import ArchitectureError, GGUFError, ModelError
 from npti_export.gguf.reader import GGUFFile, read_gguf
 
@@ -192,6 +192,3 @@ def _download(repository: str, file: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"model {repository!r}: neither a local path nor to be had from the hub: {reason}") from error
-
-
-__all__ = ["ARCHITECTURES", "ModelShape", "ModelSource", "default_model_path", "gguf_source", "resolve_model"]

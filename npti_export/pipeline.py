@@ -24,7 +24,6 @@ from npti_export.models import ModelSource, gguf_source, resolve_model
 from npti_export.profile import NeuronProfile
 from npti_export.profile_io import load_profile, profile_files, save_profile
 from npti_export.progress import Progress
-from npti_export.published import published_pair
 from npti_export.recipe import Recipe, select_recipe
 from npti_export.report import peak_rss_mb
 from npti_export.rule import SteeringRule, build_rule, compose
@@ -93,10 +92,10 @@ def prepare(job: Job) -> Prepared:
         NptiError: whatever is wrong with the job.
     """
     traits = sorted({spec.trait for spec in job.traits})
-    outputs = [] if job.out is None else [job.out]
+    outputs = [path for path in (job.out, job.report) if path is not None]
     if job.save_profile is not None:
         outputs += profile_files(job.save_profile, traits[0])
-    for path in [*outputs, *([job.report] if job.report else [])]:
+    for path in outputs:
         check_writable(path, force=job.force)
     if len({spec.pole for spec in job.traits}) < len(job.traits):
         raise ProfileError("the same pole is given twice; give it once, with a strength such as openness+:1.5")
@@ -111,9 +110,8 @@ def prepare(job: Job) -> Prepared:
     for trait, bench in benches.items():
         if trait not in profiles:
             bench.search(recipe.identify.questions, recipe.identify.seed)
-        if job.out is not None:
-            bench.test(-(-recipe.verify.prompts // len(benches)))
     if job.out is not None and base is not None:
+        _held_out(benches, recipe, recipe.verify.prompts)
         check_writable(job.out, force=job.force, need_bytes=base.size)
     return Prepared(job, source, base, recipe, benches, profiles)
 
@@ -191,10 +189,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 
 def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:
     """No output may replace an input, or another output, whatever --force says."""
-    every = [*outputs, *([job.report] if job.report else [])]
-    resolved = [path.resolve() for path in every]
+    resolved = [path.resolve() for path in outputs]
     inputs = {path.resolve() for path in [source.path, *job.profiles, *([job.base] if job.base else [])]}
-    for path, place in zip(every, resolved, strict=True):
+    for path, place in zip(outputs, resolved, strict=True):
         if place in inputs:
             raise OutputError(f"{path}: is an input of this very job; choose another name for the output")
         if resolved.count(place) > 1:
@@ -208,8 +205,7 @@ def _base_of(job: Job, source: ModelSource) -> GGUFFile:
             "convert_hf_to_gguf.py and pass the result as --base FILE.gguf"
         )
     path = job.base or source.path
-    other = gguf_source(path)
-    if other.fingerprint != source.fingerprint:
+    if job.base is not None and gguf_source(job.base).fingerprint != source.fingerprint:
         raise ModelError(f"{path}: is not the same model as {source.name} (their norm weights differ)")
     header = read_gguf(path)
     check_base(header)
@@ -220,8 +216,7 @@ def _load_profiles(job: Job, source: ModelSource) -> dict[str, NeuronProfile]:
     wanted = {spec.trait for spec in job.traits}
     profiles: dict[str, NeuronProfile] = {}
     for path in job.profiles:
-        trait = published_pair(path)[0] if path.suffix == ".json" else None
-        profile = load_profile(path, source.shape, trait)
+        profile = load_profile(path, source.shape)
         if profile.trait not in wanted:
             raise ProfileError(f"{path}: is a profile of {profile.trait}, which no --trait asks for")
         if profile.trait in profiles:
@@ -231,7 +226,7 @@ def _load_profiles(job: Job, source: ModelSource) -> dict[str, NeuronProfile]:
     return profiles
 
 
-def ascii_name(path: Path) -> str:
+def _ascii_name(path: Path) -> str:
     """A file's name with what is not ASCII escaped, fit for metadata whatever bytes the file system holds."""
     return path.name.encode("ascii", "backslashreplace").decode("ascii")
 
@@ -246,7 +241,7 @@ def _metadata(prepared: Prepared, rule: SteeringRule) -> dict[str, Value]:
         "gamma": prepared.recipe.rule.gamma,
         "recipe": prepared.recipe.to_json(),
         "model.fingerprint": prepared.source.fingerprint,
-        "base.name": ascii_name(prepared.base.path) if prepared.base else "",
+        "base.name": _ascii_name(prepared.base.path) if prepared.base else "",
         "neurons.shift": rule.shifted,
         "neurons.clamp": rule.clamped,
         **placeholders,
@@ -259,16 +254,21 @@ def _verify(
     from npti_export.verify import measure
 
     assert prepared.base is not None
-    prompts = [runtime.encode(chat(None, question)) for question in _held_out(prepared, prepared.recipe.verify.prompts)]
-    return measure(runtime, rule, artifact, prepared.base.path, prompts, prepared.recipe, progress)
+    recipe = prepared.recipe
+    prompts = [runtime.encode(chat(None, text)) for text in _held_out(prepared.benches, recipe, recipe.verify.prompts)]
+    return measure(runtime, rule, artifact, prepared.base.path, prompts, recipe, progress)
 
 
-def _held_out(prepared: Prepared, count: int) -> list[str]:
-    """Test questions of the requested traits in turn."""
-    share = -(-count // len(prepared.benches))
-    pools = [bench.test(share) for bench in prepared.benches.values()]
+def _held_out(benches: dict[str, TraitBench], recipe: Recipe, count: int) -> list[str]:
+    """Test questions of the requested traits in turn, as the user would send them.
+
+    Raises:
+        BenchError: there are fewer.
+    """
+    share = -(-count // len(benches))
+    pools = [bench.test(share) for bench in benches.values()]
     mixed = [question for turn in zip(*pools, strict=True) for question in turn]
-    return [prepared.recipe.prompt.user.replace("{question}", question.text) for question in mixed[:count]]
+    return [recipe.prompt.user.replace("{question}", question.text) for question in mixed[:count]]
 
 
 def _refuse_unfaithful(fidelity: Fidelity, prepared: Prepared, temporary: Path) -> None:
@@ -290,7 +290,7 @@ def _sample(prepared: Prepared, artifact: Path, progress: Progress) -> dict[str,
     from npti_export.runtimes.llamacpp import LlamaCppRuntime
 
     assert prepared.base is not None
-    question = _held_out(prepared, 1)[0]
+    question = _held_out(prepared.benches, prepared.recipe, 1)[0]
     sample = {"question": question}
     progress.start("sample answers", 2)
     try:

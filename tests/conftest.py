@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jobs import main_job, npti
 
 from npti_export.models import default_model_path, gguf_source
 from npti_export.rule import SteeringRule
@@ -171,3 +172,17 @@ def cli_environment(tmp_path):
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "120",
     }
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """One uninterrupted run of the main job on the tiny model."""
+    folder = tmp_path_factory.mktemp("finished")
+    environment = {**os.environ, "NPTI_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = npti(
+        *main_job(tiny, "model.gguf", "--report", "report.json", "--save-profile", "p.safetensors"),
+        environment=environment,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done

@@ -219,6 +219,8 @@ def test_large_tensors_are_streamed_to_the_same_bytes(tiny, tmp_path, monkeypatc
     monkeypatch.setattr("npti_export.export.widen.CHUNK", 1000)
     bake(tiny, tmp_path / "b.gguf", rule_for(tiny))
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    strip(tmp_path / "b.gguf", tmp_path / "base.gguf", force=False)
+    assert (tmp_path / "base.gguf").read_bytes() == tiny.read_bytes()
 
 
 def test_a_base_cut_short_while_it_is_read(make_tiny, tmp_path):

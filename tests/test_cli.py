@@ -1,30 +1,15 @@
 """The command line as a user meets it: one clear line for bad input, exit codes, and nothing left behind."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from jobs import QUICK, main_job, npti
 
 from npti_export.files import sha256_file
 from npti_export.gguf.reader import read_gguf
-
-COMMAND = [sys.executable, "-c", "from npti_export.cli import main; main()"]
-# Small enough for a tiny random model, and no profile of a pole may come out empty.
-QUICK = ["--questions", "6", "--max-new-tokens", "8", "--batch-size", "4", "--dtype", "float32"]
-QUICK += ["--set", "select.at_least=20", "--set", "select.at_most=20", "--set", "verify.prompts=2"]
-QUICK += ["--set", "verify.answer_tokens=8"]
-
-
-def npti(*arguments, environment, cwd, **options):
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd, **options
-    )
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy():
@@ -122,24 +107,6 @@ def test_bad_input(arguments, says, cli_environment, tmp_path, tiny):
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert (tmp_path / "there.gguf").read_text() == "precious"
-
-
-def main_job(tiny, out, *more):
-    return ["--trait", "extraversion+", "--model", tiny, "--recipe", "npti", *QUICK, "--out", out, *more]
-
-
-@pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    """One uninterrupted run of the main job on the tiny model."""
-    folder = tmp_path_factory.mktemp("finished")
-    environment = {**os.environ, "NPTI_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = npti(
-        *main_job(tiny, "model.gguf", "--report", "report.json", "--save-profile", "p.safetensors"),
-        environment=environment,
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done
 
 
 def test_the_report_says_everything(finished, tiny):
@@ -256,78 +223,6 @@ def test_an_unfaithful_file_is_kept_aside(finished, tiny, cli_environment, tmp_p
     assert done.returncode == 3, done.stderr
     assert "does not do what the rule says" in done.stderr
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"m.gguf.rejected"}
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
-@pytest.mark.parametrize("allowed", [50_000, 400_000])
-def test_a_disk_that_fills_up(finished, tiny, cli_environment, tmp_path, allowed):
-    """Real failing writes, at two places of the file: the process may not write files over a size."""
-    import resource
-
-    folder, _ = finished
-    done = npti(
-        *main_job(tiny, "m.gguf", "--profile", folder / "p.safetensors"),
-        environment=cli_environment,
-        cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, allowed)),
-    )
-    assert done.returncode == 4, done.stderr
-    assert "the disk is full" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
-
-
-def wait_for_batches(cache, process, count=1, timeout=120):
-    """Until a state file has been written ``count`` times."""
-    seen, last = 0, None
-    limit = time.monotonic() + timeout
-    while seen < count and process.poll() is None and time.monotonic() < limit:
-        for path in Path(cache).glob("identify/*.safetensors"):
-            stamp = path.stat().st_mtime_ns
-            if stamp != last:
-                seen, last = seen + 1, stamp
-        time.sleep(0.005)
-    assert seen >= count, "the run ended before it could be killed"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_killed_run_goes_on_where_it_stopped_and_gives_the_same_bytes(finished, tiny, cli_environment, tmp_path, how):
-    folder, _ = finished
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, main_job(tiny, "model.gguf"))],
-        env=cli_environment,
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for_batches(cli_environment["NPTI_CACHE"], process)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
-    assert not (tmp_path / "model.gguf").exists()
-    if how != signal.SIGKILL:
-        assert process.returncode == 130
-        assert "interrupted" in errors.splitlines()[-1]
-        assert {path.name for path in tmp_path.iterdir()} == {"cache"}
-    done = npti(*main_job(tiny, "model.gguf"), environment=cli_environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stderr
-    assert (tmp_path / "model.gguf").read_bytes() == (folder / "model.gguf").read_bytes()
-
-
-def test_a_damaged_cache_is_not_believed(finished, tiny, cli_environment, tmp_path):
-    folder, _ = finished
-    environment = {**cli_environment, "NPTI_CACHE": str(folder / "cache")}
-    (state,) = (folder / "cache" / "identify").glob("*.safetensors")
-    data = state.read_bytes()
-    try:
-        state.write_bytes(data[: len(data) // 2])
-        done = npti(*main_job(tiny, "m.gguf"), environment=environment, cwd=tmp_path)
-    finally:
-        state.write_bytes(data)
-    assert done.returncode == 0, done.stderr
-    assert "starting this identification afresh" in done.stderr.replace("\n", " ")
-    assert (tmp_path / "m.gguf").read_bytes() == (folder / "model.gguf").read_bytes()
 
 
 def test_a_transformers_directory_bakes_into_a_gguf_of_the_same_model(tiny, tiny_checkpoint, cli_environment, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from npti_export.errors import DiskFullError, GGUFError, ModelError
 from npti_export.export import widen
 from npti_export.files import atomic_output, sha256_file
 from npti_export.gguf.blocks import block_shape, supports_widening, type_name
-from npti_export.gguf.reader import GGUFFile, TensorInfo, parse_gguf, read_gguf
+from npti_export.gguf.reader import GGUFFile, KeyValue, TensorInfo, parse_gguf, read_gguf
 from npti_export.gguf.writer import (
     NewTensor,
     Value,
@@ -110,7 +110,6 @@ def plan_bake(base: GGUFFile, program: MLPProgram, metadata: dict[str, Value], b
         for layer, one in enumerate(padded.layers)
         if one.off.size or one.gate_bias.any()
     ]
-    placed = lay_out(tensors, base.alignment)
     added: dict[str, Value] = {
         "npti.format": FORMAT,
         _SHA256: base_sha256,
@@ -118,18 +117,14 @@ def plan_bake(base: GGUFFile, program: MLPProgram, metadata: dict[str, Value], b
         **{PREFIX + key: value for key, value in metadata.items()},
         **_recovery(base),
     }
-    width_key = f"{base.architecture}.feed_forward_length"
-    keys = [
-        (entry.key, encode_uint32(program.width + extra) if entry.key == width_key else entry.raw)
-        for entry in base.keys
-    ]
+    keys = _with_width(base, base.keys, program.width + extra)
     keys += [(key, encode_value(value)) for key, value in added.items()]
-    header = encode_header(base.version, keys, placed, base.alignment)
+    header, placed = _lay_out(base, keys, tensors)
     return BakePlan(base, padded, header, tuple(placed), extra, base_sha256)
 
 
 def write_bake(plan: BakePlan, path: Path) -> None:
-    """Write a planned file to ``path``, streaming; memory is bounded by a few chunks, whatever the model's size.
+    """Write a planned file to ``path``, streaming; memory is bounded by the batches ahead, whatever the model's size.
 
     Raises:
         DiskFullError: known before the first byte.
@@ -148,7 +143,6 @@ def write_bake(plan: BakePlan, path: Path) -> None:
             path.open("wb", buffering=0) as target,
             ThreadPoolExecutor(1) as writer,
         ):
-            target.write(plan.header)
             pending: deque[Future[None]] = deque()
             # This thread computes what is new, the other one moves bytes, mostly inside the kernel.
             for pieces, streamed in _batches(plan, source):
@@ -162,11 +156,11 @@ def write_bake(plan: BakePlan, path: Path) -> None:
 
 
 def _batches(plan: BakePlan, source: BinaryIO) -> Iterator[tuple[Iterable[widen.Piece], bool]]:
-    """The data section in pieces, and whether computing them reads from ``source`` while they are written.
+    """The file in pieces, and whether computing them reads from ``source`` while they are written.
 
     Tensors that are copied are gathered until there is one with something new, so that neighbours go in one call.
     """
-    batch: list[widen.Piece] = []
+    batch: list[widen.Piece] = [plan.header]
     position = 0
     for tensor in plan.tensors:
         if tensor.offset > position:
@@ -207,15 +201,9 @@ def strip(path: Path, out: Path, *, force: bool) -> str:
         raise GGUFError(
             f"{path}: was not made by this version of npti-export (no npti.base metadata); nothing to strip"
         )
-    header, tensors = _base_layout(steered)
-    gaps = memoryview(bytes(steered.get(_GAPS, [])))
     with atomic_output(out, force=force) as temporary:
-        with path.open("rb") as source, temporary.open("wb", buffering=0) as target:
-            target.write(header)
-            for tensor in sorted(tensors, key=lambda one: one.offset):
-                gaps = _fill_gap(target, tensor.offset, gaps)
-                widen.write_pieces(source, target, _narrowed(source, steered, tensor))
-            _fill_gap(target, int(steered.get("npti.base.bytes", target.tell())), gaps)
+        with path.open("rb") as source, path.open("rb") as copied, temporary.open("wb", buffering=0) as target:
+            widen.write_pieces(copied, target, _base_pieces(steered, source))
         found = sha256_file(temporary)
         if found != expected:
             raise GGUFError(
@@ -254,15 +242,27 @@ def _layer(plan: BakePlan, name: str) -> LayerProgram:
     return plan.program.layers[int(name.split(".")[1])]
 
 
-def _plain_layout(base: GGUFFile) -> tuple[bytes, list[NewTensor]]:
-    """The header that a writer without quirks gives the base's keys and tensors."""
-    placed = lay_out([NewTensor(one.name, one.shape, one.type_id, one.nbytes) for one in base.tensors], base.alignment)
-    return encode_header(base.version, [(entry.key, entry.raw) for entry in base.keys], placed, base.alignment), placed
+def _lay_out(
+    like: GGUFFile, keys: Sequence[tuple[str, bytes]], tensors: Sequence[NewTensor]
+) -> tuple[bytes, list[NewTensor]]:
+    """Header bytes and placed tensors of a file without quirks, of the version and alignment of ``like``."""
+    placed = lay_out(tensors, like.alignment)
+    return encode_header(like.version, keys, placed, like.alignment), placed
+
+
+def _with_width(like: GGUFFile, entries: Iterable[KeyValue], width: int) -> list[tuple[str, bytes]]:
+    """The entries with another width of the MLPs."""
+    width_key = f"{like.architecture}.feed_forward_length"
+    return [(entry.key, encode_uint32(width) if entry.key == width_key else entry.raw) for entry in entries]
 
 
 def _recovery(base: GGUFFile) -> dict[str, Value]:
     """What strip cannot work out for itself: a header with quirks, bytes between tensors that are not zero."""
-    header, _ = _plain_layout(base)
+    header, _ = _lay_out(
+        base,
+        [(entry.key, entry.raw) for entry in base.keys],
+        [NewTensor(one.name, one.shape, one.type_id, one.nbytes) for one in base.tensors],
+    )
     with base.path.open("rb") as stream:
         original = stream.read(base.data_start)
         gaps = []
@@ -283,30 +283,39 @@ def _recovery(base: GGUFFile) -> dict[str, Value]:
 
 def _base_layout(steered: GGUFFile) -> tuple[bytes, list[TensorInfo]]:
     """Header bytes and tensors (offsets from the start of the file) of the base of a steered file."""
-    width = steered.require_int(_WIDTH)
-    total = steered.require_int(f"{steered.architecture}.feed_forward_length")
-    tensors = [_widened(one, width, 0) for one in steered.tensors if not one.name.endswith("ffn_gate.bias")]
     stored = steered.get(_HEADER)
     if stored is not None:
-        return _stored_layout(steered, bytes(stored))
-    width_key = f"{steered.architecture}.feed_forward_length"
-    keys = [
-        (entry.key, encode_uint32(width) if entry.key == width_key else entry.raw)
-        for entry in steered.keys
-        if not entry.key.startswith(PREFIX)
-    ]
-    if total < width:
+        size = steered.require_int("npti.base.bytes")
+        return bytes(stored), list(parse_gguf(io.BytesIO(bytes(stored)), size, steered.path).tensors)
+    width = steered.require_int(_WIDTH)
+    if steered.require_int(f"{steered.architecture}.feed_forward_length") < width:
         raise GGUFError(f"{steered.path}: is narrower than its base; it is damaged")
-    placed = lay_out(tensors, steered.alignment)
-    header = encode_header(steered.version, keys, placed, steered.alignment)
+    keys = _with_width(steered, (entry for entry in steered.keys if not entry.key.startswith(PREFIX)), width)
+    tensors = [_widened(one, width, 0) for one in steered.tensors if not one.name.endswith("ffn_gate.bias")]
+    header, placed = _lay_out(steered, keys, tensors)
     return header, [
         TensorInfo(one.name, one.shape, one.type_id, len(header) + one.offset, one.nbytes) for one in placed
     ]
 
 
-def _stored_layout(steered: GGUFFile, header: bytes) -> tuple[bytes, list[TensorInfo]]:
-    stored = parse_gguf(io.BytesIO(header), steered.require_int("npti.base.bytes"), steered.path)
-    return header, list(stored.tensors)
+def _base_pieces(steered: GGUFFile, source: BinaryIO) -> Iterator[widen.Piece]:
+    """The whole base file in pieces: its header, its tensors in the order of the file, and what lies between them."""
+    header, tensors = _base_layout(steered)
+    gaps = memoryview(bytes(steered.get(_GAPS, [])))  # zeros where it is empty
+
+    def gap(length: int) -> bytes:
+        nonlocal gaps
+        data, gaps = bytes(gaps[:length]), gaps[length:]
+        return data.ljust(length, b"\0")
+
+    yield header
+    position = len(header)
+    for tensor in sorted(tensors, key=lambda one: one.offset):
+        if tensor.offset > position:
+            yield gap(tensor.offset - position)
+        yield from _narrowed(source, steered, tensor)
+        position = tensor.offset + tensor.nbytes
+    yield gap(int(steered.get("npti.base.bytes", position)) - position)
 
 
 def _narrowed(source: BinaryIO, steered: GGUFFile, tensor: TensorInfo) -> Iterator[widen.Piece]:
@@ -316,10 +325,3 @@ def _narrowed(source: BinaryIO, steered: GGUFFile, tensor: TensorInfo) -> Iterat
     if tensor.name.endswith("ffn_down.weight"):
         return widen.keep_columns(source, wide, tensor.row_bytes)
     return widen.copy(wide)
-
-
-def _fill_gap(target: BinaryIO, position: int, gaps: memoryview) -> memoryview:
-    length = position - target.tell()
-    data = bytes(gaps[:length])
-    target.write(data + b"\0" * (length - len(data)))
-    return gaps[length:]

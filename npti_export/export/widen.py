@@ -77,12 +77,12 @@ def keep_columns(stream: BinaryIO, tensor: TensorInfo, row_bytes: int) -> Iterat
 
 
 def _row_chunks(stream: BinaryIO, tensor: TensorInfo) -> Iterator[Bytes]:
-    row_bytes, left = tensor.row_bytes, tensor.rows
-    stream.seek(tensor.offset)
-    while left:
-        count = min(max(1, CHUNK // row_bytes), left)
+    row_bytes = tensor.row_bytes
+    per_chunk = max(1, CHUNK // row_bytes)
+    for start in range(0, tensor.rows, per_chunk):
+        count = min(per_chunk, tensor.rows - start)
+        stream.seek(tensor.offset + start * row_bytes)  # whoever takes the chunks may move the stream meanwhile
         yield _read(stream, count * row_bytes).reshape(count, row_bytes)
-        left -= count
 
 
 def _read(stream: BinaryIO, count: int) -> Bytes:

@@ -1,0 +1,82 @@
+"""Kills, full disks and damaged caches: nothing half-written, and the work goes on."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from jobs import COMMAND, main_job, npti
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+@pytest.mark.parametrize("allowed", [50_000, 400_000])
+def test_a_disk_that_fills_up(finished, tiny, cli_environment, tmp_path, allowed):
+    """Real failing writes, at two places of the file: the process may not write files over a size."""
+    import resource
+
+    folder, _ = finished
+    done = npti(
+        *main_job(tiny, "m.gguf", "--profile", folder / "p.safetensors"),
+        environment=cli_environment,
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, allowed)),
+    )
+    assert done.returncode == 4, done.stderr
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+
+
+def wait_for_batches(cache, process, count=1, timeout=120):
+    """Until a state file has been written ``count`` times."""
+    seen, last = 0, None
+    limit = time.monotonic() + timeout
+    while seen < count and process.poll() is None and time.monotonic() < limit:
+        for path in Path(cache).glob("identify/*.safetensors"):
+            stamp = path.stat().st_mtime_ns
+            if stamp != last:
+                seen, last = seen + 1, stamp
+        time.sleep(0.005)
+    assert seen >= count, "the run ended before it could be killed"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_run_goes_on_where_it_stopped_and_gives_the_same_bytes(finished, tiny, cli_environment, tmp_path, how):
+    folder, _ = finished
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, main_job(tiny, "model.gguf"))],
+        env=cli_environment,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_batches(cli_environment["NPTI_CACHE"], process)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert not (tmp_path / "model.gguf").exists()
+    if how != signal.SIGKILL:
+        assert process.returncode == 130
+        assert "interrupted" in errors.splitlines()[-1]
+        assert {path.name for path in tmp_path.iterdir()} == {"cache"}
+    done = npti(*main_job(tiny, "model.gguf"), environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    assert (tmp_path / "model.gguf").read_bytes() == (folder / "model.gguf").read_bytes()
+
+
+def test_a_damaged_cache_is_not_believed(finished, tiny, cli_environment, tmp_path):
+    folder, _ = finished
+    environment = {**cli_environment, "NPTI_CACHE": str(folder / "cache")}
+    (state,) = (folder / "cache" / "identify").glob("*.safetensors")
+    data = state.read_bytes()
+    try:
+        state.write_bytes(data[: len(data) // 2])
+        done = npti(*main_job(tiny, "m.gguf"), environment=environment, cwd=tmp_path)
+    finally:
+        state.write_bytes(data)
+    assert done.returncode == 0, done.stderr
+    assert "starting this identification afresh" in done.stderr.replace("\n", " ")
+    assert (tmp_path / "m.gguf").read_bytes() == (folder / "model.gguf").read_bytes()
