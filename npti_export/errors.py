@@ -39,6 +39,14 @@ class ProfileError(NptiError):
     """A neuron profile that is damaged, selects nothing, or belongs to another model."""
 
 
+class AdapterError(NptiError):
+    """An adapter or steered file whose rule is missing, damaged or of another model, or cannot do what is asked."""
+
+
+class HubError(NptiError):
+    """A repository or token that the Hub does not take, or an upload that broke off."""
+
+
 class OutputError(NptiError):
     """An output path that exists already or cannot be written."""
 

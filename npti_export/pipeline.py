@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npti_export import __version__
 from npti_export.bench import TraitBench, load_bench
 from npti_export.compiler.exact import compile_exact
 from npti_export.errors import FidelityError, ModelError, NptiError, OutputError, ProfileError
@@ -29,6 +28,7 @@ from npti_export.report import peak_rss_mb
 from npti_export.rule import SteeringRule, build_rule, compose
 from npti_export.runtimes.base import chat
 from npti_export.traits import TraitSpec
+from npti_export.version import __version__
 
 if TYPE_CHECKING:
     from npti_export.runtimes.transformers import TransformersRuntime

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npti_export import __version__
 from npti_export.errors import ProfileError
 from npti_export.files import atomic_output
 from npti_export.models import ModelShape, ModelSource
 from npti_export.stats import ActivationStats
 from npti_export.traits import FACETS, Sign
+from npti_export.version import __version__
 
 Matrix = npt.NDArray[np.float32]
 SAFETENSORS_SUFFIXES = (".safetensors", "")  # a bare name is as good

@@ -1,23 +1,31 @@
-"""Apply a rule to a model in transformers, around the activation module, for as long as a block lasts."""
+"""The rule on a running torch model: the plain reference, and the arithmetic of attached adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from npti_export.errors import AdapterError
 from npti_export.rule import SteeringRule
 
 if TYPE_CHECKING:
-    import torch
+    from npti_export.positions import ResponsePositions
+
+Where = Literal["all", "response"]
+NOT_LOADED = 255  # a clamp vector of an adapter whose weights have not come yet
 
 
 @contextmanager
 def steered(activations: Sequence[torch.nn.Module], rule: SteeringRule) -> Iterator[None]:
     """Within the block, each activation module returns ``where(clamp, min(a, 0), a) + shift``.
+
+    This is the definition that every output is measured against.
 
     Args:
         activations: one module a layer, whose output is the gate activation ``[…, width]``.
@@ -27,9 +35,8 @@ def steered(activations: Sequence[torch.nn.Module], rule: SteeringRule) -> Itera
     """
     with ExitStack() as stack:
         for module, shift, clamp in zip(activations, rule.shift, rule.clamp, strict=True):
-            if not (shift.any() or clamp.any()):
-                continue
-            stack.callback(module.register_forward_hook(_Rule(shift, clamp)).remove)
+            if shift.any() or clamp.any():
+                stack.callback(module.register_forward_hook(_Rule(shift, clamp)).remove)
         yield
 
 
@@ -37,8 +44,6 @@ class _Rule:
     """A forward hook with one layer's vectors, kept on the device where it is used."""
 
     def __init__(self, shift: npt.NDArray[np.float32], clamp: npt.NDArray[np.bool_]) -> None:
-        import torch
-
         # min(a, limit): 0 for clamped neurons, no limit for the others
         self.limit = torch.from_numpy(np.where(clamp, np.float32(0), np.float32(np.inf)))
         self.shift = torch.from_numpy(shift)
@@ -47,3 +52,126 @@ class _Rule:
         if self.limit.device != output.device:
             self.limit, self.shift = self.limit.to(output.device), self.shift.to(output.device)
         return (output.float().minimum(self.limit) + self.shift).to(output.dtype)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One adapter's part in one layer.
+
+    Attributes:
+        name: of the adapter, for messages.
+        shift: ``[width]`` float32.
+        clamp: ``[width]`` uint8, 1 for a clamped neuron.
+        strength: multiplies the shift; at 0 the clamp is off, too.
+        where: ``all`` positions or only those of the ``response``.
+    """
+
+    name: str
+    shift: torch.Tensor
+    clamp: torch.Tensor
+    strength: float
+    where: Where
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """What several shares add up to: clamps unite, shifts add."""
+
+    limit: torch.Tensor  # of the activation's dtype: 0 where clamped, else infinity
+    shift: torch.Tensor  # float32
+
+
+class LayerSteering:
+    """Applies shares to the activation of one layer.
+
+    What the shares add up to is computed once and kept for as long as they, their values, the device and the dtype
+    stay the same, which leaves two operations a layer and token.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[bool, tuple[tuple[Any, ...], _Vectors | None]] = {}
+        self._checked: tuple[tuple[int, int], ...] = ()
+
+    def __call__(
+        self, a: torch.Tensor, shares: Sequence[Share], positions: ResponsePositions | None = None
+    ) -> torch.Tensor:
+        """The steered activation.
+
+        Args:
+            a: ``[…, width]``, or ``[batch, length, width]`` where positions matter.
+            shares: at least those that are active.
+            positions: which positions hold response tokens; needed where a share is for these only.
+
+        Raises:
+            AdapterError: a share's vectors were never loaded, or hold values that are not finite.
+        """
+        active = [share for share in shares if share.strength]
+        everywhere = [share for share in active if share.where == "all"]
+        if len(everywhere) == len(active):
+            return self._apply(a, everywhere, False)
+        response = False if positions is None else positions.of(a)
+        if isinstance(response, torch.Tensor):
+            return torch.where(response[..., None], self._apply(a, active, True), self._apply(a, everywhere, False))
+        return self._apply(a, active, True) if response else self._apply(a, everywhere, False)
+
+    def _apply(self, a: torch.Tensor, shares: Sequence[Share], in_response: bool) -> torch.Tensor:
+        if not shares:
+            return a
+        if torch.compiler.is_compiling():
+            return _apply_plainly(a, shares)
+        if any(share.shift.requires_grad for share in shares):
+            self._check_loaded(shares)
+            return _apply_plainly(a, shares)
+        key = (
+            a.device,
+            a.dtype,
+            *((id(share.shift), _version(share.shift), _version(share.clamp), share.strength) for share in shares),
+        )
+        kept = self._kept.get(in_response)
+        if kept is None or kept[0] != key:
+            kept = self._kept[in_response] = (key, _combine(a, shares))
+        vectors = kept[1]
+        if vectors is None:
+            return a
+        # In place: minimum() made a tensor that nobody else has. The sum is computed in float32 and rounded once.
+        return torch.minimum(a, vectors.limit).add_(vectors.shift)
+
+    def _check_loaded(self, shares: Sequence[Share]) -> None:
+        state = tuple((id(share.clamp), _version(share.clamp)) for share in shares)
+        if state != self._checked:
+            _refuse_unloaded(shares)
+            self._checked = state
+
+
+def _apply_plainly(a: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
+    """The same without keeping anything: for gradients, and for compilers, which fuse it."""
+    clamp = torch.stack([share.clamp for share in shares]).amax(0).to(a.device) != 0
+    shift = sum(
+        (share.shift * share.strength for share in shares), start=torch.zeros((), device=shares[0].shift.device)
+    )
+    return (torch.where(clamp, a.clamp(max=0), a).float() + shift.to(a.device)).to(a.dtype)
+
+
+def _refuse_unloaded(shares: Sequence[Share]) -> None:
+    for share in shares:
+        if bool((share.clamp == NOT_LOADED).any()) or not bool(torch.isfinite(share.shift).all()):
+            raise AdapterError(
+                f"adapter {share.name!r}: its vectors were not loaded, or are not finite; load it with its weights "
+                "(load_adapter) and check its adapter_model.safetensors"
+            )
+
+
+def _combine(a: torch.Tensor, shares: Sequence[Share]) -> _Vectors | None:
+    _refuse_unloaded(shares)
+    with torch.no_grad():
+        shift = torch.stack([share.shift.float() * share.strength for share in shares]).sum(0).to(a.device)
+        clamp = torch.stack([share.clamp for share in shares]).amax(0).to(a.device) != 0
+        if not (bool(shift.any()) or bool(clamp.any())):
+            return None
+        limit = torch.full(shift.shape, torch.inf, dtype=a.dtype, device=a.device).masked_fill_(clamp, 0)
+    return _Vectors(limit, shift)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Changes with every change of the values; inference tensors do not count theirs, nor can they be trained."""
+    return -1 if tensor.is_inference() else tensor._version

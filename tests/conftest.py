@@ -162,6 +162,37 @@ def random_rule(layers, width, seed=0, per_layer=(5, 7)):
     return SteeringRule(shift, clamp)
 
 
+@pytest.fixture(scope="session")
+def provenance(tiny_checkpoint):
+    from npti_export.models import resolve_model
+    from npti_export.rule_io import Provenance
+
+    source = resolve_model(str(tiny_checkpoint))
+    return Provenance(
+        trait="calm",
+        gamma=1.0,
+        recipe="{}",
+        model="tiny",
+        model_type=source.model_type,
+        fingerprint=source.identity,
+        base=str(tiny_checkpoint),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_adapter(provenance, tmp_path_factory):
+    """make_adapter(rule) -> directory of an adapter for the tiny model."""
+    from npti_export.export.peft import write_adapter
+    from npti_export.rule_io import SavedRule
+
+    def make(rule, about=provenance):
+        directory = tmp_path_factory.mktemp("adapter")
+        write_adapter(SavedRule(rule, about), directory)
+        return directory
+
+    return make
+
+
 @pytest.fixture
 def cli_environment(tmp_path):
     """For subprocesses: their own cache, one thread, no network."""

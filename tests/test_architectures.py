@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, random_rule
+from peft import PeftModel
+from plain_rule import logits, plain_rule
 
+import npti_export
 from npti_export.architectures import ARCHITECTURES
 from npti_export.errors import ArchitectureError
+from npti_export.export.peft import write_adapter
 from npti_export.models import resolve_model
+from npti_export.rule_io import Provenance, SavedRule
 from npti_export.runtimes.base import chat
 from npti_export.runtimes.transformers import TransformersRuntime
 from npti_export.steer import steered
@@ -44,6 +49,11 @@ def family(request, tmp_path, tiny_runtime):
     return TransformersRuntime(source, device="cpu", dtype="float32")
 
 
+def gate_projection(mlp):
+    """Its output begins with g, whether or not up is fused into it."""
+    return mlp.gate_up_proj if hasattr(mlp, "gate_up_proj") else mlp.gate_proj
+
+
 def test_counts_are_those_of_the_gate_projection(family):
     """a = silu(g) is positive where the gate projection's output g is: read there, independently."""
     prompts = [family.encode(chat("Be calm.", text)) for text in ("Hello", "What do you see over there?")]
@@ -52,8 +62,8 @@ def test_counts_are_those_of_the_gate_projection(family):
     for exchange in exchanges:
         gates = []
         hooks = [
-            layer.mlp.gate_proj.register_forward_hook(
-                lambda _module, _inputs, out, seen=gates: seen.append(out[0].detach().numpy())
+            gate_projection(layer.mlp).register_forward_hook(
+                lambda _module, _inputs, out, seen=gates: seen.append(out[0, :, :96].detach().numpy())
             )
             for layer in family.layers
         ]
@@ -75,6 +85,26 @@ def test_the_rule_changes_the_output_and_lets_go(family):
         during = family.logits(tokens)
     assert np.abs(during - before).max() > 0.01
     np.testing.assert_array_equal(family.logits(tokens), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_is_the_rule(family, tmp_path, dtype):
+    """Found by the table, loaded by PEFT, bitwise what the rule written into the MLP gives."""
+    source, rule = family.source, random_rule(3, 96)
+    about = Provenance("calm", 1.0, "{}", "tiny", source.model_type, source.identity, str(source.path))
+    write_adapter(SavedRule(rule, about), tmp_path)
+    model = family.model.to(dtype)
+    ids = torch.arange(5, 25)[None]
+    base = logits(model, ids)
+    with plain_rule(model, rule):
+        want = logits(model, ids)
+    with npti_export.attach(model, tmp_path):
+        assert torch.equal(logits(model, ids), want)
+    adapted = PeftModel.from_pretrained(model, tmp_path)
+    assert torch.equal(logits(adapted, ids), want)
+    assert not torch.equal(base, want)
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted, ids), base)
 
 
 def test_only_rows_with_a_gguf_name_are_baked():

@@ -4,8 +4,14 @@
 # a few layers deep, on logits of size up to ten.
 LOGITS_FLOAT32 = 1e-4
 
+# The same for one pass of the three-layer tiny model, whose logits are of size one: what is promised of adapters.
+ADAPTER_FLOAT32 = 1e-5
+
 # KL(rule || F32 file) on the tiny random model, whose gates the clamp basis (rms error 0.003) meets unprepared.
 KL_TINY_FLOAT = 1e-4
+
+# The same where weights and biases are rounded to bfloat16 (8 bits), biases of a clamp basis up to 45 included.
+KL_TINY_BFLOAT16 = 1e-3
 
 # A quantised tiny model against its own dequantised weights: new down columns are quantised again, and llama.cpp
 # quantises activations to 8 bits. Measured 0.001 to 0.009 (floor 0.001 to 0.005), IQ3_S 0.05: its codebook does not

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from npti_export import __version__
 from npti_export.cli.identify import identify
 from npti_export.cli.inspect import inspect
 from npti_export.cli.options import FILE, RichProgress, job_options, model_options
 from npti_export.cli.strip import strip
 from npti_export.cli.traits import traits
+from npti_export.version import __version__
 
 
 @click.group(

@@ -1,0 +1,72 @@
+"""What ``adapter_config.json`` says of an adapter of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from npti_export.errors import AdapterError
+from npti_export.rule_io import PEFT_TYPE
+
+
+@dataclass
+class NptiConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
+    """Configuration of an ``npti`` adapter.
+
+    Args:
+        layers: decoder layers of the model that it is for; None accepts any number.
+        width: neurons in each layer's MLP; None accepts any.
+        strength: multiplies the shifts; 0 switches the adapter off, clamps included.
+        where: ``all`` positions (what baked files do) or those of the ``response`` only (what the paper's code does).
+        target_modules: regular expression for the names of the activation modules, with the layer's number as its
+            first group; None takes it from the table of architectures.
+        provenance: trait, recipe and fingerprint, see :class:`npti_export.rule_io.Provenance`. None accepts any model.
+        init_weights: begin with zeros, as for a new adapter; a saved adapter waits for its weights instead.
+
+    Raises:
+        AdapterError: a strength below zero, or another ``where``.
+    """
+
+    layers: int | None = None
+    width: int | None = None
+    strength: float = 1.0
+    where: str = "all"
+    target_modules: str | None = None
+    provenance: dict[str, Any] | None = None
+    init_weights: bool = field(default=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = getattr(PeftType, PEFT_TYPE)
+        check_strength(self.strength)
+        check_where(self.where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: an adapter read from a file has weights that must come from that file."""
+        return {**super().to_dict(), "init_weights": False}
+
+
+def check_strength(strength: float) -> float:
+    """The strength as a float.
+
+    Raises:
+        AdapterError: not a finite number, or below zero.
+    """
+    value = float(strength)
+    if not 0 <= value < float("inf"):
+        raise AdapterError(f"strength {strength}: give 0 (off) or more; for the other direction take the opposite pole")
+    return value
+
+
+def check_where(where: str) -> str:
+    """``all`` or ``response``.
+
+    Raises:
+        AdapterError: something else.
+    """
+    if where not in ("all", "response"):
+        raise AdapterError(f"where={where!r}: give 'all' or 'response'")
+    return where

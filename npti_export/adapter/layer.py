@@ -1,0 +1,97 @@
+"""The wrapper around one activation module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from npti_export.adapter.config import NptiConfig, check_strength, check_where
+from npti_export.errors import AdapterError
+from npti_export.positions import ResponsePositions
+from npti_export.steer import NOT_LOADED, LayerSteering, Share
+
+
+class NptiLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is untyped
+    """Stands where ``mlp.act_fn`` stood: ``where(clamp, min(a, 0), a) + strength * shift`` of its output ``a``.
+
+    Args:
+        base_layer: the activation module, or another tuner's wrapper of it.
+        layer: number of the decoder layer, for messages.
+
+    Attributes:
+        npti_shift: per adapter ``[width]`` float32, whatever the model's dtype: rounded to bfloat16 it would cost
+            as much fidelity as a quantised file.
+        npti_clamp: per adapter ``[width]`` uint8, 1 for a clamped neuron.
+        npti_strength: per adapter.
+        npti_where: per adapter ``all`` or ``response``.
+        positions: follows the model's passes, if an adapter steers the response only.
+    """
+
+    adapter_layer_names = ("npti_shift",)
+    other_param_names = ("npti_clamp", "npti_strength", "npti_where")
+
+    def __init__(self, base_layer: nn.Module, layer: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.layer = layer
+        self.npti_shift = nn.ParameterDict()
+        self.npti_clamp = BufferDict(persistent=True)
+        self.npti_strength: dict[str, float] = {}
+        self.npti_where: dict[str, str] = {}
+        self.positions: ResponsePositions | None = None
+        self.steering = LayerSteering()
+        self.calls = 0
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: NptiConfig, width: int, device: torch.device) -> None:
+        """Make room for an adapter: zeros for a new one, placeholders for one whose weights are to be loaded."""
+        fresh = config.init_weights
+        shift = torch.full((width,), 0.0 if fresh else float("nan"), dtype=torch.float32, device=device)
+        clamp = torch.full((width,), 0 if fresh else NOT_LOADED, dtype=torch.uint8, device=device)
+        self.npti_shift[adapter_name] = nn.Parameter(shift, requires_grad=not config.inference_mode)
+        self.npti_clamp[adapter_name] = clamp
+        self.npti_strength[adapter_name] = check_strength(config.strength)
+        self.npti_where[adapter_name] = check_where(config.where)
+
+    def shares(self, adapters: list[str] | None = None) -> list[Share]:
+        """The parts of the active (or the named) adapters in this layer."""
+        names = cast(list[str], self.active_adapters) if adapters is None else adapters
+        return [
+            Share(name, self.npti_shift[name], self.npti_clamp[name], self.npti_strength[name], self.npti_where[name])  # type: ignore[arg-type]
+            for name in names
+            if name in self.npti_shift
+        ]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``x`` is the gate projection's output ``[…, width]``."""
+        a: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return a
+        return self.steering(a, self.shares(), self.positions)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """A rule cannot be merged into the weights in place.
+
+        Raises:
+            AdapterError: always; ``merge_and_unload`` gives a widened model.
+        """
+        raise AdapterError("a rule cannot be merged in place; merge_and_unload() gives a wider model that holds it")
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> NptiLayer:
+        """Moves like any module, but a cast of the model leaves the shifts in float32, bit for bit."""
+        exact = {name: parameter.data for name, parameter in self.npti_shift.items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, parameter in self.npti_shift.items():
+            if parameter.dtype != torch.float32 and not parameter.is_meta:
+                parameter.data = exact[name].to(parameter.device)
+        return self

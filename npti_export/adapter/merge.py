@@ -1,0 +1,95 @@
+"""``merge_and_unload``: the stock model, wider, that holds the rule in its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from npti_export.adapter.layer import NptiLayer
+from npti_export.adapter.target import Target
+from npti_export.compiler.exact import compile_exact
+from npti_export.errors import AdapterError
+from npti_export.export.as_llama import check_expressible, llama_config, padded_program
+from npti_export.export.dense import new_tensors, widened
+from npti_export.rule import SteeringRule
+
+_CLAMP_UNITS = 4  # as in the recipes
+
+
+def merged_model(target: Target, adapters: list[str], unload: Callable[[], Any]) -> nn.Module:
+    """See :meth:`npti_export.adapter.model.NptiModel.merge_and_unload`; ``unload`` gives the model without wrappers."""
+    from transformers import LlamaForCausalLM
+
+    check_expressible(target.model.config, "merge_and_unload")
+    _refuse_others(target)
+    if len(set(getattr(target.model, "hf_device_map", {}).values())) > 1:
+        raise AdapterError(
+            "merge_and_unload: the model is spread over several devices; load it on one, or use --format checkpoint"
+        )
+    rule = rule_of(target, adapters)
+    program = padded_program(compile_exact(rule, _CLAMP_UNITS))
+    base = unload()
+    config = llama_config(target.model.config, program)
+    weights = base.state_dict()
+    dtype = weights["model.embed_tokens.weight"].dtype
+    for index, layer in enumerate(program.layers):
+        prefix = f"model.layers.{index}.mlp"
+        device = weights[f"{prefix}.gate_proj.weight"].device
+        for name in ("gate_proj.weight", "up_proj.weight", "down_proj.weight"):
+            weights[f"{prefix}.{name}"] = widened(name, weights[f"{prefix}.{name}"], layer)
+        added = new_tensors(prefix, program.width, layer, config.hidden_size, dtype)
+        weights |= {name: tensor.to(device) for name, tensor in added.items()}
+        if config.attention_bias and config.model_type != target.model.config.model_type:
+            weights[f"model.layers.{index}.self_attn.o_proj.bias"] = torch.zeros(
+                config.hidden_size, dtype=dtype, device=device
+            )
+    with torch.device("meta"):
+        merged = LlamaForCausalLM(config)
+    merged.load_state_dict(weights, strict=True, assign=True)
+    return _finished(merged, base)
+
+
+def _finished(merged: Any, base: Any) -> nn.Module:
+    """What a model has beside its weights: buffers that are computed, generation settings, its mode."""
+    merged.tie_weights()
+    with torch.device(base.device):
+        merged.model.rotary_emb = type(merged.model.rotary_emb)(merged.config)
+    merged.generation_config = base.generation_config
+    done: nn.Module = merged.train(base.training).requires_grad_(False)
+    return done
+
+
+def rule_of(target: Target, adapters: list[str]) -> SteeringRule:
+    """What adapters in a model add up to, their strengths included.
+
+    Raises:
+        AdapterError: one of them steers the response only, or none changes anything.
+    """
+    shifts, clamps = [], []
+    for module in target.activations():
+        shares = [share for share in module.shares(adapters) if share.strength] if isinstance(module, NptiLayer) else []
+        if any(share.where != "all" for share in shares):
+            raise AdapterError("an adapter that steers the response only cannot be merged: weights steer everywhere")
+        shift, clamp = np.zeros(target.width, np.float64), np.zeros(target.width, np.bool_)
+        for share in shares:
+            shift += share.shift.detach().float().cpu().numpy().astype(np.float64) * share.strength
+            clamp |= share.clamp.cpu().numpy() == 1
+        shifts.append(shift)
+        clamps.append(clamp)
+    rule = SteeringRule(np.stack(shifts).astype(np.float32), np.stack(clamps))
+    if rule.shifted + rule.clamped == 0:
+        raise AdapterError(f"nothing to merge: the adapters {', '.join(adapters) or '(none active)'} change no neuron")
+    return rule
+
+
+def _refuse_others(target: Target) -> None:
+    for name, module in target.model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, NptiLayer):
+            raise AdapterError(
+                f"{name}: holds an adapter of another kind ({type(module).__name__}); merge or delete that one first"
+            )

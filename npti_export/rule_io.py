@@ -1,0 +1,251 @@
+"""A rule together with where it came from, as it is kept in adapters, steered checkpoints and steered GGUF files."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npti_export.architectures import by_model_type
+from npti_export.errors import AdapterError, ProfileError
+from npti_export.fingerprint import Fingerprint
+from npti_export.gguf.reader import GGUFFile, read_gguf
+from npti_export.rule import SteeringRule
+from npti_export.version import __version__
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CHECKPOINT_FILE = "npti.json"
+PEFT_TYPE = "NPTI"
+SHIFT, CLAMP = "npti_shift", "npti_clamp"
+_SPARSE = ("shift_index", "shift_value", "clamp_index", "shape")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a rule is, and for which model.
+
+    Attributes:
+        trait: poles and strengths, as the user gave them.
+        gamma: strength of the shift that is folded into the rule; None where several were mixed.
+        recipe: the resolved recipe as JSON.
+        model: name of the model, for people.
+        model_type: of its transformers configuration.
+        fingerprint: of the model.
+        base: hub id or place from which transformers can load the model.
+        license: of the model, if known.
+        version: of this tool.
+        fidelity: what verification measured; empty before it.
+    """
+
+    trait: str
+    gamma: float | None
+    recipe: str
+    model: str
+    model_type: str
+    fingerprint: Fingerprint
+    base: str | None = None
+    license: str | None = None
+    version: str = __version__
+    fidelity: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dictionary."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Provenance:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            KeyError, TypeError: something is missing or unknown.
+        """
+        return cls(**{**values, "fingerprint": Fingerprint(**values["fingerprint"])})
+
+
+@dataclass(frozen=True)
+class SavedRule:
+    """A rule and its provenance."""
+
+    rule: SteeringRule
+    about: Provenance
+
+
+def encode_rule(rule: SteeringRule) -> bytes:
+    """The rule without its zeros, as the bytes of a safetensors file."""
+    from safetensors.numpy import save
+
+    index = np.flatnonzero(rule.shift)
+    return save(
+        {
+            "shift_index": index.astype(np.int32),
+            "shift_value": rule.shift.ravel()[index],
+            "clamp_index": np.flatnonzero(rule.clamp).astype(np.int32),
+            "shape": np.array(rule.shift.shape, np.int32),
+        }
+    )
+
+
+def decode_rule(data: bytes, where: str) -> SteeringRule:
+    """The inverse of :func:`encode_rule`.
+
+    Raises:
+        AdapterError: not such bytes.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        index, values, clamped, shape = (load(data)[name] for name in _SPARSE)
+        shift = np.zeros(tuple(shape.tolist()), np.float32)
+        clamp = np.zeros(shift.shape, np.bool_)
+        shift.ravel()[index] = values
+        clamp.ravel()[clamped] = True
+        return SteeringRule(shift, clamp)
+    except (SafetensorError, KeyError, IndexError, ValueError, ProfileError) as error:
+        raise AdapterError(f"{where}: its steering rule is damaged ({error}); make the file again") from error
+
+
+def load_rule(path: Path) -> SavedRule:
+    """The rule inside an adapter directory, a steered checkpoint directory or a steered GGUF.
+
+    Raises:
+        AdapterError: holds no rule, or a damaged one.
+        GGUFError: not a readable GGUF.
+    """
+    if path.is_dir():
+        if (path / ADAPTER_CONFIG).is_file():
+            return _from_adapter(path)
+        if (path / CHECKPOINT_FILE).is_file():
+            return _from_checkpoint(path)
+        raise AdapterError(f"{path}: holds neither {ADAPTER_CONFIG} nor {CHECKPOINT_FILE}; it is not an output of ours")
+    if not path.is_file():
+        raise AdapterError(f"{path}: there is no such file or directory")
+    if path.name == ADAPTER_WEIGHTS:
+        return _from_adapter(path.parent)
+    return rule_of_gguf(read_gguf(path))
+
+
+def rule_of_gguf(header: GGUFFile) -> SavedRule:
+    """The rule that a GGUF was baked from.
+
+    Raises:
+        AdapterError: the file is not steered, or by a version that did not keep the rule.
+    """
+    stored, about = header.get("npti.rule"), header.get("npti.provenance")
+    if stored is None or about is None:
+        raise AdapterError(f"{header.path}: holds no steering rule (npti.rule); give a file made by npti-export")
+    fidelity = {
+        entry.key.removeprefix("npti.fidelity."): entry.value
+        for entry in header.keys
+        if entry.key.startswith("npti.fidelity.")
+    }
+    provenance = _provenance(lambda: json.loads(about) | {"fidelity": fidelity}, str(header.path))
+    return SavedRule(decode_rule(bytes(stored), str(header.path)), provenance)
+
+
+def save_checkpoint_rule(saved: SavedRule, directory: Path) -> None:
+    """Put the rule beside a steered checkpoint."""
+    packed = base64.b64encode(encode_rule(saved.rule)).decode("ascii")
+    text = json.dumps({"format": 1, "rule": packed, "provenance": saved.about.to_dict()}, indent=2, ensure_ascii=False)
+    (directory / CHECKPOINT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def adapter_tensors(saved: SavedRule) -> dict[str, np.ndarray[Any, Any]]:
+    """The tensors of an adapter, dense, by their names in ``adapter_model.safetensors``.
+
+    Per layer ``npti_shift`` ``[width]`` float32 and ``npti_clamp`` ``[width]`` uint8, 1 for a clamped neuron.
+    """
+    row = by_model_type(saved.about.model_type, saved.about.model)
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for layer, (shift, clamp) in enumerate(zip(saved.rule.shift, saved.rule.clamp, strict=True)):
+        prefix = f"base_model.model.{row.layers}.{layer}.{row.act}"
+        tensors[f"{prefix}.{SHIFT}"] = shift
+        tensors[f"{prefix}.{CLAMP}"] = clamp.astype(np.uint8)
+    return tensors
+
+
+def _from_checkpoint(directory: Path) -> SavedRule:
+    path = directory / CHECKPOINT_FILE
+    content = _json(path)
+    about = _provenance(lambda: content["provenance"], str(path))
+    try:
+        packed = base64.b64decode(content["rule"], validate=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path}: its steering rule is damaged ({error}); make the checkpoint again") from error
+    return SavedRule(decode_rule(packed, str(path)), about)
+
+
+def _from_adapter(directory: Path) -> SavedRule:
+    from safetensors import SafetensorError, safe_open
+
+    config_path, weights = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
+    config = _json(config_path)
+    if config.get("peft_type") != PEFT_TYPE:
+        raise AdapterError(f"{config_path}: is a {config.get('peft_type')} adapter, not one of npti-export")
+    about = _provenance(lambda: config["provenance"], str(config_path))
+    try:
+        with safe_open(weights, framework="np") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise AdapterError(f"{directory}: has no {ADAPTER_WEIGHTS}; the adapter is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{weights}: is damaged ({error}); download or make it again") from error
+    return SavedRule(_stacked(tensors, config, about, str(weights)), about)
+
+
+def _stacked(
+    tensors: dict[str, np.ndarray[Any, Any]], config: dict[str, Any], about: Provenance, where: str
+) -> SteeringRule:
+    """The rule of an adapter's tensors, after a check of every name and shape."""
+    try:
+        layers, width = int(config["layers"]), int(config["width"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(
+            f"{where}: its {ADAPTER_CONFIG} does not say how many layers and neurons: {error}"
+        ) from error
+    strength = float(config.get("strength", 1.0))
+    rule = SteeringRule(np.zeros((layers, width), np.float32), np.zeros((layers, width), np.bool_))
+    expected = adapter_tensors(SavedRule(rule, about))
+    check_names(set(expected), set(tensors), where)
+    for name, like in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != like.shape or not np.isfinite(tensor).all():
+            fault = "holds values that are not finite" if tensor.shape == like.shape else f"is {tensor.shape}"
+            raise AdapterError(f"{where}: tensor {name} {fault}, not {like.shape} numbers; make the adapter again")
+    names = list(expected)
+    shift = np.stack([tensors[name] for name in names[::2]]).astype(np.float32) * np.float32(strength)
+    clamp = np.stack([tensors[name] for name in names[1::2]]).astype(np.bool_)
+    return SteeringRule(shift, clamp if strength else np.zeros_like(clamp))
+
+
+def check_names(expected: set[str], found: set[str], where: str) -> None:
+    """Raise if tensors are missing or left over.
+
+    Raises:
+        AdapterError: naming the first of them.
+    """
+    for what, names in (("is missing", expected - found), ("belongs to no layer of the model", found - expected)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise AdapterError(f"{where}: tensor {min(names)} {what}{more}; make the adapter for this model again")
+
+
+def _provenance(read: Any, where: str) -> Provenance:
+    try:
+        return Provenance.from_dict(read())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterError(f"{where}: does not say where its rule came from ({error}); make the file again") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: cannot be read ({error}); make it again") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path}: is not a JSON object; make it again")
+    return content
