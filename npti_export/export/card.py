@@ -1,0 +1,265 @@
+"""The model card: the README.md that goes with an export, for the Hub and for people."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import PurePath
+from typing import Any
+
+from npti_export.traits import EVERYDAY, TraitSpec, parse_trait
+
+# How the Hub files a model under its base. It takes every GGUF for a mere quantisation, which promises the base's
+# behaviour in fewer bits; this one behaves differently and changes no type, so it is a fine-tune to whoever looks.
+_RELATION = {"peft": "adapter", "checkpoint": "finetune", "gguf": "finetune"}
+
+# Names from the Hub's list of libraries; llama.cpp itself is not on it, only its Python binding.
+_LIBRARY = {"peft": "peft", "checkpoint": "transformers", "gguf": "llama-cpp-python"}
+
+_NOUN = {"peft": "PEFT adapter", "checkpoint": "transformers checkpoint", "gguf": "GGUF file"}
+
+# What the Hub accepts as a licence; it refuses a card with any other.
+_LICENSES = """
+afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
+eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community h-research
+intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit
+mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openmdw-1.1 openrail openrail++ osl-3.0 other pddl postgresql
+unknown unlicense wtfpl zlib
+"""
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """The text of README.md for the export that a report describes: front matter and body."""
+    traits = [parse_trait(text) for text in report["traits"]]
+    sections = [
+        _what(report, traits),
+        _loading(report),
+        _example(report["sample"]),
+        _fidelity(report),
+        _limits(report),
+        _making(report),
+    ]
+    return f"---\n{_front_matter(report, traits)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _front_matter(report: dict[str, Any], traits: list[TraitSpec]) -> str:
+    from huggingface_hub import ModelCardData
+
+    kind, base = report["artifact"]["format"], report["model"]["id"]
+    tags = ["npti", "npti-export", "personality", "steering", "big-five", *(spec.trait for spec in traits)]
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=_RELATION[kind] if base else None,
+        language="en",  # the Hub means the data that the model was made with; the base may speak more
+        library_name=_LIBRARY[kind],
+        pipeline_tag="text-generation",
+        tags=tags,
+        **_license(report["model"]["license"]),
+    )
+    return str(data.to_yaml(line_break="\n"))
+
+
+def _license(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    if name.lower() in _LICENSES.split():
+        return {"license": name.lower()}
+    slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
+    return {"license": "other", "license_name": slug or "unnamed"}
+
+
+def _what(report: dict[str, Any], traits: list[TraitSpec]) -> str:
+    kind, neurons = report["artifact"]["format"], report["neurons"]
+    poles = "\n".join(f"- {_pole(spec)}" for spec in traits)
+    if kind == "peft":
+        how = "The adapter does this to the activations while the model runs; no weight of the base model is changed."
+    elif neurons["extra_width"]:
+        how = (
+            f"This is written into the weights: each MLP has {neurons['extra_width']} neurons more than the base "
+            f"model's {neurons['width']}."
+        )
+    else:
+        how = "This is written into the weights; no MLP is wider than before."
+    return f"""\
+# {_code(report["model"]["name"])} with a fixed personality
+
+A {_NOUN[kind]} ({report["artifact"]["bytes"] / 1e6:.1f} MB) that steers {_code(report["model"]["name"])} towards
+
+{poles}
+
+The personality is in the model, not in a system prompt. Neurons that fire more often when the model
+plays the wanted pole are shifted up ({neurons["shift"]} of them, strength γ = {report["gamma"]:g}), those of the
+opposite pole are kept from firing ({neurons["clamp"]} clamped), by the recipe {_code(report["recipe"]["name"])}.
+{how}"""
+
+
+def _pole(spec: TraitSpec) -> str:
+    names = [name for name, pole in EVERYDAY.items() if pole == spec.pole][:3]
+    return f"**{spec.pole}** ({', '.join(names)}), strength {spec.strength:g}"
+
+
+def _loading(report: dict[str, Any]) -> str:
+    text = {"peft": _load_peft, "checkpoint": _load_checkpoint, "gguf": _load_gguf}[report["artifact"]["format"]]
+    return "## How to load it\n\n" + text(report)
+
+
+def _load_peft(report: dict[str, Any]) -> str:
+    base = _string(report["model"]["id"] or "path/to/the/base/model")
+    return f"""\
+```
+pip install npti-export
+```
+
+```python
+import npti_export  # before PEFT reads the adapter
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({base})
+model = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(model, "this/repository")
+```
+
+`"this/repository"` is the id of this repository on the Hub, or a folder with its files. The import teaches PEFT this
+type of adapter. Without it PEFT stops with `KeyError: 'NPTI'`: install npti-export and import it first.
+
+For a weaker or stronger personality, and to take it off again, leave the last line out and attach a folder with these
+files:
+
+```python
+attached = npti_export.attach(model, "path/to/the/folder", strength=0.5)  # until attached.detach()
+```"""
+
+
+def _load_checkpoint(_report: dict[str, Any]) -> str:
+    return """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("this/repository")
+model = AutoModelForCausalLM.from_pretrained("this/repository")
+```
+
+`"this/repository"` is the id of this repository on the Hub, or a folder with its files. Nothing of npti-export is
+needed, and no remote code is run."""
+
+
+def _load_gguf(report: dict[str, Any]) -> str:
+    name = PurePath(report["artifact"]["path"]).name
+    return f"""\
+Any program built on llama.cpp runs it as it is, `llama-cli -m` for one. From Python, with llama-cpp-python:
+
+```python
+from llama_cpp import Llama
+
+model = Llama({_string(name)}, n_ctx=2048)
+messages = [{{"role": "user", "content": "What would you do with a free day?"}}]
+print(model.create_chat_completion(messages)["choices"][0]["message"]["content"])
+```
+
+Nothing of npti-export is needed. `npti-export strip` takes the personality out again and gives back the base file, bit
+for bit."""
+
+
+def _example(sample: dict[str, str] | None) -> str:
+    if sample is None:
+        return ""
+    return f"""\
+## One example
+
+Not selected, and quoted as it came. The question:
+
+{_quote(sample["question"])}
+
+The unsteered model:
+
+{_quote(sample["base"])}
+
+This one:
+
+{_quote(sample["steered"])}"""
+
+
+def _fidelity(report: dict[str, Any]) -> str:
+    fidelity, noun = report["fidelity"], _NOUN[report["artifact"]["format"]]
+    if fidelity is None:
+        return f"""\
+## Is it faithful?
+
+This was not measured: nobody has checked that the {noun} does what the method prescribes."""
+    return f"""\
+## Is it faithful?
+
+The {noun} was compared with the method's rule, applied directly to the base model in float32, over
+{fidelity["positions"]:.0f} tokens of answers to held-out questions. KL is the Kullback-Leibler divergence of the
+next-token distributions, in nats per token.
+
+| measure | value | meaning |
+|---|---|---|
+| KL to the rule | {fidelity["kl_rule_artifact"]:.2g} | how far this export is from the rule; had to be at most \
+{fidelity["limit"]:.2g} |
+| KL of the runtime | {fidelity["kl_runtime_floor"]:.2g} | noise of the program that runs it, without steering |
+| KL to the base model | {fidelity["kl_rule_base"]:.3g} | how far the rule moves the unsteered model |
+| top-1 agreement | {fidelity["top1"]:.1%} | how often rule and export find the same token likeliest |
+| worst logit | {fidelity["max_logit_diff"]:.2g} | the largest difference of any logit |
+
+This says that the export does what the rule says. It does not say how well the personality shows."""
+
+
+def _limits(report: dict[str, Any]) -> str:
+    name = report["model"]["license"]
+    if name is None:
+        terms = "npti-export could not tell which one that is: look it up before you use or share this model."
+    else:
+        terms = f"That is {_code(name)}."
+    return f"""\
+## Intended use and limits
+
+For research on personality in language models, for fiction, games and dialogue where a lasting tone is wanted.
+
+- The personality is a tendency, not a guarantee: single answers may show none of it, or its opposite.
+- Steering costs fluency and capability. Test this model on your own task, next to the unsteered one.
+- The traits are labels for ways of writing. This is not a psychological assessment, neither of the model nor of
+  anyone who talks to it, and must not be used as one.
+- Do not present it as a person: whoever talks to it must be able to know that it is a language model.
+- The personas and questions that found the neurons are English. Other languages are untested.
+- All limits and biases of the base model are still there. Steering may also weaken what it was taught to refuse.
+- The base model's licence applies to this model, too. {terms}"""
+
+
+def _making(report: dict[str, Any]) -> str:
+    model = report["model"]
+    base = _code(model["id"] or model["name"])
+    return f"""\
+## How it was made
+
+With npti-export {report["version"]}, by the method NPTI (Neuron-based Personality Trait Induction,
+[arXiv 2410.12327](https://arxiv.org/abs/2410.12327)): the base model answers questions under personas of both poles,
+the neurons that fire more under one of them are its neurons, and a fixed rule shifts or clamps these. Nothing was
+trained.
+
+- Base model: {base}
+- Its fingerprint (SHA-256 over its norm weights): {_code(model["fingerprint"])}
+- Traits: {_code(report["trait"])}
+- Recipe: {_code(report["recipe"]["name"])}, γ = {report["gamma"]:g}"""
+
+
+def _code(text: str) -> str:
+    """Foreign text as an inline code span, in which no markup counts."""
+    return "`" + (" ".join(text.split()).replace("`", "'") or "unknown") + "`"
+
+
+def _string(text: str) -> str:
+    """Foreign text as a Python string literal on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _quote(text: str) -> str:
+    """Foreign text as a fenced block that it cannot close: the fence is longer than any run of backticks in it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text.strip()}\n{fence}"
