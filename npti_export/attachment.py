@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from npti_export.errors import AdapterError
-from npti_export.positions import ResponsePositions, positions_of
+from npti_export.positions import ResponsePositions, find_positions, positions_of
 from npti_export.rule_io import SavedRule, load_rule
 from npti_export.steer import LayerSteering, Share, Where
 
@@ -75,18 +75,13 @@ def response_mask(model: torch.nn.Module, mask: torch.Tensor) -> Iterator[None]:
     Raises:
         AdapterError: nothing in the model steers the response only.
     """
-    found = next((each for module in model.modules() if (each := _positions(module)) is not None), None)
+    found = find_positions(model)
     if found is None:
         raise AdapterError(
             "response_mask: nothing in this model steers the response only; attach with where='response'"
         )
     with found.given(mask):
         yield
-
-
-def _positions(module: torch.nn.Module) -> ResponsePositions | None:
-    found = module.__dict__.get("_npti_positions")
-    return found if isinstance(found, ResponsePositions) else None
 
 
 class Attachment:

@@ -72,6 +72,73 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
             temporary.unlink()
 
 
+def is_ours(directory: Path) -> bool:
+    """Whether a directory is an adapter or a steered checkpoint of ours, which --force may replace."""
+    if (directory / "npti.json").is_file():
+        return True
+    try:
+        return '"NPTI"' in (directory / "adapter_config.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def check_directory_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
+    """Raise before any work is done if a directory ``path`` could not be written at the end of it.
+
+    Raises:
+        OutputError: the path exists and ``force`` is not set, or it is not an output of ours; or as for a file.
+        DiskFullError: the volume has less than ``need_bytes`` bytes free.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        if not force:
+            raise OutputError(f"{path}: exists already; pass --force to replace it, or choose another name")
+        if not is_ours(path):
+            raise OutputError(f"{path}: holds files that are not ours, so it is not replaced; choose another name")
+    elif path.exists() and not path.is_dir():
+        raise OutputError(f"{path}: is a file, and this format is a directory; choose another name")
+    check_writable(path.with_name(path.name + ".partial"), force=True, need_bytes=need_bytes)
+
+
+@contextmanager
+def atomic_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory beside ``path``; publish it whole on success, remove it on any failure.
+
+    Every file in it is fsynced first. A directory that is replaced disappears only after the new one is in its place.
+    A caller may move the temporary directory elsewhere: then nothing is published.
+
+    Raises:
+        OutputError: see :func:`check_directory_writable`.
+        DiskFullError: the disk filled up while writing.
+    """
+    check_directory_writable(path, force=force)
+    with translate_os_errors(path):
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".partial", dir=path.absolute().parent))
+    try:
+        with translate_os_errors(path):
+            yield temporary
+            if temporary.exists():
+                check_directory_writable(path, force=force)
+                _publish_directory(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish_directory(temporary: Path, path: Path) -> None:
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+    temporary.chmod(0o777 & ~_umask())  # mkdtemp makes directories private
+    old = None
+    if path.exists():
+        old = temporary.with_suffix(".replaced")
+        path.rename(old)
+    temporary.rename(path)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+    _sync_folder(path.absolute().parent)
+
+
 @contextmanager
 def translate_os_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's write errors on ``path`` into ours."""
@@ -93,9 +160,7 @@ def _publish(temporary: Path, path: Path, *, force: bool) -> None:
     with temporary.open("rb+") as stream:
         os.fsync(stream.fileno())
     # mkstemp makes files private; an artifact gets the mode that open() would have given it.
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)
+    temporary.chmod(0o666 & ~_umask())
     if force:
         temporary.replace(path)
     else:
@@ -105,12 +170,22 @@ def _publish(temporary: Path, path: Path, *, force: bool) -> None:
             raise OutputError(f"{path}: was created by someone else meanwhile; pass --force to replace it") from None
         except OSError:
             temporary.replace(path)  # a file system without hard links
+    _sync_folder(path.absolute().parent)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _sync_folder(folder: Path) -> None:
     with suppress(OSError):  # Windows cannot open a directory
-        folder = os.open(path.absolute().parent, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(handle)
         finally:
-            os.close(folder)
+            os.close(handle)
 
 
 def sha256_file(path: Path) -> str:

@@ -135,6 +135,8 @@ def gguf_source(path: Path) -> ModelSource:
         ArchitectureError: a family that is not supported.
     """
     header = read_gguf(path)
+    if "npti.base.sha256" in header.by_key:
+        raise ModelError(f"{path}: is steered already; npti-export strip it first, or give --trait several times")
     row = by_gguf_name(header.architecture, str(path))
     prefix = header.architecture
     shape = ModelShape(

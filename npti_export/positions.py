@@ -133,6 +133,15 @@ def positions_of(model: torch.nn.Module, decoder: torch.nn.Module) -> ResponsePo
     return found
 
 
+def find_positions(model: torch.nn.Module) -> ResponsePositions | None:
+    """The follower of a model, or of the model inside wrappers of PEFT; None where nothing needed one."""
+    for module in model.modules():
+        found = module.__dict__.get(_ATTRIBUTE)
+        if isinstance(found, ResponsePositions):
+            return found
+    return None
+
+
 def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Length of what ``generate`` was given, padding and what is in its cache included."""
     given = [kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask")]

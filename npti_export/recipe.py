@@ -144,6 +144,24 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(_explain(source, error)) from error
 
 
+def recipe_from_json(text: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A resolved recipe as :meth:`Recipe.to_json` wrote it, with overrides.
+
+    Raises:
+        RecipeError: not one, or of a version that had other keys.
+    """
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise RecipeError(f"the recipe inside the artifact is not JSON: {error}; give one by --recipe") from error
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(_explain("inside the artifact", error) + "; give one by --recipe") from error
+
+
 def select_recipe(requested: str | None, fingerprint: str, overrides: Sequence[str] = ()) -> Recipe:
     """The requested recipe, or else the shipped one tuned for the model, or else ``npti``.
 

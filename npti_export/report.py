@@ -44,29 +44,61 @@ def render(report: dict[str, Any], console: Console) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    moved = fidelity["kl_rule_base"]
+    width = f"MLP width {neurons['width']}" + (f" + {neurons['extra_width']}" if neurons["extra_width"] else "")
+    base = f", base {artifact['base_bytes'] / 1e6:.1f} MB" if "base_bytes" in artifact else ""
+    gamma = "" if report["gamma"] is None else f", gamma {report['gamma']:g}"
     rows = {
-        "trait": f"{report['trait']}  (recipe {report['recipe']['name']}, gamma {report['gamma']:g})",
-        "neurons": f"{neurons['shift']} shifted, {neurons['clamp']} clamped; "
-        f"MLP width {neurons['width']} + {neurons['extra_width']}",
+        "trait": f"{report['trait']}  (recipe {report['recipe']['name']}{gamma})",
+        "neurons": f"{neurons['shift']} shifted, {neurons['clamp']} clamped; {width}",
         "  shifted by layer": sparkline(neurons["shift_per_layer"]),
         "  clamped by layer": sparkline(neurons["clamp_per_layer"]),
-        "moved": f"KL {moved:.3g} nats per token from the unsteered model",
-        "faithful": f"KL {fidelity['kl_rule_artifact']:.2g} to the rule "
-        f"(limit {fidelity['limit']:.2g}; the runtime's own noise is "
-        f"{fidelity['kl_runtime_floor']:.2g}), top-1 agreement {fidelity['top1']:.1%}, "
-        f"worst logit off by {fidelity['max_logit_diff']:.2g}, {fidelity['positions']:.0f} tokens",
-        "size": f"{artifact['bytes'] / 1e6:.1f} MB, base {artifact['base_bytes'] / 1e6:.1f} MB",
+        **_fidelity_rows(fidelity, fidelity["limit"]),
+        "size": f"{artifact['bytes'] / 1e6:.1f} MB{base}",
         "time": ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value >= 0.05),
         "memory": "unknown" if report["peak_rss_mb"] is None else f"{report['peak_rss_mb']:.0f} MB at peak",
-        "sha256": artifact["sha256"],
     }
+    if isinstance(artifact["sha256"], str):
+        rows["sha256"] = artifact["sha256"]
     for name, value in rows.items():
         table.add_row(name, escape(value))
     console.print(table)
     if report["sample"] is not None:
         _render_sample(report["sample"], console)
     console.print(f"[bold green]wrote[/bold green] {escape(artifact['path'])}")
+    if "pushed" in report:
+        console.print(f"[bold green]pushed[/bold green] {escape(report['pushed'])}")
+
+
+def render_verdict(verdict: dict[str, Any], console: Console) -> None:
+    """Print what ``verify`` measured."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    rows = {
+        "artifact": f"{verdict['artifact']} ({verdict['format']})",
+        "trait": verdict["trait"],
+        "model": verdict["model"],
+        **_fidelity_rows(verdict["fidelity"], verdict["limit"]),
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+    if verdict["fault"]:
+        console.print(f"[bold red]not faithful[/bold red]: {escape(verdict['fault'])}")
+    else:
+        console.print("[bold green]faithful[/bold green]")
+
+
+def _fidelity_rows(fidelity: dict[str, float], limit: float) -> dict[str, str]:
+    return {
+        "moved": f"KL {fidelity['kl_rule_base']:.3g} nats per token from the unsteered model",
+        "faithful": f"KL {fidelity['kl_rule_artifact']:.2g} to the rule (limit {limit:.2g}; the runtime's own noise is "
+        f"{fidelity['kl_runtime_floor']:.2g}), top-1 agreement {fidelity['top1']:.1%}, "
+        f"worst logit off by {fidelity['max_logit_diff']:.2g}, {fidelity['positions']:.0f} tokens",
+    }
 
 
 def _render_sample(sample: dict[str, str], console: Console) -> None:

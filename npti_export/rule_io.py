@@ -6,7 +6,7 @@ import base64
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Provenance:
         license: of the model, if known.
         version: of this tool.
         fidelity: what verification measured; empty before it.
+        profiles: where the profile of each trait came from.
     """
 
     trait: str
@@ -51,6 +52,7 @@ class Provenance:
     license: str | None = None
     version: str = __version__
     fidelity: dict[str, float] = field(default_factory=dict)
+    profiles: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary."""
@@ -109,6 +111,29 @@ def decode_rule(data: bytes, where: str) -> SteeringRule:
         raise AdapterError(f"{where}: its steering rule is damaged ({error}); make the file again") from error
 
 
+def artifact_format(path: Path) -> Literal["gguf", "peft", "checkpoint"]:
+    """What kind of artifact a path is.
+
+    Raises:
+        AdapterError: none that holds a rule.
+    """
+    if path.is_dir():
+        if (path / ADAPTER_CONFIG).is_file():
+            return "peft"
+        if (path / CHECKPOINT_FILE).is_file():
+            return "checkpoint"
+        raise AdapterError(f"{path}: holds neither {ADAPTER_CONFIG} nor {CHECKPOINT_FILE}; it is not an output of ours")
+    if not path.is_file():
+        raise AdapterError(f"{path}: there is no such file or directory")
+    with path.open("rb") as stream:
+        if stream.read(4) == b"GGUF":
+            return "gguf"
+    raise AdapterError(
+        f"{path}: holds no rule; give an adapter directory, a steered checkpoint directory or a steered GGUF "
+        "(a profile becomes one with --profile and --trait)"
+    )
+
+
 def load_rule(path: Path) -> SavedRule:
     """The rule inside an adapter directory, a steered checkpoint directory or a steered GGUF.
 
@@ -116,17 +141,10 @@ def load_rule(path: Path) -> SavedRule:
         AdapterError: holds no rule, or a damaged one.
         GGUFError: not a readable GGUF.
     """
-    if path.is_dir():
-        if (path / ADAPTER_CONFIG).is_file():
-            return _from_adapter(path)
-        if (path / CHECKPOINT_FILE).is_file():
-            return _from_checkpoint(path)
-        raise AdapterError(f"{path}: holds neither {ADAPTER_CONFIG} nor {CHECKPOINT_FILE}; it is not an output of ours")
-    if not path.is_file():
-        raise AdapterError(f"{path}: there is no such file or directory")
-    if path.name == ADAPTER_WEIGHTS:
-        return _from_adapter(path.parent)
-    return rule_of_gguf(read_gguf(path))
+    kind = artifact_format(path)
+    if kind == "peft":
+        return _from_adapter(path)
+    return _from_checkpoint(path) if kind == "checkpoint" else rule_of_gguf(read_gguf(path))
 
 
 def rule_of_gguf(header: GGUFFile) -> SavedRule:
@@ -138,12 +156,13 @@ def rule_of_gguf(header: GGUFFile) -> SavedRule:
     stored, about = header.get("npti.rule"), header.get("npti.provenance")
     if stored is None or about is None:
         raise AdapterError(f"{header.path}: holds no steering rule (npti.rule); give a file made by npti-export")
+    recipe = str(header.get("npti.recipe", ""))
     fidelity = {
         entry.key.removeprefix("npti.fidelity."): entry.value
         for entry in header.keys
         if entry.key.startswith("npti.fidelity.")
     }
-    provenance = _provenance(lambda: json.loads(about) | {"fidelity": fidelity}, str(header.path))
+    provenance = _provenance(lambda: json.loads(about) | {"recipe": recipe, "fidelity": fidelity}, str(header.path))
     return SavedRule(decode_rule(bytes(stored), str(header.path)), provenance)
 
 

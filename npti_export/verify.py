@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP
-from npti_export.gguf.blocks import is_float
-from npti_export.gguf.reader import GGUFFile
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
-from npti_export.runtimes.llamacpp import LlamaCppRuntime
 from npti_export.runtimes.transformers import TransformersRuntime
 from npti_export.steer import steered
 
 Logits = npt.NDArray[np.float32]
+LogitsOf = Callable[[Sequence[int]], Logits]
+Opener = Callable[[int], AbstractContextManager[LogitsOf]]  # given the longest sequence, gives logits while it is open
 _ROWS = 64  # positions compared at once: bounds the float64 copies of a large vocabulary
 
 
@@ -29,12 +26,12 @@ class Fidelity:
     """Distances between next-token distributions, over all positions of the held-out sequences.
 
     Attributes:
-        kl_rule_artifact: mean KL(rule in float32 torch ‖ steered file in llama.cpp), nats.
+        kl_rule_artifact: mean KL(rule in float32 torch ‖ artifact in its own runtime), nats.
         kl_rule_base: mean KL(rule ‖ unsteered model), both in torch: how far the model moved.
-        kl_rule_base_file: mean KL(rule ‖ base file in llama.cpp): what a file that does nothing would score.
-        kl_runtime_floor: mean KL(unsteered model in torch ‖ base file in llama.cpp): noise that is not ours.
-        top1: share of positions where rule and file agree on the likeliest token.
-        max_logit_diff: largest absolute difference of a logit between rule and file.
+        kl_rule_base_file: mean KL(rule ‖ unsteered model in that runtime): the score of an artifact that does nothing.
+        kl_runtime_floor: mean KL(unsteered model in torch ‖ the same in that runtime): noise that is not ours.
+        top1: share of positions where rule and artifact agree on the likeliest token.
+        max_logit_diff: largest absolute difference of a logit between rule and artifact.
         positions: number of positions compared.
     """
 
@@ -46,22 +43,24 @@ class Fidelity:
     max_logit_diff: float
     positions: int
 
-    def limit(self, base: GGUFFile, recipe: Recipe) -> float:
-        """The largest acceptable ``kl_rule_artifact`` for a base file."""
-        stems = (FFN_GATE, FFN_UP, FFN_DOWN)
-        layers = base.require_int(f"{base.architecture}.block_count")
-        weights = [base.require_tensor(f"{stem.format(layer)}.weight") for stem in stems for layer in range(layers)]
+    def limit(self, recipe: Recipe, *, exact: bool) -> float:
+        """The largest acceptable ``kl_rule_artifact``; ``exact`` where its format rounds nothing that we add."""
         settings = recipe.verify
-        exact = all(is_float(tensor.type_id) for tensor in weights)
         limit = settings.kl_limit_float if exact else settings.kl_limit_quantised
         return max(limit, settings.kl_limit_floor_ratio * self.kl_runtime_floor)
 
-    def fault(self, base: GGUFFile, recipe: Recipe) -> str | None:
-        """Why the file must not be delivered, or None. A measure that is not a number is a fault, too."""
-        limit = self.limit(base, recipe)
+    def fault(self, recipe: Recipe, *, exact: bool, base: str) -> str | None:
+        """Why the artifact must not be delivered, or None. A measure that is not a number is a fault, too.
+
+        Args:
+            recipe: its ``verify`` section.
+            exact: see :meth:`limit`.
+            base: name of the unsteered file, for the message.
+        """
+        limit = self.limit(recipe, exact=exact)
         if not self.kl_runtime_floor <= recipe.verify.kl_floor_cap:
             return (
-                f"unsteered, {base.path.name} in llama.cpp is already KL {self.kl_runtime_floor:.2g} away from the "
+                f"unsteered, {base} in its runtime is already KL {self.kl_runtime_floor:.2g} away from the "
                 f"model in torch (at most {recipe.verify.kl_floor_cap:g} is believable): it is not the same model"
             )
         if not self.kl_rule_artifact <= limit:
@@ -80,19 +79,19 @@ class Fidelity:
 def measure(
     runtime: TransformersRuntime,
     rule: SteeringRule,
-    artifact: Path,
-    base: Path,
+    artifact: Opener,
+    base: Opener | None,
     prompts: Sequence[tuple[int, ...]],
     recipe: Recipe,
     progress: Progress,
 ) -> Fidelity:
-    """Compare rule, base and file on held-out prompts and the steered answers to them.
+    """Compare rule, base and artifact on held-out prompts and the steered answers to them.
 
     Args:
         runtime: the unsteered model in float32.
-        rule: what the file should do.
-        artifact: the steered GGUF.
-        base: the unsteered GGUF.
+        rule: what the artifact should do.
+        artifact: opens what was made of the rule.
+        base: opens the unsteered model in the same runtime; None where that is torch itself.
         prompts: token ids.
         recipe: its ``verify`` section.
         progress: told of each sequence.
@@ -109,14 +108,14 @@ def measure(
     sums: dict[str, float] = dict.fromkeys(("rule_artifact", "rule_base", "rule_base_file", "floor", "agree"), 0.0)
     worst = 0.0
     with ExitStack() as stack:
-        steered_file = stack.enter_context(LlamaCppRuntime(artifact, context=context))
-        base_file = stack.enter_context(LlamaCppRuntime(base, context=context))
+        steered_logits = stack.enter_context(artifact(context))
+        base_logits = None if base is None else stack.enter_context(base(context))
         for tokens in sequences:
             with steered(runtime.activations, rule):
                 want = runtime.logits(tokens)
             plain = runtime.logits(tokens)
-            got = steered_file.logits(tokens)
-            floor = base_file.logits(tokens)
+            got = steered_logits(tokens)
+            floor = plain if base_logits is None else base_logits(tokens)
             sums["rule_artifact"] += kl_divergence(want, got).sum()
             sums["rule_base"] += kl_divergence(want, plain).sum()
             sums["rule_base_file"] += kl_divergence(want, floor).sum()

@@ -6,12 +6,14 @@ from reference import ReferenceLlama, kl
 from test_bake import bake, rule_for
 
 from npti_export.bench import load_bench
+from npti_export.endings.gguf import GGUFEnding
 from npti_export.evaluate.contrast import answer, plain_prompts, score
 from npti_export.gguf.reader import read_gguf
 from npti_export.identify.collect import contrast_prompts
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.runtimes.base import chat
+from npti_export.runtimes.llamacpp import opener
 from npti_export.steer import steered
 from npti_export.verify import Fidelity, kl_divergence, measure
 
@@ -28,7 +30,7 @@ def test_measured_fidelity_against_float64(tiny, tiny_runtime, tmp_path):
     rule, recipe = rule_for(tiny), load_recipe("npti", ["verify.answer_tokens=6"])
     bake(tiny, tmp_path / "s.gguf", rule)
     prompts = [tiny_runtime.encode(chat(None, text)) for text in ("Hello", "What is it?")]
-    found = measure(tiny_runtime, rule, tmp_path / "s.gguf", tiny, prompts, recipe, Silent())
+    found = measure(tiny_runtime, rule, opener(tmp_path / "s.gguf"), opener(tiny), prompts, recipe, Silent())
     with steered(tiny_runtime.activations, rule):
         sequences = [e.tokens for e in tiny_runtime.generate(prompts, max_new_tokens=6, repetition_penalty=1.1)]
     reference = ReferenceLlama(tiny)
@@ -44,10 +46,10 @@ def test_an_inert_file_does_not_pass(tiny, tiny_runtime, tmp_path):
     """The base itself, offered as the steered file."""
     rule, recipe = rule_for(tiny), load_recipe("npti", ["verify.answer_tokens=6"])
     prompts = [tiny_runtime.encode(chat(None, "Hello"))]
-    found = measure(tiny_runtime, rule, tiny, tiny, prompts, recipe, Silent())
-    assert found.kl_rule_artifact > 100 * found.limit(read_gguf(tiny), recipe)
+    found = measure(tiny_runtime, rule, opener(tiny), opener(tiny), prompts, recipe, Silent())
+    assert found.kl_rule_artifact > 100 * found.limit(recipe, exact=True)
     assert found.kl_rule_artifact == found.kl_rule_base_file
-    assert found.fault(read_gguf(tiny), recipe) is not None
+    assert found.fault(recipe, exact=True, base="tiny") is not None
 
 
 def fidelity(artifact=1e-5, base_file=0.3, floor=1e-6):
@@ -66,17 +68,20 @@ def fidelity(artifact=1e-5, base_file=0.3, floor=1e-6):
         (fidelity(base_file=float("nan")), "nothing proves that it does anything"),
     ],
 )
-def test_what_is_refused(found, says, tiny):
-    fault = found.fault(read_gguf(tiny), load_recipe("npti"))
+def test_what_is_refused(found, says):
+    fault = found.fault(load_recipe("npti"), exact=True, base="tiny")
     assert fault is None if says is None else says in fault
 
 
-def test_limits(tiny, make_tiny):
+def test_limits(make_tiny):
     recipe = load_recipe("npti")
     quiet, noisy = fidelity(floor=1e-6), fidelity(floor=0.004)
-    assert quiet.limit(read_gguf(tiny), recipe) == 1e-4
-    assert quiet.limit(read_gguf(make_tiny("Q4_1")), recipe) == 5e-3
-    assert noisy.limit(read_gguf(make_tiny("Q4_1")), recipe) == 8e-3
+    assert quiet.limit(recipe, exact=True) == 1e-4
+    assert quiet.limit(recipe, exact=False) == 5e-3
+    assert noisy.limit(recipe, exact=False) == 8e-3
+    for kind, exact in (("F32", True), ("F16", True), ("Q4_1", False)):
+        path = make_tiny(kind)
+        assert GGUFEnding(read_gguf(path), recipe).exact(path) is exact
 
 
 def test_contrast_is_a_difference_of_likelihoods(tiny_runtime):

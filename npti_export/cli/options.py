@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,13 +15,39 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
+    from npti_export.loader import RuntimeSettings
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FILE = click.Path(path_type=Path)
 
 
+def _decorated(command: Command, decorators: Sequence[Callable[[Command], Command]]) -> Command:
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def runtime_options(command: Command) -> Command:
+    """Options of every command that runs a model: where and how."""
+    return _decorated(
+        command,
+        [
+            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps"),
+            click.option(
+                "--dtype",
+                default="auto",
+                show_default=True,
+                type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+                help="Of identification; verification is always float32",
+            ),
+            click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model"),
+        ],
+    )
+
+
 def model_options(command: Command) -> Command:
-    """Options of every command that runs a model."""
+    """Options of every command that identifies neurons."""
     decorators = [
         click.option(
             "--model",
@@ -53,21 +79,11 @@ def model_options(command: Command) -> Command:
             metavar="DIR",
             help="Folder with personas.jsonl and questions.jsonl instead of the shipped ones",
         ),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps"),
-        click.option(
-            "--dtype",
-            default="auto",
-            show_default=True,
-            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-            help="Of identification; verification is always float32",
-        ),
-        click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model"),
+        runtime_options,
         click.option("--no-cache", is_flag=True, help="Neither use nor keep saved identifications"),
         click.option("--force", is_flag=True, help="Replace existing outputs"),
     ]
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return _decorated(command, decorators)
 
 
 def recipe_overrides(options: dict[str, Any]) -> tuple[str, ...]:
@@ -85,17 +101,23 @@ def recipe_overrides(options: dict[str, Any]) -> tuple[str, ...]:
 
 def job_options(options: dict[str, Any]) -> dict[str, Any]:
     """Turn parsed model options into fields of a :class:`npti_export.pipeline.Job`."""
-    from npti_export.errors import ModelError
     from npti_export.identify.collect import cache_folder
-    from npti_export.loader import RuntimeSettings
 
     options["overrides"] = recipe_overrides(options)
     options["cache"] = None if options.pop("no_cache") else cache_folder()
+    options["runtime"] = runtime_settings(options)
+    return options
+
+
+def runtime_settings(options: dict[str, Any]) -> RuntimeSettings:
+    """Take the runtime options out of ``options``."""
+    from npti_export.errors import ModelError
+    from npti_export.loader import RuntimeSettings
+
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options["device"]):
         raise ModelError(f"--device {options['device']!r}: give auto, cpu, mps, cuda or cuda:N")
     names = ("device", "dtype", "trust_remote_code")
-    options["runtime"] = RuntimeSettings(**{name: options.pop(name) for name in names})
-    return options
+    return RuntimeSettings(**{name: options.pop(name) for name in names})
 
 
 class RichProgress:

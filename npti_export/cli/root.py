@@ -12,6 +12,7 @@ from npti_export.cli.inspect import inspect
 from npti_export.cli.options import FILE, RichProgress, job_options, model_options
 from npti_export.cli.strip import strip
 from npti_export.cli.traits import traits
+from npti_export.cli.verify import verify
 from npti_export.version import __version__
 
 
@@ -26,7 +27,20 @@ from npti_export.version import __version__
     metavar="POLE",
     help="agreeableness+, neuroticism-:0.5, calm …; repeat to compose",
 )
-@click.option("--out", type=FILE, metavar="FILE", help="GGUF to write")
+@click.option("--out", type=FILE, metavar="PATH", help="What to write: a GGUF, or a directory for the other formats")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(["gguf", "peft", "checkpoint"]),
+    help="GGUF, PEFT adapter or steered transformers checkpoint [default: gguf]",
+)
+@click.option(
+    "--from",
+    "rule_from",
+    type=FILE,
+    metavar="ARTIFACT",
+    help="Instead of --trait: an adapter, steered checkpoint or steered GGUF whose rule is used again",
+)
 @click.option("--gamma", type=float, metavar="X", help="Strength of the shift [rule.gamma]")
 @click.option(
     "--profile",
@@ -39,17 +53,34 @@ from npti_export.version import __version__
 @click.option("--save-profile", type=FILE, metavar="FILE", help="Keep the profile, .safetensors or published .json")
 @click.option("--any-model", is_flag=True, help="Accept a profile of another model of the same shape")
 @click.option("--base", type=FILE, metavar="FILE", help="GGUF to bake into, where --model is not one")
+@click.option("--base-id", metavar="ID", help="Hub id to record as the base model")
+@click.option(
+    "--where",
+    type=click.Choice(["all", "response"]),
+    default="all",
+    show_default=True,
+    help="Positions that an adapter steers",
+)
+@click.option(
+    "--checkpoint-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Weights of a checkpoint made of a GGUF [default: float32]; a directory keeps its own",
+)
+@click.option("--push-to-hub", "push_to", metavar="REPO", help="Upload the result, with a model card, to owner/name")
+@click.option("--private", is_flag=True, help="A new repository is private")
 @click.option("--report", type=FILE, metavar="FILE", help="Write the report as JSON")
 @model_options
 @click.version_option(__version__, prog_name="npti-export")
 @click.pass_context
 def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | None, **options: Any) -> None:
-    """Give a language model a fixed personality, in a GGUF that stock llama.cpp loads.
+    """Give a language model a fixed personality, in a file that stock runtimes load.
 
     \b
       npti-export --trait agreeableness+ --out model.gguf
       npti-export --trait calm --trait extraversion+:0.5 --model Llama-3.2-1B-Instruct-Q4_K_M.gguf --out calm.gguf
       npti-export --trait openness- --profile openness.safetensors --gamma 1.0 --out plain.gguf
+      npti-export --trait calm --model ./Qwen2.5-0.5B-Instruct --format peft --out calm/
+      npti-export --from calm/ --format checkpoint --out calm-qwen/
     """
     if context.invoked_subcommand is not None:
         if _given(context):
@@ -58,10 +89,13 @@ def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | 
     if not _given(context):
         click.echo(context.get_help())
         return
-    if not trait_names:
+    if options["rule_from"] is not None:
+        _refuse_beside_from(context)
+    elif not trait_names:
         raise click.UsageError("no --trait; name a pole such as agreeableness+ (npti-export traits lists them)")
     if options["out"] is None:
-        raise click.UsageError("no --out; name the GGUF to write (npti-export identify stops before that)")
+        raise click.UsageError("no --out; name what to write (npti-export identify stops before that)")
+    options["format"] = options.pop("format_name") or "gguf"
     _main_job(trait_names, report, options)
 
 
@@ -69,6 +103,24 @@ def _given(context: click.Context) -> bool:
     """Whether any option of the main job was on the command line."""
     default = click.core.ParameterSource.DEFAULT
     return any(context.get_parameter_source(name) not in (default, None) for name in context.params)
+
+
+def _refuse_beside_from(context: click.Context) -> None:
+    """The rule is there already: options that would make another one must not be dropped silently."""
+    default = click.core.ParameterSource.DEFAULT
+    for name in (
+        "trait_names",
+        "gamma",
+        "profiles",
+        "save_profile",
+        "questions",
+        "max_new_tokens",
+        "seed",
+        "batch_size",
+    ):
+        if context.get_parameter_source(name) not in (default, None):
+            flag = next(one.opts[0] for one in context.command.params if one.name == name)
+            raise click.UsageError(f"{flag} makes a rule, and --from brings one; give one of the two")
 
 
 def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: dict[str, Any]) -> None:
@@ -89,5 +141,5 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
     render(report, Console())
 
 
-for command in (identify, inspect, strip, traits):
+for command in (identify, inspect, strip, traits, verify):
     cli.add_command(command)

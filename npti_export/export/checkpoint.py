@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, PretrainedConfig
 
 _SHARD_BYTES = 5_000_000_000
-_MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+MLP_WEIGHTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 _BESIDE = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
     "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
@@ -56,11 +56,6 @@ class CheckpointPlan:
     def nbytes(self) -> int:
         """Size of the weights."""
         return sum(tensor.nbytes for shard in self.shards for tensor in shard)
-
-    @property
-    def exact(self) -> bool:
-        """Whether the widened MLPs are float32, so that nothing of the rule is rounded."""
-        return all(one.dtype == "F32" for shard in self.shards for one in shard if one.name.endswith(_MLP))
 
 
 def directory_weights(directory: Path) -> list[list[Weight]]:
@@ -134,8 +129,8 @@ def plan_checkpoint(config: PretrainedConfig, weights: list[list[Weight]], progr
         planned: list[OutTensor] = []
         for weight in shard:
             layer = _layer(weight.name, padded)
-            planned.append(_wide(weight, layer) if layer and weight.name.endswith(_MLP) else _same(weight))
-            if layer and weight.name.endswith(_MLP):
+            planned.append(_wide(weight, layer) if layer and weight.name.endswith(MLP_WEIGHTS) else _same(weight))
+            if layer and weight.name.endswith(MLP_WEIGHTS):
                 planned.append(_bias(weight, padded.width, layer))
             if adds_o_bias and weight.name.endswith("self_attn.o_proj.weight"):
                 planned.append(_zeros(weight.name.replace("weight", "bias"), weight.shape[0], weight.dtype))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -80,6 +81,17 @@ class LlamaCppRuntime:
         except (ValueError, RuntimeError, jinja2.TemplateError) as error:
             raise ModelError(f"llama.cpp cannot answer: {error}") from error
         return str(completion["choices"][0]["message"]["content"])
+
+
+def opener(path: Path) -> Callable[[int], AbstractContextManager[Callable[[Sequence[int]], npt.NDArray[np.float32]]]]:
+    """Opens the file for sequences up to a length, for as long as a block lasts, and gives its logits."""
+
+    @contextmanager
+    def opened(context: int) -> Iterator[Callable[[Sequence[int]], npt.NDArray[np.float32]]]:
+        with LlamaCppRuntime(path, context=context) as runtime:
+            yield runtime.logits
+
+    return opened
 
 
 def usable_cores() -> int:

@@ -136,6 +136,12 @@ class TransformersRuntime:
         end = next((index + 1 for index, token in enumerate(answer) if token in self._stop), limit)
         return tuple(answer[:end])
 
+    def answer(self, messages: Sequence[Message], *, max_new_tokens: int, repetition_penalty: float) -> str:
+        """A greedy answer to a chat."""
+        prompts = [self.encode(messages)]
+        (exchange,) = self.generate(prompts, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
+        return self.decode(exchange.response)
+
     def activation_stats(self, exchanges: Sequence[Exchange]) -> ActivationStats:
         """See :class:`Runtime`."""
         import torch
@@ -313,7 +319,8 @@ def _load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> t
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.path)}
     if source.kind == "gguf":
-        where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
+        # An absolute name: a bare one is looked for in the working directory first.
+        where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": str(source.path.absolute())}
     try:
         with _quiet(transformers), warnings.catch_warnings():
             warnings.simplefilter("ignore")

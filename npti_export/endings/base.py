@@ -1,0 +1,72 @@
+"""What the main job asks of a format."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from npti_export.rule_io import SavedRule
+from npti_export.runtimes.base import Message
+
+if TYPE_CHECKING:
+    from npti_export.verify import Opener
+
+Format = Literal["gguf", "peft", "checkpoint"]
+FORMATS: tuple[Format, ...] = ("gguf", "peft", "checkpoint")
+SAMPLE_TOKENS, SAMPLE_CONTEXT = 96, 2048
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        nbytes: its size.
+        extra_width: neurons appended to each layer.
+        base_bytes: size of the unsteered file; None where there is no such file.
+        base_sha256: of that file.
+    """
+
+    nbytes: int
+    extra_width: int = 0
+    base_bytes: int | None = None
+    base_sha256: str | None = None
+
+
+class Ending(Protocol):
+    """One format, for one model; opened before the work, closed after it."""
+
+    format: Format
+
+    def __enter__(self) -> Ending: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def check_output(self, path: Path, *, force: bool) -> None:
+        """Raise before any work if the output cannot be written."""
+
+    def output(self, path: Path, *, force: bool) -> AbstractContextManager[Path]:
+        """A temporary place that is published whole, or not at all."""
+
+    def write(self, saved: SavedRule, path: Path) -> Written:
+        """Write the artifact to its temporary place."""
+
+    def artifact(self, path: Path) -> Opener:
+        """Opens the artifact in the runtime that will run it."""
+
+    def base(self) -> Opener | None:
+        """Opens the unsteered model in that runtime; None where it is torch."""
+
+    def exact(self, path: Path) -> bool:
+        """Whether the artifact's format rounds nothing that we add."""
+
+    def answers(self, path: Path, messages: list[Message], repetition_penalty: float) -> dict[str, str]:
+        """``base`` and ``steered``: greedy answers of the unsteered model and of the artifact."""
+
+    def finish(self, path: Path, saved: SavedRule, report: dict[str, Any]) -> None:
+        """Put what was measured (the provenance's fidelity) into the artifact, and a model card beside it."""
+
+    def digest(self, path: Path) -> str | dict[str, str]:
+        """SHA-256 of the artifact, or of each of its files with weights."""

@@ -1,0 +1,142 @@
+"""A steered checkpoint, run by transformers without us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npti_export.compiler.exact import compile_exact
+from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
+from npti_export.export.as_llama import check_expressible
+from npti_export.export.card import model_card
+from npti_export.export.checkpoint import (
+    MLP_WEIGHTS,
+    CheckpointPlan,
+    copy_beside,
+    directory_weights,
+    model_weights,
+    plan_checkpoint,
+    write_checkpoint,
+)
+from npti_export.export.gguf import check_base
+from npti_export.files import atomic_directory, check_directory_writable, sha256_file
+from npti_export.gguf.reader import read_gguf
+from npti_export.models import ModelSource, resolve_model
+from npti_export.recipe import Recipe
+from npti_export.rule_io import SavedRule, save_checkpoint_rule
+from npti_export.runtimes.base import Message
+
+if TYPE_CHECKING:
+    from npti_export.runtimes.transformers import TransformersRuntime
+    from npti_export.verify import LogitsOf, Opener
+
+
+class CheckpointEnding:
+    """Implements :class:`npti_export.endings.base.Ending`.
+
+    Args:
+        source: the unsteered model; a directory is streamed, a GGUF is written as transformers dequantises it.
+        exact: gives the model in float32.
+        recipe: its ``compile`` section.
+        dtype: of the weights of a GGUF's checkpoint; None for float32. A directory keeps its own.
+
+    Raises:
+        ArchitectureError: no stock class holds a steered checkpoint of this model.
+        ModelError: a GGUF that has MLP biases of its own or is steered already.
+    """
+
+    format: Format = "checkpoint"
+
+    def __init__(
+        self, source: ModelSource, exact: Callable[[], TransformersRuntime], recipe: Recipe, dtype: str | None
+    ) -> None:
+        self._source, self._exact, self._recipe, self._dtype = source, exact, recipe, dtype
+        self._steered: TransformersRuntime | None = None
+        if source.kind == "gguf":
+            check_base(read_gguf(source.path))
+        else:
+            check_expressible(_config(source.path), source.name)
+
+    def __enter__(self) -> CheckpointEnding:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._steered = None
+
+    def check_output(self, path: Path, *, force: bool) -> None:
+        """See :class:`npti_export.endings.base.Ending`."""
+        weights = self._source.path.glob("*.safetensors") if self._source.kind == "directory" else [self._source.path]
+        check_directory_writable(path, force=force, need_bytes=sum(file.stat().st_size for file in weights))
+
+    def output(self, path: Path, *, force: bool) -> AbstractContextManager[Path]:
+        """See :class:`npti_export.endings.base.Ending`."""
+        return atomic_directory(path, force=force)
+
+    def write(self, saved: SavedRule, path: Path) -> Written:
+        """See :class:`npti_export.endings.base.Ending`."""
+        program = compile_exact(saved.rule, self._recipe.compile.clamp_units)
+        if self._source.kind == "directory":
+            plan = plan_checkpoint(_config(self._source.path), directory_weights(self._source.path), program)
+            copy_beside(self._source.path, path)
+        else:
+            runtime = self._exact()
+            plan = plan_checkpoint(runtime.model.config, model_weights(runtime.model, self._dtype), program)
+            runtime.tokenizer.save_pretrained(path)
+            runtime.model.generation_config.save_pretrained(path)
+        write_checkpoint(plan, path)
+        save_checkpoint_rule(saved, path)
+        return Written(plan.nbytes, _extra(plan))
+
+    def artifact(self, path: Path) -> Opener:
+        """Loaded by ``AutoModelForCausalLM``, as anyone would."""
+
+        @contextmanager
+        def opened(_context: int) -> Iterator[LogitsOf]:
+            yield self._loaded(path).logits
+
+        return opened
+
+    def base(self) -> None:
+        """Torch is the runtime."""
+
+    def exact(self, path: Path) -> bool:
+        """Whether the MLPs are float32: 16 bits round biases and scaled rows."""
+        weights = [weight for shard in directory_weights(path) for weight in shard]
+        return all(weight.dtype == "F32" for weight in weights if weight.name.endswith(MLP_WEIGHTS))
+
+    def answers(self, path: Path, messages: list[Message], repetition_penalty: float) -> dict[str, str]:
+        """See :class:`npti_export.endings.base.Ending`."""
+        options: dict[str, Any] = {"max_new_tokens": SAMPLE_TOKENS, "repetition_penalty": repetition_penalty}
+        return {
+            "base": self._exact().answer(messages, **options),
+            "steered": self._loaded(path).answer(messages, **options),
+        }
+
+    def finish(self, path: Path, saved: SavedRule, report: dict[str, Any]) -> None:
+        """See :class:`npti_export.endings.base.Ending`."""
+        save_checkpoint_rule(saved, path)
+        (path / "README.md").write_text(model_card(report), encoding="utf-8")
+
+    def digest(self, path: Path) -> dict[str, str]:
+        """See :class:`npti_export.endings.base.Ending`."""
+        return {file.name: sha256_file(file) for file in sorted(path.glob("*.safetensors"))}
+
+    def _loaded(self, path: Path) -> TransformersRuntime:
+        from npti_export.runtimes.transformers import TransformersRuntime
+
+        if self._steered is None:
+            device = str(self._exact().device)
+            self._steered = TransformersRuntime(resolve_model(str(path)), device=device, dtype="float32")
+        return self._steered
+
+
+def _config(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(directory)
+
+
+def _extra(plan: CheckpointPlan) -> int:
+    return plan.program.layers[0].units

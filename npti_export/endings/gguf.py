@@ -1,0 +1,126 @@
+"""A steered GGUF: baked into the base file, run by llama.cpp."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP
+from npti_export.compiler.exact import compile_exact
+from npti_export.endings.base import SAMPLE_CONTEXT, SAMPLE_TOKENS, Format, Written
+from npti_export.export.gguf import check_base, plan_bake, record, write_bake
+from npti_export.files import atomic_output, check_writable, sha256_file
+from npti_export.gguf.blocks import is_float
+from npti_export.gguf.reader import GGUFFile, read_gguf
+from npti_export.gguf.writer import Value
+from npti_export.recipe import Recipe
+from npti_export.rule_io import SavedRule, encode_rule
+from npti_export.runtimes.base import Message
+from npti_export.runtimes.llamacpp import LlamaCppRuntime, opener
+
+if TYPE_CHECKING:
+    from npti_export.verify import Opener
+
+
+class GGUFEnding:
+    """Implements :class:`npti_export.endings.base.Ending`.
+
+    Args:
+        base: header of the unsteered file.
+        recipe: its ``compile`` section.
+
+    Raises:
+        ArchitectureError: llama.cpp loads no MLP biases for this family.
+        ModelError: the file cannot be widened.
+    """
+
+    format: Format = "gguf"
+
+    def __init__(self, base: GGUFFile, recipe: Recipe) -> None:
+        check_base(base)
+        self._base, self._recipe = base, recipe
+
+    def __enter__(self) -> GGUFEnding:
+        self._pool = ThreadPoolExecutor(1)
+        self._sha256: Future[str] = self._pool.submit(sha256_file, self._base.path)  # while neurons are identified
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def check_output(self, path: Path, *, force: bool) -> None:
+        """See :class:`npti_export.endings.base.Ending`."""
+        check_writable(path, force=force, need_bytes=self._base.size)
+
+    def output(self, path: Path, *, force: bool) -> AbstractContextManager[Path]:
+        """See :class:`npti_export.endings.base.Ending`."""
+        return atomic_output(path, force=force)
+
+    def write(self, saved: SavedRule, path: Path) -> Written:
+        """See :class:`npti_export.endings.base.Ending`."""
+        program = compile_exact(saved.rule, self._recipe.compile.clamp_units)
+        base_sha256 = self._sha256.result()
+        plan = plan_bake(self._base, program, self._metadata(saved), base_sha256)
+        write_bake(plan, path)
+        return Written(plan.nbytes, plan.extra, self._base.size, base_sha256)
+
+    def artifact(self, path: Path) -> Opener:
+        """See :class:`npti_export.endings.base.Ending`."""
+        return opener(path)
+
+    def base(self) -> Opener:
+        """See :class:`npti_export.endings.base.Ending`."""
+        return opener(self._base.path)
+
+    def exact(self, path: Path) -> bool:
+        """Float MLPs: their types round neither biases, which are F32, nor copies."""
+        header = read_gguf(path)
+        layers = range(header.require_int(f"{header.architecture}.block_count"))
+        names = [f"{stem.format(layer)}.weight" for stem in (FFN_GATE, FFN_UP, FFN_DOWN) for layer in layers]
+        return all(is_float(header.require_tensor(name).type_id) for name in names)
+
+    def answers(self, path: Path, messages: list[Message], repetition_penalty: float) -> dict[str, str]:
+        """See :class:`npti_export.endings.base.Ending`."""
+        found = {}
+        for name, file in (("base", self._base.path), ("steered", path)):
+            with LlamaCppRuntime(file, context=SAMPLE_CONTEXT, all_logits=False) as runtime:
+                found[name] = runtime.answer(
+                    messages, max_new_tokens=SAMPLE_TOKENS, repetition_penalty=repetition_penalty
+                )
+        return found
+
+    def finish(self, path: Path, saved: SavedRule, report: dict[str, Any]) -> None:
+        """A file has no card beside it; its metadata say the same."""
+        record(path, {f"fidelity.{name}": value for name, value in saved.about.fidelity.items()})
+
+    def digest(self, path: Path) -> str:
+        """See :class:`npti_export.endings.base.Ending`."""
+        return sha256_file(path)
+
+    def _metadata(self, saved: SavedRule) -> dict[str, Value]:
+        from npti_export.verify import Fidelity
+
+        about = replace(saved.about, recipe="", fidelity={}, profiles={})
+        placeholders: dict[str, Value] = {f"fidelity.{name}": float("nan") for name in Fidelity.__dataclass_fields__}
+        return {
+            "version": about.version,
+            "trait": about.trait,
+            **({} if about.gamma is None else {"gamma": about.gamma}),
+            "recipe": saved.about.recipe,
+            "model.fingerprint": about.fingerprint.float32,
+            "base.name": _ascii_name(self._base.path),
+            "neurons.shift": saved.rule.shifted,
+            "neurons.clamp": saved.rule.clamped,
+            "provenance": json.dumps(about.to_dict(), sort_keys=True, ensure_ascii=False),
+            "rule": encode_rule(saved.rule),
+            **placeholders,
+        }
+
+
+def _ascii_name(path: Path) -> str:
+    """A file's name with what is not ASCII escaped, fit for metadata whatever bytes the file system holds."""
+    return path.name.encode("ascii", "backslashreplace").decode("ascii")

@@ -1,0 +1,125 @@
+"""A PEFT adapter, run by stock PEFT and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
+from npti_export.export.card import model_card
+from npti_export.export.peft import write_adapter
+from npti_export.files import atomic_directory, check_directory_writable, sha256_file
+from npti_export.rule_io import ADAPTER_WEIGHTS, SavedRule
+from npti_export.runtimes.base import Message
+
+if TYPE_CHECKING:
+    from npti_export.runtimes.transformers import TransformersRuntime
+    from npti_export.steer import Where
+    from npti_export.verify import Logits, LogitsOf, Opener
+
+
+class PeftEnding:
+    """Implements :class:`npti_export.endings.base.Ending`.
+
+    Args:
+        exact: gives the model in float32.
+        where: positions that the adapter steers; verification is told that all are the response's.
+    """
+
+    format: Format = "peft"
+
+    def __init__(self, exact: Callable[[], TransformersRuntime], where: Where) -> None:
+        self._exact, self._where = exact, where
+
+    def __enter__(self) -> PeftEnding:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def check_output(self, path: Path, *, force: bool) -> None:
+        """See :class:`npti_export.endings.base.Ending`."""
+        check_directory_writable(path, force=force)
+
+    def output(self, path: Path, *, force: bool) -> AbstractContextManager[Path]:
+        """See :class:`npti_export.endings.base.Ending`."""
+        return atomic_directory(path, force=force)
+
+    def write(self, saved: SavedRule, path: Path) -> Written:
+        """See :class:`npti_export.endings.base.Ending`."""
+        write_adapter(saved, path, where=self._where)
+        return Written((path / ADAPTER_WEIGHTS).stat().st_size)
+
+    def artifact(self, path: Path) -> Opener:
+        """Loaded by ``PeftModel.from_pretrained`` into the runtime's model, and switched on for its own logits only."""
+
+        @contextmanager
+        def opened(_context: int) -> Iterator[LogitsOf]:
+            runtime = self._exact()
+            adapted = _loaded(runtime, path)
+            adapted.base_model.disable_adapter_layers()
+
+            def logits(tokens: Sequence[int]) -> Logits:
+                adapted.base_model.enable_adapter_layers()
+                try:
+                    with _everywhere(runtime, len(tokens)):
+                        return runtime.logits(tokens)
+                finally:
+                    adapted.base_model.disable_adapter_layers()
+
+            try:
+                yield logits
+            finally:
+                adapted.unload()
+
+        return opened
+
+    def base(self) -> None:
+        """Torch is the runtime."""
+
+    def exact(self, path: Path) -> bool:
+        """Shifts are float32 and clamps are bits."""
+        return True
+
+    def answers(self, path: Path, messages: list[Message], repetition_penalty: float) -> dict[str, str]:
+        """See :class:`npti_export.endings.base.Ending`."""
+        runtime = self._exact()
+        options: dict[str, Any] = {"max_new_tokens": SAMPLE_TOKENS, "repetition_penalty": repetition_penalty}
+        base = runtime.answer(messages, **options)
+        adapted = _loaded(runtime, path)
+        try:
+            return {"base": base, "steered": runtime.answer(messages, **options)}
+        finally:
+            adapted.unload()
+
+    def finish(self, path: Path, saved: SavedRule, report: dict[str, Any]) -> None:
+        """See :class:`npti_export.endings.base.Ending`."""
+        write_adapter(saved, path, where=self._where)
+        (path / "README.md").write_text(model_card(report), encoding="utf-8")
+
+    def digest(self, path: Path) -> dict[str, str]:
+        """See :class:`npti_export.endings.base.Ending`."""
+        return {ADAPTER_WEIGHTS: sha256_file(path / ADAPTER_WEIGHTS)}
+
+
+def _loaded(runtime: TransformersRuntime, path: Path) -> Any:
+    import peft
+
+    return peft.PeftModel.from_pretrained(runtime.model, path)
+
+
+@contextmanager
+def _everywhere(runtime: TransformersRuntime, length: int) -> Iterator[None]:
+    """All positions count as the response, if the adapter steers that only."""
+    import torch
+
+    from npti_export.positions import find_positions
+
+    positions = find_positions(runtime.model)
+    if positions is None:
+        yield
+        return
+    with positions.given(torch.ones(1, length, dtype=torch.bool)):
+        yield

@@ -1,0 +1,262 @@
+"""What a user asked for, and everything about it that can be checked before anything expensive starts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from npti_export.bench import TraitBench, load_bench
+from npti_export.endings.base import Format
+from npti_export.errors import AdapterError, ModelError, OutputError, ProfileError, RecipeError
+from npti_export.export.gguf import strip
+from npti_export.files import check_writable
+from npti_export.gguf.reader import GGUFFile, read_gguf
+from npti_export.loader import RuntimeSettings
+from npti_export.models import ModelSource, gguf_source, resolve_model
+from npti_export.profile import NeuronProfile
+from npti_export.profile_io import load_profile, profile_files
+from npti_export.recipe import Recipe, recipe_from_json, select_recipe
+from npti_export.rule_io import SavedRule, load_rule
+from npti_export.traits import TraitSpec, parse_trait
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a user asked for.
+
+    Attributes:
+        traits: poles to steer towards; empty where ``rule_from`` says it.
+        out: what to write; None stops after the profile.
+        format: of ``out``.
+        rule_from: an adapter, steered checkpoint or steered GGUF whose rule is used again.
+        model: see :func:`npti_export.models.resolve_model`.
+        base: the GGUF to bake into, where ``model`` is not one.
+        base_id: hub id to record as the base model.
+        where: positions that an adapter steers, ``all`` or ``response``.
+        checkpoint_dtype: of the weights of a GGUF's steered checkpoint.
+        push_to: hub repository for the result.
+        private: whether a new repository is private.
+        recipe: name or path; None picks by model.
+        overrides: ``section.key=value`` strings.
+        profiles: saved profiles to re-use.
+        save_profile: where to keep the profile.
+        report: where the caller will write the report; only checked here.
+        bench: folder of personas and questions instead of the shipped ones (one trait only).
+        any_model: accept a profile or rule of another model of the same shape.
+        force: replace existing outputs.
+        cache: folder of resumable state; None keeps none.
+    """
+
+    traits: tuple[TraitSpec, ...]
+    out: Path | None
+    format: Format = "gguf"
+    rule_from: Path | None = None
+    model: str | None = None
+    base: Path | None = None
+    base_id: str | None = None
+    where: str = "all"
+    checkpoint_dtype: str | None = None
+    push_to: str | None = None
+    private: bool = False
+    recipe: str | None = None
+    overrides: tuple[str, ...] = ()
+    profiles: tuple[Path, ...] = ()
+    save_profile: Path | None = None
+    report: Path | None = None
+    bench: Path | None = None
+    any_model: bool = False
+    force: bool = False
+    cache: Path | None = None
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose inputs were checked and read, with nothing computed yet.
+
+    Attributes:
+        job: what was asked for.
+        source: the model.
+        base: the GGUF to bake into, for that format.
+        saved: the rule of an earlier artifact.
+        traits: poles, the job's or the earlier artifact's.
+        recipe: resolved.
+        benches: personas and questions by trait.
+        profiles: given profiles by trait.
+    """
+
+    job: Job
+    source: ModelSource
+    base: GGUFFile | None
+    saved: SavedRule | None
+    traits: tuple[TraitSpec, ...]
+    recipe: Recipe
+    benches: dict[str, TraitBench]
+    profiles: dict[str, NeuronProfile]
+
+
+@contextmanager
+def prepared(job: Job) -> Iterator[Prepared]:
+    """Check everything that can be checked at once; within the block, the model of an earlier artifact is at hand.
+
+    Raises:
+        NptiError: whatever is wrong with the job.
+    """
+    saved = None if job.rule_from is None else load_rule(job.rule_from)
+    traits = job.traits if saved is None else tuple(parse_trait(text) for text in saved.about.trait.split())
+    with _source(job, saved) as source:
+        yield _prepare(job, saved, traits, source)
+
+
+def _prepare(job: Job, saved: SavedRule | None, traits: tuple[TraitSpec, ...], source: ModelSource) -> Prepared:
+    names = sorted({spec.trait for spec in traits})
+    outputs = _check_outputs(job, names)
+    if len({spec.pole for spec in job.traits}) < len(job.traits):
+        raise ProfileError("the same pole is given twice; give it once, with a strength such as openness+:1.5")
+    _refuse_shared_paths(job, source, outputs)
+    writes_or_reads = job.out is not None or saved is not None
+    base = _base_of(job, source) if writes_or_reads and job.format == "gguf" else None
+    recipe = _recipe(job, saved, source)
+    profiles = {} if saved else _load_profiles(job, source)
+    benches = {name: load_bench(name, job.bench) for name in names}
+    if saved is None:
+        for name, bench in benches.items():
+            if name not in profiles:
+                bench.search(recipe.identify.questions, recipe.identify.seed)
+    if writes_or_reads:
+        held_out(benches, recipe, recipe.verify.prompts)
+    return Prepared(job, source, base, saved, traits, recipe, benches, profiles)
+
+
+def held_out(benches: dict[str, TraitBench], recipe: Recipe, count: int) -> list[str]:
+    """Test questions of the requested traits in turn, as the user would send them.
+
+    Raises:
+        BenchError: there are fewer.
+    """
+    share = -(-count // len(benches))
+    pools = [bench.test(share) for bench in benches.values()]
+    mixed = [question for turn in zip(*pools, strict=True) for question in turn]
+    return [recipe.prompt.user.replace("{question}", question.text) for question in mixed[:count]]
+
+
+def _check_outputs(job: Job, traits: Sequence[str]) -> list[Path]:
+    """The files that the job will write beside its artifact can be written; returns all outputs."""
+    files = [job.report] if job.report is not None else []
+    if job.save_profile is not None:
+        if len(traits) > 1:
+            raise ProfileError("--save-profile takes one trait; save several with npti-export identify, one by one")
+        files += profile_files(job.save_profile, traits[0])
+    if job.out is not None and job.format == "gguf":
+        files.append(job.out)
+    for path in files:
+        check_writable(path, force=job.force)
+    return files if job.out is None or job.format == "gguf" else [*files, job.out]
+
+
+@contextmanager
+def _source(job: Job, saved: SavedRule | None) -> Iterator[ModelSource]:
+    """The model: the named one, or that of an earlier artifact.
+
+    A steered GGUF holds its base, which is taken out into a temporary file for as long as the block lasts.
+    """
+    if saved is None or job.model is not None:
+        source = resolve_model(job.model)
+        if saved is not None:
+            check_same_model(saved, source, any_model=job.any_model)
+        yield source
+        return
+    assert job.rule_from is not None
+    if job.rule_from.is_file():
+        with tempfile.TemporaryDirectory(prefix="npti-") as folder:
+            base = Path(folder) / job.rule_from.name
+            strip(job.rule_from, base, force=False)
+            yield gguf_source(base)
+        return
+    yield _recorded_source(saved)
+
+
+def _recorded_source(saved: SavedRule) -> ModelSource:
+    """The model that an adapter or checkpoint names: the embedded default, or a place or hub id."""
+    default = resolve_model(None)
+    if default.fingerprint == saved.about.fingerprint.float32:
+        return default
+    if saved.about.base is None:
+        raise ModelError(f"the rule is for {saved.about.model}, and where that is was not recorded; name it by --model")
+    try:
+        source = resolve_model(saved.about.base)
+    except ModelError as error:
+        raise ModelError(f"the rule's own model is not to be had ({error}); name it by --model") from error
+    check_same_model(saved, source, any_model=False)
+    return source
+
+
+def check_same_model(saved: SavedRule, source: ModelSource, *, any_model: bool) -> None:
+    """Raise unless a rule is for a model.
+
+    Raises:
+        AdapterError: other sizes, or another fingerprint and not ``any_model``.
+    """
+    layers, width = saved.rule.shift.shape
+    if (layers, width) != (source.shape.layers, source.shape.width):
+        raise AdapterError(
+            f"the rule is for {layers} layers of {width} neurons, and {source.name} has {source.shape}; name the right "
+            "model by --model"
+        )
+    if saved.about.fingerprint.float32 != source.fingerprint and not any_model:
+        raise AdapterError(
+            f"the rule was made for another model ({saved.about.model}) than {source.name}; name the right one by "
+            "--model, or pass --any-model to use it all the same"
+        )
+
+
+def _recipe(job: Job, saved: SavedRule | None, source: ModelSource) -> Recipe:
+    """The requested recipe, the earlier artifact's own, or the one for the model."""
+    if saved is not None and job.recipe is None:
+        try:
+            return recipe_from_json(saved.about.recipe, job.overrides)
+        except RecipeError:
+            if job.overrides:
+                raise
+    return select_recipe(job.recipe, source.fingerprint, job.overrides)
+
+
+def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:
+    """No output may replace an input, or another output, whatever --force says."""
+    resolved = [path.resolve() for path in outputs]
+    given = [path for path in (job.base, job.rule_from) if path is not None]
+    inputs = {path.resolve() for path in [source.path, *job.profiles, *given]}
+    for path, place in zip(outputs, resolved, strict=True):
+        if place in inputs:
+            raise OutputError(f"{path}: is an input of this very job; choose another name for the output")
+        if resolved.count(place) > 1:
+            raise OutputError(f"{path}: is named for two outputs; give each its own name")
+
+
+def _base_of(job: Job, source: ModelSource) -> GGUFFile:
+    if job.base is None and source.kind != "gguf":
+        raise ModelError(
+            f"{source.name}: is a transformers model, and a GGUF is baked into a GGUF; convert it with llama.cpp's "
+            "convert_hf_to_gguf.py and pass the result as --base FILE.gguf, or take --format peft or checkpoint"
+        )
+    path = job.base or source.path
+    if job.base is not None and gguf_source(job.base).fingerprint != source.fingerprint:
+        raise ModelError(f"{path}: is not the same model as {source.name} (their norm weights differ)")
+    return read_gguf(path)
+
+
+def _load_profiles(job: Job, source: ModelSource) -> dict[str, NeuronProfile]:
+    wanted = {spec.trait for spec in job.traits}
+    profiles: dict[str, NeuronProfile] = {}
+    for path in job.profiles:
+        profile = load_profile(path, source.shape)
+        if profile.trait not in wanted:
+            raise ProfileError(f"{path}: is a profile of {profile.trait}, which no --trait asks for")
+        if profile.trait in profiles:
+            raise ProfileError(f"{path}: is a second profile of {profile.trait}; give one")
+        profile.check_model(source, any_model=job.any_model)
+        profiles[profile.trait] = profile
+    return profiles
