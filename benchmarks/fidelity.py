@@ -20,6 +20,7 @@ from npti_export.gguf.reader import read_gguf
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.rule import build_rule
+from npti_export.runtimes.llamacpp import opener
 from npti_export.runtimes.transformers import TransformersRuntime
 from npti_export.traits import TraitSpec
 from npti_export.verify import measure
@@ -76,7 +77,8 @@ def main():
                         rule = build_rule(profile, TraitSpec(arguments.trait, sign), chosen)
                         plan = plan_bake(read_gguf(path), compile_exact(rule, units), {}, "0" * 64)
                         write_bake(plan, Path(folder) / "steered.gguf")
-                        one = measure(runtime, rule, Path(folder) / "steered.gguf", path, prompts, chosen, Silent())
+                        steered, base = opener(Path(folder) / "steered.gguf"), opener(path)
+                        one = measure(runtime, rule, steered, base, prompts, chosen, Silent())
                         say(
                             f"| {name} | {arguments.trait}{sign} | {gamma:g} | {units} "
                             f"| {one.kl_rule_base:.3f} "

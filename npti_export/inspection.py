@@ -10,14 +10,17 @@ from npti_export.export.gguf import PREFIX
 from npti_export.gguf.blocks import type_name
 from npti_export.gguf.reader import read_gguf
 from npti_export.profile import SAFETENSORS_SUFFIXES
+from npti_export.rule_io import artifact_format, load_rule
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """Describe a GGUF (steered or not) or a profile, as a flat JSON-able dictionary.
+    """Describe a GGUF (steered or not), an adapter, a steered checkpoint or a profile, as a flat JSON-able dictionary.
 
     Raises:
         NptiError: neither of these, or damaged.
     """
+    if path.is_dir():
+        return _directory(path)
     if path.suffix == ".json":
         return _published(path)
     try:
@@ -32,10 +35,23 @@ def inspect_file(path: Path) -> dict[str, Any]:
     raise ModelError(f"{path}: neither a GGUF nor a profile")
 
 
+def _directory(path: Path) -> dict[str, Any]:
+    saved = load_rule(path)
+    layers, width = saved.rule.shift.shape
+    about = saved.about.to_dict()
+    return {
+        "kind": "PEFT adapter" if artifact_format(path) == "peft" else "steered checkpoint",
+        "shape": f"{layers} layers of {width} neurons",
+        "shifted": saved.rule.shifted,
+        "clamped": saved.rule.clamped,
+        **about,
+    }
+
+
 def _gguf(path: Path) -> dict[str, Any]:
     header = read_gguf(path)
     steering = {entry.key: entry.value for entry in header.keys if entry.key.startswith(PREFIX)}
-    for key in ("npti.base.header", "npti.base.gaps"):
+    for key in ("npti.base.header", "npti.base.gaps", "npti.rule"):
         if key in steering:
             steering[key] = f"{len(steering[key])} bytes"
     types = sorted({type_name(tensor.type_id) for tensor in header.tensors})

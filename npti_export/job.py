@@ -112,6 +112,7 @@ def prepared(job: Job) -> Iterator[Prepared]:
 
 
 def _prepare(job: Job, saved: SavedRule | None, traits: tuple[TraitSpec, ...], source: ModelSource) -> Prepared:
+    _refuse_idle_options(job, source)
     names = sorted({spec.trait for spec in traits})
     outputs = _check_outputs(job, names)
     if len({spec.pole for spec in job.traits}) < len(job.traits):
@@ -222,6 +223,23 @@ def _recipe(job: Job, saved: SavedRule | None, source: ModelSource) -> Recipe:
             if job.overrides:
                 raise
     return select_recipe(job.recipe, source.fingerprint, job.overrides)
+
+
+def _refuse_idle_options(job: Job, source: ModelSource) -> None:
+    """An option that would do nothing is a misunderstanding, not a detail."""
+    idle = {
+        "--base is the GGUF to bake into; it goes with --format gguf": job.base is not None and job.format != "gguf",
+        "--checkpoint-dtype goes with --format checkpoint and a GGUF model; a directory keeps its own dtype": (
+            job.checkpoint_dtype is not None and (job.format != "checkpoint" or source.kind != "gguf")
+        ),
+        "--private goes with --push-to-hub": job.private and job.push_to is None,
+        f"--where {job.where}: weights steer every position; it goes with --format peft": (
+            job.where != "all" and job.format != "peft"
+        ),
+    }
+    for message, given in idle.items():
+        if given:
+            raise OutputError(message)
 
 
 def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:

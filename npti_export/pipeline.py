@@ -72,8 +72,6 @@ def open_ending(ready: Prepared, models: Models) -> Ending:
         from npti_export.endings.peft import PeftEnding
 
         return PeftEnding(models.exact, "response" if job.where == "response" else "all")
-    if job.where != "all":
-        raise ModelError(f"--where {job.where}: weights steer every position; it is a setting of --format peft")
     ready.source.check_compilable()
     if job.format == "checkpoint":
         from npti_export.endings.checkpoint import CheckpointEnding
@@ -121,8 +119,8 @@ def _obtain_rule(ready: Prepared, models: Models, timings: Timings, progress: Pr
     with timings.measure("rule"):
         rule = compose([build_rule(profiles[spec.trait], spec, ready.recipe) for spec in ready.traits])
     source, job = ready.source, ready.job
-    # A place on this machine is of use where transformers looks for the base; a GGUF must not carry it around.
-    place = str(source.path.resolve()) if source.kind == "directory" and job.format != "gguf" else None
+    # Adapters and checkpoints say where their base is, as PEFT does; a GGUF must not carry a place of ours around.
+    place = None if job.format == "gguf" else str(source.path.resolve())
     about = Provenance(
         trait=" ".join(map(str, ready.traits)),
         gamma=ready.recipe.rule.gamma,

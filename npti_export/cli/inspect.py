@@ -1,4 +1,4 @@
-"""``npti-export inspect``: what a file is, and where it came from."""
+"""``npti-export inspect``: what a file or directory is, and where it came from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from npti_export.cli.options import FILE
 @click.argument("file", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON")
 def inspect(file: Path, as_json: bool) -> None:
-    """Print what a profile or a GGUF is, and where it came from.
+    """Print what an artifact or a profile is, and where it came from.
 
     \b
       npti-export inspect model.gguf

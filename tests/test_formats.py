@@ -1,0 +1,350 @@
+"""The three formats, made from traits and from each other, verified, described and pushed."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hub_stub import HubStub
+from jobs import npti
+from peft import PeftModel
+from plain_rule import logits, plain_rule
+from transformers import AutoModelForCausalLM
+
+from npti_export.endings.checkpoint import CheckpointEnding
+from npti_export.errors import AdapterError, ArchitectureError, FidelityError, ModelError, OutputError
+from npti_export.files import atomic_directory
+from npti_export.gguf.reader import read_gguf
+from npti_export.inspection import inspect_file
+from npti_export.job import Job
+from npti_export.models import resolve_model
+from npti_export.pipeline import run, verify_artifact
+from npti_export.profile import NeuronProfile
+from npti_export.profile_io import save_profile
+from npti_export.progress import Silent
+from npti_export.recipe import load_recipe
+from npti_export.rule import build_rule
+from npti_export.rule_io import ADAPTER_WEIGHTS, load_rule
+from npti_export.traits import parse_trait
+
+IDS = torch.arange(5, 29).reshape(2, 12)
+SETTINGS = (
+    "select.at_least=20",
+    "select.at_most=20",
+    "select.threshold=0.9",
+    "verify.prompts=2",
+    "verify.answer_tokens=8",
+)
+TRAIT = (parse_trait("extraversion+"),)
+
+
+@pytest.fixture(scope="module")
+def profile(tiny, tmp_path_factory):
+    source = resolve_model(str(tiny))
+    rng = np.random.default_rng(5)
+    shape = (source.shape.layers, source.shape.width)
+    arrays = [rng.uniform(0.2, 0.8, shape).astype(np.float32) for _ in range(4)]
+    path = tmp_path_factory.mktemp("profile") / "e.safetensors"
+    save_profile(NeuronProfile("extraversion", *arrays, source.fingerprint), path, force=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rule(profile):
+    from npti_export.profile import read_profile
+
+    return build_rule(read_profile(profile), TRAIT[0], load_recipe("npti", SETTINGS))
+
+
+def job(model, out, profile, format_name, **more):
+    return Job(
+        traits=TRAIT,
+        out=out,
+        format=format_name,
+        model=str(model),
+        recipe="npti",
+        overrides=SETTINGS,
+        profiles=(profile,),
+        **more,
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tiny_checkpoint, profile, tmp_path_factory):
+    """Each format once, from a GGUF or from a directory."""
+    folder = tmp_path_factory.mktemp("made")
+    reports = {
+        name: run(job(model, folder / name, profile, format_name), Silent())
+        for name, model, format_name in (
+            ("gguf", tiny, "gguf"),
+            ("peft", tiny_checkpoint, "peft"),
+            ("checkpoint", tiny_checkpoint, "checkpoint"),
+            ("checkpoint of a gguf", tiny, "checkpoint"),
+        )
+    }
+    return folder, reports
+
+
+KINDS = ["gguf", "peft", "checkpoint", "checkpoint of a gguf"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_format_is_the_rule_and_says_so(made, rule, kind):
+    folder, reports = made
+    report, fidelity = reports[kind], reports[kind]["fidelity"]
+    assert (report["neurons"]["shift"], report["neurons"]["clamp"]) == (20, 20)
+    assert 0 <= fidelity["kl_rule_artifact"] <= 1e-4 < fidelity["kl_rule_base"]
+    assert report["artifact"]["format"] == kind.split()[0]
+    assert report["sample"]["base"] != report["sample"]["steered"]
+    saved = load_rule(folder / kind)
+    assert np.array_equal(saved.rule.shift, rule.shift)
+    assert np.array_equal(saved.rule.clamp, rule.clamp)
+    assert saved.about.trait == "extraversion+"
+    assert saved.about.fidelity["kl_rule_artifact"] == fidelity["kl_rule_artifact"]
+    assert json.loads(saved.about.recipe) == report["recipe"]
+
+
+def test_what_is_delivered_runs_in_stock_transformers(made, tiny_checkpoint, rule):
+    folder, _ = made
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).eval()
+    base = logits(model, IDS)
+    with plain_rule(model, rule):
+        want = logits(model, IDS)
+    for kind in ("checkpoint", "checkpoint of a gguf"):
+        got = logits(AutoModelForCausalLM.from_pretrained(folder / kind), IDS)
+        assert (got - want).abs().max() < 0.1 * (base - want).abs().max()
+    assert torch.equal(logits(PeftModel.from_pretrained(model, folder / "peft"), IDS), want)
+
+
+@pytest.mark.parametrize("kind", ["peft", "checkpoint"])
+def test_directories_carry_a_card(made, kind):
+    folder, reports = made
+    text = (folder / kind / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert {"npti", "extraversion"} <= set(front["tags"])
+    assert "KeyError: 'NPTI'" in text or kind != "peft"
+    assert f"{reports[kind]['fidelity']['limit']:.2g}".rstrip("0") in text or "1e-04" in text or "0.0001" in text
+
+
+@pytest.mark.parametrize("target", ["gguf", "peft", "checkpoint"])
+@pytest.mark.parametrize("kind", ["gguf", "peft", "checkpoint"])
+def test_every_format_from_every_other(made, tiny, rule, kind, target, tmp_path):
+    folder, _ = made
+    model = str(tiny) if (kind, target) in (("peft", "gguf"), ("checkpoint", "gguf")) else None
+    again = Job(traits=(), out=tmp_path / "out", format=target, rule_from=folder / kind, model=model)
+    report = run(again, Silent())
+    assert report["fidelity"]["kl_rule_artifact"] <= 1e-4 < report["fidelity"]["kl_rule_base"]
+    assert np.array_equal(load_rule(tmp_path / "out").rule.shift, rule.shift)
+    if kind == target == "peft":
+        assert (tmp_path / "out" / ADAPTER_WEIGHTS).read_bytes() == (folder / "peft" / ADAPTER_WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_measures_the_same_again(made, kind):
+    folder, reports = made
+    asked = Job(traits=(), out=None, format=kind.split()[0], rule_from=folder / kind)
+    verdict = verify_artifact(asked, Silent())
+    assert verdict["fault"] is None
+    assert verdict["fidelity"]["kl_rule_artifact"] == pytest.approx(
+        reports[kind]["fidelity"]["kl_rule_artifact"], abs=1e-7
+    )
+    assert verdict["fidelity"]["kl_rule_base"] == pytest.approx(reports[kind]["fidelity"]["kl_rule_base"], rel=1e-3)
+
+
+def test_verify_notices_a_changed_artifact(made, tiny_checkpoint, tmp_path):
+    """The unsteered model with the rule's file beside it, and a checkpoint with one bias missing."""
+    folder, _ = made
+    inert = tmp_path / "inert"
+    shutil.copytree(tiny_checkpoint, inert)
+    shutil.copy(folder / "checkpoint" / "npti.json", inert)
+    verdict = verify_artifact(Job(traits=(), out=None, format="checkpoint", rule_from=inert), Silent())
+    assert "does not do what the rule says" in verdict["fault"]
+    config = json.loads((folder / "checkpoint" / "config.json").read_text())
+    deaf = tmp_path / "deaf"
+    shutil.copytree(folder / "checkpoint", deaf)
+    (deaf / "config.json").write_text(json.dumps({**config, "mlp_bias": False}))
+    verdict = verify_artifact(Job(traits=(), out=None, format="checkpoint", rule_from=deaf), Silent())
+    assert "does not do what the rule says" in verdict["fault"]
+
+
+def test_an_adapter_for_the_response_only(tiny_checkpoint, profile, tmp_path):
+    report = run(job(tiny_checkpoint, tmp_path / "r", profile, "peft", where="response"), Silent())
+    assert report["fidelity"]["kl_rule_artifact"] < 1e-9 < report["fidelity"]["kl_rule_base"]
+    assert json.loads((tmp_path / "r" / "adapter_config.json").read_text())["where"] == "response"
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    base = logits(model, IDS)
+    assert torch.equal(logits(PeftModel.from_pretrained(model, tmp_path / "r"), IDS), base)
+
+
+def test_an_unfaithful_checkpoint_is_not_delivered(tiny_checkpoint, profile, tmp_path, monkeypatch):
+    written = CheckpointEnding.write
+
+    def sabotage(self, saved, path):
+        return written(self, replace(saved, rule=replace(saved.rule, shift=saved.rule.shift * 3)), path)
+
+    monkeypatch.setattr(CheckpointEnding, "write", sabotage)
+    for _ in range(2):  # the second one replaces the first one's rejected directory
+        with pytest.raises(FidelityError, match=r"it is kept as .*out\.rejected"):
+            run(job(tiny_checkpoint, tmp_path / "out", profile, "checkpoint"), Silent())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.rejected"]
+
+
+def test_refused_at_once(made, tiny, tiny_checkpoint, default_model, profile, tmp_path):
+    folder, _ = made
+    qwen3 = tmp_path / "qwen3"
+    shutil.copytree(tiny_checkpoint, qwen3)
+    config = json.loads((qwen3 / "config.json").read_text())
+    (qwen3 / "config.json").write_text(json.dumps({**config, "model_type": "qwen3"}))
+    with pytest.raises(ArchitectureError, match=r"of qwen3 cannot be written.*--format peft"):
+        run(job(qwen3, tmp_path / "x", profile, "checkpoint"), Silent())
+    (qwen3 / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    with pytest.raises(ArchitectureError, match="SiLU"):
+        run(job(qwen3, tmp_path / "x", profile, "checkpoint"), Silent())
+    with pytest.raises(OutputError, match="steer every position"):
+        run(job(tiny, tmp_path / "x", profile, "gguf", where="response"), Silent())
+    with pytest.raises(ModelError, match="is steered already"):
+        run(job(folder / "gguf", tmp_path / "x", profile, "peft"), Silent())
+    with pytest.raises(AdapterError, match="holds no rule"):
+        run(Job(traits=(), out=tmp_path / "x", format="peft", rule_from=profile), Silent())
+    with pytest.raises(AdapterError, match=r"holds no steering rule \(npti.rule\)"):
+        run(Job(traits=(), out=tmp_path / "x", format="peft", rule_from=tiny), Silent())
+    with pytest.raises(AdapterError, match="is for 3 layers of 96 neurons"):
+        run(Job(traits=(), out=tmp_path / "x", rule_from=folder / "peft", model=str(default_model)), Silent())
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_of_the_same_name_in_the_working_directory(tiny, make_tiny, profile, tmp_path, monkeypatch):
+    """transformers looks for a bare GGUF name in the working directory first."""
+    other = make_tiny(seed=1)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(other, tmp_path / tiny.name)
+    report = run(job(tiny, tmp_path / "out", profile, "gguf"), Silent())
+    assert report["fidelity"]["kl_runtime_floor"] < 1e-4
+
+
+def test_directories_that_are_not_ours(made, tiny_checkpoint, profile, tmp_path):
+    folder, _ = made
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("all I have")
+    for force in (False, True):
+        with pytest.raises(OutputError, match="exists already" if not force else "not ours"):
+            run(job(tiny_checkpoint, precious, profile, "peft", force=force), Silent())
+    assert (precious / "thesis.txt").read_text() == "all I have"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file"):
+        run(job(tiny_checkpoint, tmp_path / "file", profile, "peft", force=True), Silent())
+    mine = tmp_path / "mine"
+    shutil.copytree(folder / "peft", mine)
+    (mine / "leftover").write_text("x")
+    with pytest.raises(OutputError, match="pass --force"):
+        run(job(tiny_checkpoint, mine, profile, "peft"), Silent())
+    run(job(tiny_checkpoint, mine, profile, "peft", force=True), Silent())
+    assert not (mine / "leftover").exists()
+    assert oct(mine.stat().st_mode & 0o777) == oct(0o777 & ~umask())
+    with pytest.raises(OutputError, match="is an input of this very job"):
+        run(Job(traits=(), out=mine, format="peft", rule_from=mine, force=True), Silent())
+
+
+def umask():
+    found = os.umask(0)
+    os.umask(found)
+    return found
+
+
+def test_an_atomic_directory_is_whole_or_absent(tmp_path):
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "d") as temporary:
+        (temporary / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with atomic_directory(tmp_path / "d") as temporary:
+        (temporary / "whole").write_text("x")
+        assert not (tmp_path / "d").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_inspect(made):
+    folder, _ = made
+    adapter = inspect_file(folder / "peft")
+    assert (adapter["kind"], adapter["trait"], adapter["shifted"], adapter["clamped"]) == (
+        "PEFT adapter",
+        "extraversion+",
+        20,
+        20,
+    )
+    assert inspect_file(folder / "checkpoint")["kind"] == "steered checkpoint"
+    header = inspect_file(folder / "gguf")
+    assert header["npti.rule"].endswith("bytes")
+    assert read_gguf(folder / "gguf").get("npti.rule") is not None
+
+
+def test_pushed_to_the_hub(tiny, tiny_checkpoint, profile, tmp_path, cli_environment):
+    """The whole command against a local stub of the Hub: an adapter directory and a GGUF with its card."""
+    common = ["--trait", "extraversion+", "--recipe", "npti", "--profile", profile]
+    common += [part for setting in SETTINGS for part in ("--set", setting)]
+    with HubStub() as hub:
+        environment = {**cli_environment, **hub.environment()}
+        environment.pop("HF_HUB_OFFLINE")
+        for out, model, more in (
+            ("calm", tiny_checkpoint, ["--format", "peft"]),
+            ("calm.gguf", tiny, []),
+        ):
+            done = npti(
+                *common, "--model", model, "--out", out, *more, "--push-to-hub", f"alice/{out}",
+                environment=environment, cwd=tmp_path,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert "pushed" in done.stdout
+        stored = {name: hub.files(f"alice/{name}") for name in ("calm", "calm.gguf")}
+        done = npti(
+            *common, "--model", tiny, "--out", "b.gguf", "--push-to-hub", "someone-else/b",
+            environment=environment, cwd=tmp_path,
+        )  # fmt: skip
+        assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
+        assert not (tmp_path / "b.gguf").exists()
+    for path in (tmp_path / "calm").iterdir():
+        assert stored["calm"][path.name] == path.read_bytes()
+    assert stored["calm.gguf"]["calm.gguf"] == (tmp_path / "calm.gguf").read_bytes()
+    assert b"llama" in stored["calm.gguf"]["README.md"]
+
+
+BAD = [
+    (["--from", "a", "--trait", "calm", "--out", "o"], "--trait makes a rule, and --from brings one"),
+    (["--from", "a", "--gamma", "1", "--out", "o"], "--gamma makes a rule"),
+    (["--from", "nowhere", "--out", "o"], "there is no such file or directory"),
+    (["--from", "a"], "no --out"),
+    (["--trait", "calm", "--out", "o", "--format", "onnx"], "'onnx' is not one of"),
+    (["--trait", "calm", "--out", "o", "--push-to-hub", "no-owner"], "no-owner"),
+    (["--trait", "calm", "--out", "o.gguf", "--checkpoint-dtype", "float16"], "--checkpoint-dtype"),
+    (["--trait", "calm", "--out", "o.gguf", "--private"], "--private"),
+    (["--trait", "calm", "--out", "o", "--format", "peft", "--base", "b.gguf"], "--base"),
+    (["--trait", "calm", "--out", "o.gguf", "--where", "response"], "--format peft"),
+    (["verify", "nowhere"], "there is no such file or directory"),
+    (["verify", "x.txt"], "holds no rule"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_bad_input(arguments, says, cli_environment, tmp_path):
+    (tmp_path / "x.txt").write_text("hello")
+    done = npti(*arguments, environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert says in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_the_verify_command(made, cli_environment):
+    folder, _ = made
+    done = npti("verify", "checkpoint", "--json", environment=cli_environment, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fault"] is None
+    done = npti("verify", "checkpoint", "--set", "verify.kl_limit_float=1e-12", environment=cli_environment, cwd=folder)
+    assert done.returncode == 3
+    assert "not faithful" in done.stdout
