@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,8 +54,7 @@ class _Rule:
         return (output.float().minimum(self.limit) + self.shift).to(output.dtype)
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """One adapter's part in one layer.
 
     Attributes:
@@ -89,8 +88,13 @@ class LayerSteering:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[bool, tuple[tuple[Any, ...], _Vectors | None]] = {}
-        self._checked: tuple[tuple[int, int], ...] = ()
+        # The shares are kept with what they add up to, so that no other tensor can get the identity of one of theirs.
+        self._kept: dict[bool, tuple[tuple[Any, ...], _Vectors | None, Sequence[Share]]] = {}
+        self._checked: tuple[tuple[tuple[int, int], ...], Sequence[Share]] = ((), ())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle starts anew."""
+        return LayerSteering, ()
 
     def __call__(
         self, a: torch.Tensor, shares: Sequence[Share], positions: ResponsePositions | None = None
@@ -108,7 +112,7 @@ class LayerSteering:
         active = [share for share in shares if share.strength]
         everywhere = [share for share in active if share.where == "all"]
         if len(everywhere) == len(active):
-            return self._apply(a, everywhere, False)
+            return self._apply(a, active, False)
         response = False if positions is None else positions.of(a)
         if isinstance(response, torch.Tensor):
             return torch.where(response[..., None], self._apply(a, active, True), self._apply(a, everywhere, False))
@@ -129,7 +133,7 @@ class LayerSteering:
         )
         kept = self._kept.get(in_response)
         if kept is None or kept[0] != key:
-            kept = self._kept[in_response] = (key, _combine(a, shares))
+            kept = self._kept[in_response] = (key, _combine(a, shares), shares)
         vectors = kept[1]
         if vectors is None:
             return a
@@ -138,9 +142,9 @@ class LayerSteering:
 
     def _check_loaded(self, shares: Sequence[Share]) -> None:
         state = tuple((id(share.clamp), _version(share.clamp)) for share in shares)
-        if state != self._checked:
+        if state != self._checked[0]:
             _refuse_unloaded(shares)
-            self._checked = state
+            self._checked = (state, shares)
 
 
 def _apply_plainly(a: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The examples run as they say, on the real default model."""
+"""The examples run as they say: baking on the real default model, adapters on a tiny one."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import random_rule
 
 from npti_export.models import resolve_model
 from npti_export.profile import NeuronProfile
@@ -47,3 +48,54 @@ def test_chat(composed, default_model):
     steered, base = printed.split("--- ")[1:]
     assert len(base.split()) > 10
     assert steered.split("\n", 1)[1] != base.split("\n", 1)[1]
+
+
+def answers(printed):
+    """The answer under each heading."""
+    parts = [part.split("\n", 1) for part in printed.split("--- ")[1:]]
+    return {heading: answer.strip() for heading, answer in parts}
+
+
+@pytest.fixture(scope="module")
+def adapters(make_adapter):
+    return [str(make_adapter(random_rule(3, 96, seed=seed, per_layer=(20, 20)))) for seed in (0, 1)]
+
+
+def test_load_adapter(adapters, tmp_path):
+    found = answers(run("load_adapter.py", adapters[0], "Hello", cwd=tmp_path))
+    assert list(found) == ["strength 0.0", "strength 0.5", "strength 1.0", "off"]
+    assert found["off"] == found["strength 0.0"] != found["strength 1.0"] != found["strength 0.5"]
+
+
+def test_mix_traits(adapters, tmp_path):
+    found = answers(run("mix_traits.py", *adapters, "Hello", cwd=tmp_path))
+    assert list(found) == ["neither", "first", "second", "both, the first at 0.7"]
+    assert len(set(found.values())) == 4
+
+
+def test_with_lora(adapters, tiny_checkpoint, tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    lora = get_peft_model(base, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "gate_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    found = answers(run("with_lora.py", "lora", adapters[0], "Hello", cwd=tmp_path))
+    assert list(found) == ["LoRA", "LoRA and personality", "LoRA again"]
+    assert found["LoRA"] == found["LoRA again"] != found["LoRA and personality"]
+
+
+def test_response_only(adapters, tmp_path):
+    found = answers(run("response_only.py", adapters[0], "Hello", cwd=tmp_path))
+    assert list(found) == ["base", "all", "response", "base again"]
+    assert found["base"] == found["base again"]
+    assert len({found["base"], found["all"], found["response"]}) == 3
+
+
+def test_save_checkpoint(adapters, tmp_path):
+    found = answers(run("save_checkpoint.py", adapters[0], "steered", "Hello", cwd=tmp_path))
+    adapter, saved = found.values()
+    assert "LlamaForCausalLM, MLP width 352" in found
+    assert adapter.split()[:4] == saved.split()[:4]
