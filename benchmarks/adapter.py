@@ -72,10 +72,8 @@ def generation(arguments, folder):
                     ratios.append(steered / base)
             if adapted is not None:
                 adapted.unload()
-            low, high = min(ratios), max(ratios)
-            say(
-                f"{name}, batch {batch}: {statistics.median(ratios):.3f} times the base's time ({low:.3f} to {high:.3f})"
-            )
+            median, low, high = statistics.median(ratios), min(ratios), max(ratios)
+            say(f"{name}, batch {batch}: {median:.3f} times the base's time ({low:.3f} to {high:.3f})")
 
 
 def llama_3_8b(folder):

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from npti_export.attached import AttachedActivation
 from npti_export.errors import AdapterError
-from npti_export.positions import ResponsePositions, find_positions, positions_of
-from npti_export.rule_io import SavedRule, load_rule
-from npti_export.steer import LayerSteering, Share, Where
+from npti_export.positions import find_positions, positions_of
+from npti_export.rule_io import SavedRule, Where, check_strength, check_where, load_rule
+from npti_export.steer import Share
 
 if TYPE_CHECKING:
     from npti_export.adapter.target import Target
@@ -24,7 +25,7 @@ def attach(
     path: str | Path,
     strength: float = 1.0,
     *,
-    where: Where = "all",
+    where: Where | None = None,
     any_model: bool = False,
 ) -> Attachment:
     """Steer a model from now on.
@@ -41,27 +42,27 @@ def attach(
         model: a loaded transformers model, also one with PEFT adapters of other kinds.
         path: an adapter directory, a steered checkpoint directory or a steered GGUF, of the same base model.
         strength: multiplies the shifts; 0 is exactly the base.
-        where: ``all`` positions, or those of the ``response`` only.
+        where: ``all`` positions, or those of the ``response`` only; None takes what the artifact says.
         any_model: accept the rule of another model of the same shape.
 
     Raises:
         AdapterError: no rule there, a damaged one, or one of another model.
         ArchitectureError: a model family that is not in the table.
     """
-    from npti_export.adapter.config import NptiConfig, check_strength, check_where
-
+    check_strength(strength)
     saved = load_rule(Path(path))
+    where = check_where(where or saved.where)
     layers, width = saved.rule.shift.shape
-    about = None if any_model else saved.about.to_dict()
-    config = NptiConfig(layers=layers, width=width, provenance=about)
 
+    from npti_export.adapter.config import NptiConfig
     from npti_export.adapter.layer import NptiLayer
     from npti_export.adapter.target import find_target
 
-    target = find_target(model, config)
+    about = None if any_model else saved.about.to_dict()
+    target = find_target(model, NptiConfig(layers=layers, width=width, provenance=about))
     if any(isinstance(module, NptiLayer) for module in target.activations()):
         raise AdapterError("this model holds an npti adapter already: add the other one to it with load_adapter")
-    return Attachment(target, saved, str(path), check_strength(strength), check_where(where))
+    return Attachment(target, saved, str(path), check_strength(strength), where)
 
 
 @contextmanager
@@ -92,20 +93,20 @@ class Attachment:
         where: ``all`` or ``response``.
     """
 
-    def __init__(self, target: Target, saved: SavedRule, name: str, strength: float, where: Any) -> None:
+    def __init__(self, target: Target, saved: SavedRule, name: str, strength: float, where: Where) -> None:
         self.saved, self.where = saved, where
-        self._strength = strength
+        self._target, self._strength, self._attached = target, strength, True
         self._positions = positions_of(target.model, target.decoder) if where == "response" else None
         if self._positions is not None:
             self._positions.retain()
-        self._hooks: list[_LayerHook] = []
-        self._entries: list[Share] = []
-        for module, shift, clamp in zip(target.activations(), saved.rule.shift, saved.rule.clamp, strict=True):
+        self._wrappers: list[AttachedActivation] = []
+        for place, shift, clamp in zip(target.names, saved.rule.shift, saved.rule.clamp, strict=True):
             if shift.any() or clamp.any():
-                hook = _LayerHook.of(module)
+                wrapper = _wrapper(target, place)
                 vectors = torch.from_numpy(shift), torch.from_numpy(clamp.view("uint8"))
-                hook.add(self, Share(name, *vectors, strength, where), self._positions)
-                self._hooks.append(hook)
+                wrapper.shares[self] = Share(name, *vectors, strength, where)
+                wrapper.positions = self._positions or wrapper.positions
+                self._wrappers.append(wrapper)
 
     @property
     def strength(self) -> float:
@@ -114,19 +115,25 @@ class Attachment:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        from npti_export.adapter.config import check_strength
-
         self._strength = check_strength(value)
-        for hook in self._hooks:
-            hook.set_strength(self, self._strength)
+        for wrapper in self._wrappers:
+            wrapper.shares[self] = wrapper.shares[self]._replace(strength=self._strength)
 
     def detach(self) -> None:
         """The model is as before; a second call does nothing."""
-        for hook in self._hooks:
-            hook.remove(self)
-        if self._hooks and self._positions is not None:
+        if not self._attached:
+            return
+        self._attached = False
+        for wrapper in self._wrappers:
+            del wrapper.shares[self]
+        self._wrappers = []
+        for place in self._target.names:
+            parent, name = _parent(self._target, place)
+            module = getattr(parent, name)
+            if isinstance(module, AttachedActivation) and not module.shares:
+                setattr(parent, name, module.base)
+        if self._positions is not None:
             self._positions.release()
-        self._hooks = []
 
     def __enter__(self) -> Attachment:
         return self
@@ -137,36 +144,15 @@ class Attachment:
         self.detach()
 
 
-class _LayerHook:
-    """The one forward hook on an activation module, with the shares of all attachments."""
+def _wrapper(target: Target, place: str) -> AttachedActivation:
+    parent, name = _parent(target, place)
+    module = getattr(parent, name)
+    if not isinstance(module, AttachedActivation):
+        module = AttachedActivation(module).train(module.training)
+        setattr(parent, name, module)
+    return module
 
-    def __init__(self) -> None:
-        self._shares: dict[int, Share] = {}
-        self._steering = LayerSteering()
-        self._positions: ResponsePositions | None = None
-        self._handle: Any = None
 
-    @classmethod
-    def of(cls, module: torch.nn.Module) -> _LayerHook:
-        for hook in module._forward_hooks.values():
-            if isinstance(hook, cls):
-                return hook
-        hook = cls()
-        hook._handle = module.register_forward_hook(hook)
-        return hook
-
-    def add(self, owner: Attachment, share: Share, positions: ResponsePositions | None) -> None:
-        self._shares[id(owner)] = share
-        self._positions = positions or self._positions
-
-    def set_strength(self, owner: Attachment, strength: float) -> None:
-        share = self._shares[id(owner)]
-        self._shares[id(owner)] = Share(share.name, share.shift, share.clamp, strength, share.where)
-
-    def remove(self, owner: Attachment) -> None:
-        del self._shares[id(owner)]
-        if not self._shares:
-            self._handle.remove()
-
-    def __call__(self, _module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return self._steering(output, list(self._shares.values()), self._positions)
+def _parent(target: Target, place: str) -> tuple[torch.nn.Module, str]:
+    path, _, name = place.rpartition(".")
+    return target.model.get_submodule(path), name

@@ -14,6 +14,13 @@ from pathlib import Path
 from npti_export.errors import DiskFullError, OutputError
 
 _HASH_CHUNK = 1 << 22
+# What an adapter or a steered checkpoint consists of.
+_OURS = (
+    "adapter_config.json", "adapter_model.safetensors", "npti.json", "README.md", "config.json",
+    "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "LICENSE*",
+    "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
 
 
 def check_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
@@ -27,12 +34,20 @@ def check_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
     if len(os.fsencode(path.name)) > 255:
         raise OutputError(f"{path.name[:40]}…: the name is longer than 255 bytes; choose a shorter one")
     with translate_os_errors(path):
-        parent = path.absolute().parent
         path.exists()
     if path.is_dir():
         raise OutputError(f"{path}: is a directory; give the name of a file to write")
     if path.exists() and not force:
         raise OutputError(f"{path}: exists already; pass --force to replace it, or choose another name")
+    _check_place(path, need_bytes)
+
+
+def _check_place(path: Path, need_bytes: int) -> None:
+    """The folder that ``path`` goes to is there, writable and has room."""
+    if not path.name or path.name == "..":
+        raise OutputError(f"{path}: is no name of its own; name what to write")
+    with translate_os_errors(path):
+        parent = path.absolute().parent
     if not parent.is_dir():
         raise OutputError(f"{path}: the folder {parent} does not exist; create it first")
     if not os.access(parent, os.W_OK):
@@ -73,7 +88,9 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def is_ours(directory: Path) -> bool:
-    """Whether a directory is an adapter or a steered checkpoint of ours, which --force may replace."""
+    """Whether a directory is an adapter or a steered checkpoint of ours and nothing else: what --force may replace."""
+    if not all(entry.is_file() and any(entry.match(name) for name in _OURS) for entry in directory.iterdir()):
+        return False
     if (directory / "npti.json").is_file():
         return True
     try:
@@ -93,10 +110,10 @@ def check_directory_writable(path: Path, *, force: bool, need_bytes: int = 0) ->
         if not force:
             raise OutputError(f"{path}: exists already; pass --force to replace it, or choose another name")
         if not is_ours(path):
-            raise OutputError(f"{path}: holds files that are not ours, so it is not replaced; choose another name")
+            raise OutputError(f"{path}: holds more than an output of ours, so it is not replaced; choose another name")
     elif path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file, and this format is a directory; choose another name")
-    check_writable(path.with_name(path.name + ".partial"), force=True, need_bytes=need_bytes)
+    _check_place(path, need_bytes)
 
 
 @contextmanager
@@ -133,7 +150,12 @@ def _publish_directory(temporary: Path, path: Path) -> None:
     if path.exists():
         old = temporary.with_suffix(".replaced")
         path.rename(old)
-    temporary.rename(path)
+    try:
+        temporary.rename(path)
+    except OSError:
+        if old is not None:
+            old.rename(path)
+        raise
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
     _sync_folder(path.absolute().parent)

@@ -19,8 +19,10 @@ from npti_export.models import ModelSource, gguf_source, resolve_model
 from npti_export.profile import NeuronProfile
 from npti_export.profile_io import load_profile, profile_files
 from npti_export.recipe import Recipe, recipe_from_json, select_recipe
-from npti_export.rule_io import SavedRule, load_rule
+from npti_export.rule_io import SavedRule, Where, load_rule
 from npti_export.traits import TraitSpec, parse_trait
+
+_AFTER_THE_RULE = ("compile.", "verify.")  # what a recipe still says of an artifact whose rule is there
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Job:
         model: see :func:`npti_export.models.resolve_model`.
         base: the GGUF to bake into, where ``model`` is not one.
         base_id: hub id to record as the base model.
-        where: positions that an adapter steers, ``all`` or ``response``.
+        where: positions that an adapter steers, ``all`` or ``response``; None takes the earlier artifact's, or all.
         checkpoint_dtype: of the weights of a GGUF's steered checkpoint.
         push_to: hub repository for the result.
         private: whether a new repository is private.
@@ -57,7 +59,7 @@ class Job:
     model: str | None = None
     base: Path | None = None
     base_id: str | None = None
-    where: str = "all"
+    where: Where | None = None
     checkpoint_dtype: str | None = None
     push_to: str | None = None
     private: bool = False
@@ -97,6 +99,11 @@ class Prepared:
     benches: dict[str, TraitBench]
     profiles: dict[str, NeuronProfile]
 
+    @property
+    def where(self) -> Where:
+        """Positions that the rule is meant for: the job's, else the earlier artifact's, else all."""
+        return self.job.where or (self.saved.where if self.saved is not None else "all")
+
 
 @contextmanager
 def prepared(job: Job) -> Iterator[Prepared]:
@@ -121,6 +128,10 @@ def _prepare(job: Job, saved: SavedRule | None, traits: tuple[TraitSpec, ...], s
     writes_or_reads = job.out is not None or saved is not None
     base = _base_of(job, source) if writes_or_reads and job.format == "gguf" else None
     recipe = _recipe(job, saved, source)
+    if saved is not None and saved.where == "response" and job.format != "peft" and job.where is None:
+        raise OutputError(
+            f"{job.rule_from}: steers the response only, and weights steer every position; pass --where all for that"
+        )
     profiles = {} if saved else _load_profiles(job, source)
     benches = {name: load_bench(name, job.bench) for name in names}
     if saved is None:
@@ -173,7 +184,8 @@ def _source(job: Job, saved: SavedRule | None) -> Iterator[ModelSource]:
     assert job.rule_from is not None
     if job.rule_from.is_file():
         with tempfile.TemporaryDirectory(prefix="npti-") as folder:
-            base = Path(folder) / job.rule_from.name
+            named = read_gguf(job.rule_from).get("npti.base.name")
+            base = Path(folder) / (Path(str(named)).name or job.rule_from.name)
             strip(job.rule_from, base, force=False)
             yield gguf_source(base)
         return
@@ -216,6 +228,12 @@ def check_same_model(saved: SavedRule, source: ModelSource, *, any_model: bool) 
 
 def _recipe(job: Job, saved: SavedRule | None, source: ModelSource) -> Recipe:
     """The requested recipe, the earlier artifact's own, or the one for the model."""
+    if saved is not None:
+        for override in job.overrides:
+            if not override.strip().startswith(_AFTER_THE_RULE):
+                raise RecipeError(
+                    f"--set {override}: the rule is there already; only {' '.join(_AFTER_THE_RULE)} count"
+                )
     if saved is not None and job.recipe is None:
         try:
             return recipe_from_json(saved.about.recipe, job.overrides)
@@ -233,8 +251,8 @@ def _refuse_idle_options(job: Job, source: ModelSource) -> None:
             job.checkpoint_dtype is not None and (job.format != "checkpoint" or source.kind != "gguf")
         ),
         "--private goes with --push-to-hub": job.private and job.push_to is None,
-        f"--where {job.where}: weights steer every position; it goes with --format peft": (
-            job.where != "all" and job.format != "peft"
+        "--where response: weights steer every position; it goes with --format peft": (
+            job.where == "response" and job.format != "peft"
         ),
     }
     for message, given in idle.items():
@@ -245,13 +263,13 @@ def _refuse_idle_options(job: Job, source: ModelSource) -> None:
 def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:
     """No output may replace an input, or another output, whatever --force says."""
     resolved = [path.resolve() for path in outputs]
-    given = [path for path in (job.base, job.rule_from) if path is not None]
+    given = [path for path in (job.base, job.rule_from, job.bench) if path is not None]
     inputs = {path.resolve() for path in [source.path, *job.profiles, *given]}
     for path, place in zip(outputs, resolved, strict=True):
-        if place in inputs:
-            raise OutputError(f"{path}: is an input of this very job; choose another name for the output")
-        if resolved.count(place) > 1:
-            raise OutputError(f"{path}: is named for two outputs; give each its own name")
+        if any(one.is_relative_to(place) for one in inputs):
+            raise OutputError(f"{path}: is an input of this very job, or holds one; choose another name for the output")
+        if sum(one.is_relative_to(place) for one in resolved) > 1:
+            raise OutputError(f"{path}: is named for two outputs, or holds another; give each its own place")
 
 
 def _base_of(job: Job, source: ModelSource) -> GGUFFile:

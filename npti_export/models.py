@@ -24,6 +24,8 @@ DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the file was made
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(?::(?P<file>[\w./-]+\.gguf))?$")
 _WEIGHTS = ("README.md", "*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt", "*.py")
 
+_NOT_OURS = ("consolidated*", "original/*")  # the same weights again, for other programs
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -200,12 +202,38 @@ def _gguf_norms(header: GGUFFile, row: Architecture, shape: ModelShape) -> Itera
             yield np.frombuffer(stream.read(tensor.nbytes), dtype=kind).astype(np.float32)
 
 
+def weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """The files that transformers would read the weights from, each with the tensors that it reads (None: all).
+
+    That is ``model.safetensors``, or else what its index names; other ``.safetensors`` files, such as the consolidated
+    ones of some repositories, or adapters, are not the model's.
+
+    Raises:
+        ModelError: neither is there, or the index is damaged.
+    """
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return {single: None}
+    if not index.is_file():
+        raise ModelError(f"{directory}: has no model.safetensors and no index of one; it is incomplete")
+    files: dict[Path, set[str] | None] = {}
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        for name, file in sorted(places.items(), key=lambda one: one[1]):
+            names = files.setdefault(directory / file, set())
+            assert names is not None
+            names.add(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: is damaged ({error}); download it again") from error
+    return files
+
+
 def _checkpoint_norms(path: Path, row: Architecture, shape: ModelShape) -> Iterator[npt.NDArray[np.float32]]:
     from safetensors import SafetensorError, safe_open
 
     where: dict[str, Path] = {}
     try:
-        for file in sorted(path.glob("*.safetensors")):
+        for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 where.update(dict.fromkeys(tensors.keys(), file))
         layer_names = [f"model.layers.{layer}.{norm}.weight" for layer in range(shape.layers) for norm in row.norms]
@@ -225,7 +253,7 @@ def _download(repository: str, file: str | None) -> Path:
     try:
         if file is not None:
             return Path(hf_hub_download(repository, file))
-        return Path(snapshot_download(repository, allow_patterns=list(_WEIGHTS)))
+        return Path(snapshot_download(repository, allow_patterns=list(_WEIGHTS), ignore_patterns=list(_NOT_OURS)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"model {repository!r}: neither a local path nor to be had from the hub: {reason}") from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -51,11 +51,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
                 from npti_export.export.hub import check_repository
 
                 check_repository(job.push_to)
-            saved = _obtain_rule(ready, models, timings, progress)
+            saved, profiles = _obtain_rule(ready, models, timings, progress)
             report = _deliver(ready, saved, ending, models, timings, progress)
-    if job.push_to is not None:
-        with timings.measure("push"):
-            report["pushed"] = _push(job, report, progress)
+    report["profiles"] = profiles
     report["seconds"] = {key: round(value, 3) for key, value in timings.seconds.items()}
     report["seconds"]["total"] = round(time.perf_counter() - started, 3)
     return report
@@ -71,7 +69,7 @@ def open_ending(ready: Prepared, models: Models) -> Ending:
     if job.format == "peft":
         from npti_export.endings.peft import PeftEnding
 
-        return PeftEnding(models.exact, "response" if job.where == "response" else "all")
+        return PeftEnding(models.exact, identity_checked=job.out is not None or not job.any_model)
     ready.source.check_compilable()
     if job.format == "checkpoint":
         from npti_export.endings.checkpoint import CheckpointEnding
@@ -110,29 +108,51 @@ def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress:
     return profiles
 
 
-def _obtain_rule(ready: Prepared, models: Models, timings: Timings, progress: Progress) -> SavedRule:
+def _obtain_rule(
+    ready: Prepared, models: Models, timings: Timings, progress: Progress
+) -> tuple[SavedRule, dict[str, Any]]:
+    """The rule, and where the profile of each trait came from."""
     if ready.saved is not None:
-        about = replace(ready.saved.about, version=__version__, fidelity={})
-        return SavedRule(ready.saved.rule, about)
+        return SavedRule(ready.saved.rule, _described_again(ready, ready.saved.about), ready.where), {}
     profiles = obtain_profiles(ready, models, timings, progress)
     models.release_fast()
     with timings.measure("rule"):
         rule = compose([build_rule(profiles[spec.trait], spec, ready.recipe) for spec in ready.traits])
-    source, job = ready.source, ready.job
-    # Adapters and checkpoints say where their base is, as PEFT does; a GGUF must not carry a place of ours around.
-    place = None if job.format == "gguf" else str(source.path.resolve())
     about = Provenance(
         trait=" ".join(map(str, ready.traits)),
         gamma=ready.recipe.rule.gamma,
         recipe=ready.recipe.to_json(),
-        model=source.hub_id or (source.path.name if source.kind == "directory" else source.name),
-        model_type=source.model_type,
-        fingerprint=source.identity,
-        base=job.base_id or source.hub_id or place,
-        license=source.license,
-        profiles={trait: profile.origin for trait, profile in profiles.items()},
+        **_identity(ready),
     )
-    return SavedRule(rule, about)
+    return SavedRule(rule, about, ready.where), {trait: profile.origin for trait, profile in profiles.items()}
+
+
+def _described_again(ready: Prepared, about: Provenance) -> Provenance:
+    """The provenance of an earlier artifact's rule: of this model, if that is another one."""
+    if about.fingerprint.float32 != ready.source.fingerprint:
+        about = replace(about, **_identity(ready))
+    base = ready.job.base_id or about.base
+    if not _keeps_places(ready.job) and base is not None and Path(base).is_absolute():
+        base = None
+    return replace(about, base=base, version=__version__, fidelity={})
+
+
+def _identity(ready: Prepared) -> dict[str, Any]:
+    """The fields of a provenance that say which model it is."""
+    source = ready.source
+    place = str(source.path.resolve()) if _keeps_places(ready.job) else None
+    return {
+        "model": source.hub_id or (source.path.name if source.kind == "directory" else source.name),
+        "model_type": source.model_type,
+        "fingerprint": source.identity,
+        "base": ready.job.base_id or source.hub_id or place,
+        "license": source.license,
+    }
+
+
+def _keeps_places(job: Job) -> bool:
+    """Adapters and checkpoints say where on this machine their base is, as PEFT does, unless they leave it."""
+    return job.format != "gguf" and job.push_to is None
 
 
 def _deliver(
@@ -151,7 +171,7 @@ def _deliver(
         runtime = models.exact()
         with timings.measure("verify"):
             fidelity = measure_artifact(ready, runtime, saved, ending, temporary, progress)
-        saved = SavedRule(saved.rule, replace(saved.about, fidelity=asdict(fidelity)))
+        saved = replace(saved, about=replace(saved.about, fidelity=asdict(fidelity)))
         exact = ending.exact(temporary)
         fault = fidelity.fault(
             ready.recipe, exact=exact, base=ready.base.path.name if ready.base else ready.source.name
@@ -179,10 +199,12 @@ def measure_artifact(
 
 
 def _set_aside(temporary: Path, out: Path) -> Path:
-    aside = out.with_name(out.name + ".rejected")
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    temporary.replace(aside)
+    """Keep an artifact that was not delivered, under a name that is free."""
+    names = itertools.chain(
+        [f"{out.name}.rejected"], (f"{out.name}.rejected-{number}" for number in itertools.count(2))
+    )
+    aside = next(path for name in names if not (path := out.with_name(name)).exists())
+    temporary.rename(aside)
     return aside
 
 
@@ -233,19 +255,23 @@ def _report(
         "peak_rss_mb": peak_rss_mb(),
         "artifact": artifact,
         "sample": sample,
-        "profiles": about.profiles,
         "recipe": json.loads(ready.recipe.to_json()),
     }
 
 
-def _push(job: Job, report: dict[str, Any], progress: Progress) -> str:
+def push(job: Job, report: dict[str, Any], progress: Progress) -> str:
+    """Upload what ``run`` delivered; returns its address.
+
+    Raises:
+        HubError: the upload broke off; what is on disk is complete.
+    """
     from npti_export.export.card import model_card
-    from npti_export.export.hub import push
+    from npti_export.export.hub import push as upload
 
     assert job.out is not None
     assert job.push_to is not None
     progress.start(f"push to {job.push_to}", 1)
-    url = push(job.out, job.push_to, model_card(report), private=job.private)
+    url = upload(job.out, job.push_to, model_card(report), private=job.private)
     progress.advance(1)
     return url
 
@@ -286,4 +312,4 @@ def verify_artifact(job: Job, progress: Progress) -> dict[str, Any]:
     }
 
 
-__all__: Sequence[str] = ("Job", "identify_only", "run", "verify_artifact")
+__all__: Sequence[str] = ("Job", "identify_only", "push", "run", "verify_artifact")

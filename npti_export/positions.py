@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,14 @@ from npti_export.errors import AdapterError
 _ATTRIBUTE = "_npti_positions"
 
 
+class _Pass(threading.local):
+    """What is known of the passes of one thread: length of the prompt, a given mask, the mask of the pass under way."""
+
+    prompt: int | None = None
+    given: torch.Tensor | None = None
+    mask: torch.Tensor | bool = False
+
+
 class ResponsePositions:
     """Follows the forward passes of one model.
 
@@ -23,18 +33,26 @@ class ResponsePositions:
     otherwise. Positions are places in the padded sequence, so batches padded on the left need no more than one number.
 
     Args:
-        model: a transformers model; its ``generate`` is wrapped, which :meth:`release` undoes.
+        model: a transformers model; its ``generate`` is wrapped, which the last :meth:`release` undoes.
         decoder: the module whose ``forward`` takes ``past_key_values`` and runs the layers.
     """
 
     def __init__(self, model: torch.nn.Module, decoder: torch.nn.Module) -> None:
-        self._model = model
-        self._prompt: int | None = None
-        self._given: torch.Tensor | None = None
-        self._mask: torch.Tensor | bool = False
+        self._model, self._decoder = model, decoder
+        self._pass = _Pass()
         self._users = 0
-        self._handle = decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True)
-        model.__dict__["generate"] = _Generate(model.generate, self)
+        self._handles = (
+            decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True),
+            decoder.register_forward_hook(self._after_pass, always_call=True),
+        )
+        model.__dict__["generate"] = _Generate(model, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and saved models: everything but the pass under way."""
+        return {name: value for name, value in vars(self).items() if name != "_pass"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _pass=_Pass())
 
     def of(self, a: torch.Tensor) -> torch.Tensor | bool:
         """For an activation of the pass under way: whether its positions are the response's, or a mask of it.
@@ -48,7 +66,7 @@ class ResponsePositions:
         Raises:
             AdapterError: the activation is not of the pass that was seen last.
         """
-        mask = self._mask
+        mask = self._pass.mask
         if isinstance(mask, bool):
             return mask
         if a.ndim != 3 or mask.shape[-1] != a.shape[1]:
@@ -61,67 +79,90 @@ class ResponsePositions:
     @contextmanager
     def given(self, mask: torch.Tensor) -> Iterator[None]:
         """Within the block, passes steer the positions of ``mask`` ``[batch, length]`` bool."""
-        before, self._given = self._given, mask.bool()
+        before, self._pass.given = self._pass.given, mask.bool()
         try:
             yield
         finally:
-            self._given = before
-
-    def retain(self) -> None:
-        """One more adapter needs this."""
-        self._users += 1
-
-    def release(self) -> None:
-        """One adapter less needs this; with the last one, the model is as it was."""
-        self._users -= 1
-        if self._users == 0:
-            self._handle.remove()
-            del self._model.__dict__["generate"]
-            del self._model.__dict__[_ATTRIBUTE]
+            self._pass.given = before
 
     @contextmanager
     def generating(self, prompt: int) -> Iterator[None]:
         """Within the block, what lies behind ``prompt`` positions is the response."""
-        before, self._prompt = self._prompt, prompt
+        before, self._pass.prompt = self._pass.prompt, prompt
         try:
             yield
         finally:
-            self._prompt = before
+            self._pass.prompt = before
 
-    def _before_pass(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
+    def retain(self) -> None:
+        """One more user needs this."""
+        self._users += 1
+
+    def release(self) -> None:
+        """One user less needs this; with the last one, the model is as it was."""
+        self._users -= 1
+        if self._users:
+            return
+        for handle in self._handles:
+            handle.remove()
+        del self._model.__dict__[_ATTRIBUTE]
+        wrapper = self._model.__dict__.get("generate")
+        if isinstance(wrapper, _Generate):  # else somebody wrapped ours, which from now on only passes through
+            wrapper.restore()
+
+    def _before_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args:
+            kwargs = {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
+        _refuse_untellable(module, kwargs)
+        tokens = kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
-        length, cache = tokens.shape[1], kwargs.get("past_key_values")
-        if self._given is not None:
-            if tuple(self._given.shape) != (tokens.shape[0], length):
+        self._pass.mask = self._mask(tokens, kwargs.get("past_key_values"))
+
+    def _mask(self, tokens: torch.Tensor, cache: Any) -> torch.Tensor | bool:
+        rows, length = tokens.shape[:2]
+        given, prompt = self._pass.given, self._pass.prompt
+        if given is not None:
+            if tuple(given.shape) != (rows, length):
                 raise AdapterError(
-                    f"the response mask is {list(self._given.shape)}, but the pass has {tokens.shape[0]} sequences of "
-                    f"{length} tokens; give one value a token"
+                    f"the response mask is {list(given.shape)}, but the pass has {rows} sequences of {length} tokens; "
+                    "give one value a token"
                 )
-            self._mask = self._given
-            return
+            return given
         start = 0 if cache is None else int(cache.get_seq_length())
-        if self._prompt is None:
-            self._mask = start > 0 and length == 1
-        elif start >= self._prompt:
-            self._mask = True
-        elif start + length <= self._prompt:
-            self._mask = False
-        else:
-            self._mask = (torch.arange(start, start + length, device=tokens.device) >= self._prompt)[None]
+        if prompt is None:
+            return start > 0 and length == 1
+        if start >= prompt or start + length <= prompt:
+            return start >= prompt
+        return (torch.arange(start, start + length, device=tokens.device) >= prompt)[None]
+
+    def _after_pass(self, *_: Any) -> None:
+        self._pass.mask = False
 
 
 class _Generate:
     """``model.generate``, followed. An object, not a closure, so that a deep copy of the model follows the copy."""
 
-    def __init__(self, original: Any, positions: ResponsePositions) -> None:
-        functools.update_wrapper(self, original)
-        self._original, self._positions = original, positions
+    def __init__(self, model: torch.nn.Module, positions: ResponsePositions) -> None:
+        self._model, self._positions = model, positions
+        self._patched = model.__dict__.get("generate")  # somebody else's wrapper
+
+    @property
+    def __wrapped__(self) -> Any:
+        """What it wraps, for whoever asks for its signature."""
+        kind: Any = type(self._model)
+        return self._patched or functools.partial(kind.generate, self._model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._positions.generating(_prompt_length(args, kwargs)):
-            return self._original(*args, **kwargs)
+            return self.__wrapped__(*args, **kwargs)
+
+    def restore(self) -> None:
+        """Give the model back what was there before."""
+        if self._patched is None:
+            del self._model.__dict__["generate"]
+        else:
+            self._model.__dict__["generate"] = self._patched
 
 
 def positions_of(model: torch.nn.Module, decoder: torch.nn.Module) -> ResponsePositions:
@@ -134,12 +175,31 @@ def positions_of(model: torch.nn.Module, decoder: torch.nn.Module) -> ResponsePo
 
 
 def find_positions(model: torch.nn.Module) -> ResponsePositions | None:
-    """The follower of a model, or of the model inside wrappers of PEFT; None where nothing needed one."""
+    """The follower of a model, or of the model inside wrappers of PEFT; None where nothing needs one."""
     for module in model.modules():
         found = module.__dict__.get(_ATTRIBUTE)
         if isinstance(found, ResponsePositions):
             return found
     return None
+
+
+def _refuse_untellable(decoder: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    """Passes of which it cannot be told what is prompt and what is response.
+
+    Raises:
+        AdapterError: continuous batching, or a backward pass that will run the layers again.
+    """
+    if kwargs.get("cache") is not None or kwargs.get("cu_seq_lens_q") is not None:
+        raise AdapterError(
+            "steering the response only does not work with continuous batching (generate_batch), which packs prompts "
+            "and responses; use generate, or steer everywhere"
+        )
+    trains = decoder.training and torch.is_grad_enabled()
+    if trains and any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
+        raise AdapterError(
+            "steering the response only does not work with gradient checkpointing, which runs layers again after the "
+            "pass; switch one of the two off"
+        )
 
 
 def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -65,8 +65,6 @@ def render(report: dict[str, Any], console: Console) -> None:
     if report["sample"] is not None:
         _render_sample(report["sample"], console)
     console.print(f"[bold green]wrote[/bold green] {escape(artifact['path'])}")
-    if "pushed" in report:
-        console.print(f"[bold green]pushed[/bold green] {escape(report['pushed'])}")
 
 
 def render_verdict(verdict: dict[str, Any], console: Console) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,17 +13,45 @@ from typing import Any, Literal
 import numpy as np
 
 from npti_export.architectures import by_model_type
-from npti_export.errors import AdapterError, ProfileError
+from npti_export.errors import AdapterError, ProfileError, TraitError
 from npti_export.fingerprint import Fingerprint
 from npti_export.gguf.reader import GGUFFile, read_gguf
 from npti_export.rule import SteeringRule
+from npti_export.traits import parse_trait
 from npti_export.version import __version__
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CHECKPOINT_FILE = "npti.json"
 PEFT_TYPE = "NPTI"
 SHIFT, CLAMP = "npti_shift", "npti_clamp"
+Where = Literal["all", "response"]
 _SPARSE = ("shift_index", "shift_value", "clamp_index", "shape")
+
+
+def check_strength(strength: Any) -> float:
+    """The strength of an adapter as a float.
+
+    Raises:
+        AdapterError: not a finite number, or below zero.
+    """
+    try:
+        value = float(strength)
+    except (TypeError, ValueError):
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise AdapterError(f"strength {strength}: give 0 (off) or more; for the other direction take the opposite pole")
+    return value
+
+
+def check_where(where: Any) -> Where:
+    """``all`` or ``response``.
+
+    Raises:
+        AdapterError: something else.
+    """
+    if where not in ("all", "response"):
+        raise AdapterError(f"where={where!r}: give 'all' or 'response'")
+    return "response" if where == "response" else "all"
 
 
 @dataclass(frozen=True)
@@ -39,7 +69,6 @@ class Provenance:
         license: of the model, if known.
         version: of this tool.
         fidelity: what verification measured; empty before it.
-        profiles: where the profile of each trait came from.
     """
 
     trait: str
@@ -52,7 +81,6 @@ class Provenance:
     license: str | None = None
     version: str = __version__
     fidelity: dict[str, float] = field(default_factory=dict)
-    profiles: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary."""
@@ -60,20 +88,27 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Provenance:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`; what a later version added is left out.
 
         Raises:
-            KeyError, TypeError: something is missing or unknown.
+            ValueError: something is missing or of another type.
+            TraitError: its traits are none.
         """
-        return cls(**{**values, "fingerprint": Fingerprint(**values["fingerprint"])})
+        from pydantic import TypeAdapter
+
+        about: Provenance = TypeAdapter(cls).validate_python(values)
+        for trait in about.trait.split() or [""]:
+            parse_trait(trait)
+        return about
 
 
 @dataclass(frozen=True)
 class SavedRule:
-    """A rule and its provenance."""
+    """A rule, its provenance, and the positions that it is meant for: ``all``, or those of the ``response``."""
 
     rule: SteeringRule
     about: Provenance
+    where: Where = "all"
 
 
 def encode_rule(rule: SteeringRule) -> bytes:
@@ -162,7 +197,7 @@ def rule_of_gguf(header: GGUFFile) -> SavedRule:
         for entry in header.keys
         if entry.key.startswith("npti.fidelity.")
     }
-    provenance = _provenance(lambda: json.loads(about) | {"recipe": recipe, "fidelity": fidelity}, str(header.path))
+    provenance = read_provenance(lambda: json.loads(about) | {"recipe": recipe, "fidelity": fidelity}, str(header.path))
     return SavedRule(decode_rule(bytes(stored), str(header.path)), provenance)
 
 
@@ -190,7 +225,7 @@ def adapter_tensors(saved: SavedRule) -> dict[str, np.ndarray[Any, Any]]:
 def _from_checkpoint(directory: Path) -> SavedRule:
     path = directory / CHECKPOINT_FILE
     content = _json(path)
-    about = _provenance(lambda: content["provenance"], str(path))
+    about = read_provenance(lambda: content["provenance"], str(path))
     try:
         packed = base64.b64decode(content["rule"], validate=True)
     except (KeyError, TypeError, ValueError) as error:
@@ -205,7 +240,7 @@ def _from_adapter(directory: Path) -> SavedRule:
     config = _json(config_path)
     if config.get("peft_type") != PEFT_TYPE:
         raise AdapterError(f"{config_path}: is a {config.get('peft_type')} adapter, not one of npti-export")
-    about = _provenance(lambda: config["provenance"], str(config_path))
+    about = read_provenance(lambda: config["provenance"], str(config_path))
     try:
         with safe_open(weights, framework="np") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
@@ -213,7 +248,7 @@ def _from_adapter(directory: Path) -> SavedRule:
         raise AdapterError(f"{directory}: has no {ADAPTER_WEIGHTS}; the adapter is incomplete") from None
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{weights}: is damaged ({error}); download or make it again") from error
-    return SavedRule(_stacked(tensors, config, about, str(weights)), about)
+    return SavedRule(_stacked(tensors, config, about, str(weights)), about, check_where(config.get("where", "all")))
 
 
 def _stacked(
@@ -226,9 +261,15 @@ def _stacked(
         raise AdapterError(
             f"{where}: its {ADAPTER_CONFIG} does not say how many layers and neurons: {error}"
         ) from error
-    strength = float(config.get("strength", 1.0))
+    strength = check_strength(config.get("strength", 1.0))
+    if layers > len(tensors) or width != max((tensor.size for tensor in tensors.values()), default=0):
+        raise AdapterError(
+            f"{where}: holds {len(tensors)} tensors, but its {ADAPTER_CONFIG} says {layers} layers of {width} neurons; "
+            "make the adapter again"
+        )
+    tensors = {from_layers(name): tensor for name, tensor in tensors.items()}
     rule = SteeringRule(np.zeros((layers, width), np.float32), np.zeros((layers, width), np.bool_))
-    expected = adapter_tensors(SavedRule(rule, about))
+    expected = {from_layers(name): like for name, like in adapter_tensors(SavedRule(rule, about)).items()}
     check_names(set(expected), set(tensors), where)
     for name, like in expected.items():
         tensor = tensors[name]
@@ -239,6 +280,12 @@ def _stacked(
     shift = np.stack([tensors[name] for name in names[::2]]).astype(np.float32) * np.float32(strength)
     clamp = np.stack([tensors[name] for name in names[1::2]]).astype(np.bool_)
     return SteeringRule(shift, clamp if strength else np.zeros_like(clamp))
+
+
+def from_layers(name: str) -> str:
+    """A tensor's name from its layer's number on: what stands before depends on who wrapped the model."""
+    match = re.search(r"[^.]+\.\d+\..*", name)
+    return match[0] if match else name
 
 
 def check_names(expected: set[str], found: set[str], where: str) -> None:
@@ -253,11 +300,17 @@ def check_names(expected: set[str], found: set[str], where: str) -> None:
             raise AdapterError(f"{where}: tensor {min(names)} {what}{more}; make the adapter for this model again")
 
 
-def _provenance(read: Any, where: str) -> Provenance:
+def read_provenance(read: Callable[[], dict[str, Any]], where: str) -> Provenance:
+    """The provenance that ``read`` finds.
+
+    Raises:
+        AdapterError: there is none, or it is damaged.
+    """
     try:
         return Provenance.from_dict(read())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AdapterError(f"{where}: does not say where its rule came from ({error}); make the file again") from error
+    except (KeyError, TypeError, ValueError, AttributeError, TraitError) as error:
+        reason = str(error).splitlines()[0]
+        raise AdapterError(f"{where}: does not say where its rule came from ({reason}); make it again") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

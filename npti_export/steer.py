@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,11 @@ import torch
 
 from npti_export.errors import AdapterError
 from npti_export.rule import SteeringRule
+from npti_export.rule_io import Where
 
 if TYPE_CHECKING:
     from npti_export.positions import ResponsePositions
 
-Where = Literal["all", "response"]
 NOT_LOADED = 255  # a clamp vector of an adapter whose weights have not come yet
 
 
@@ -84,16 +84,17 @@ class LayerSteering:
     """Applies shares to the activation of one layer.
 
     What the shares add up to is computed once and kept for as long as they, their values, the device and the dtype
-    stay the same, which leaves two operations a layer and token.
+    stay the same, which leaves two operations a layer and token. An edit through ``tensor.data`` in place is the one
+    change that torch does not tell anybody of: it takes effect with the next change that is noticed.
     """
 
     def __init__(self) -> None:
         # The shares are kept with what they add up to, so that no other tensor can get the identity of one of theirs.
         self._kept: dict[bool, tuple[tuple[Any, ...], _Vectors | None, Sequence[Share]]] = {}
-        self._checked: tuple[tuple[tuple[int, int], ...], Sequence[Share]] = ((), ())
+        self._checked: tuple[tuple[Any, ...], Sequence[Share]] = ((), ())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or a pickle starts anew."""
+        """A copy, or a model that was saved whole, starts anew."""
         return LayerSteering, ()
 
     def __call__(
@@ -123,14 +124,11 @@ class LayerSteering:
             return a
         if torch.compiler.is_compiling():
             return _apply_plainly(a, shares)
-        if any(share.shift.requires_grad for share in shares):
+        # Inference tensors do not count their changes; shifts that are trained need their gradient.
+        if any(share.shift.requires_grad or share.shift.is_inference() for share in shares):
             self._check_loaded(shares)
             return _apply_plainly(a, shares)
-        key = (
-            a.device,
-            a.dtype,
-            *((id(share.shift), _version(share.shift), _version(share.clamp), share.strength) for share in shares),
-        )
+        key = (a.device, a.dtype, *map(_state, shares))
         kept = self._kept.get(in_response)
         if kept is None or kept[0] != key:
             kept = self._kept[in_response] = (key, _combine(a, shares), shares)
@@ -141,7 +139,7 @@ class LayerSteering:
         return torch.minimum(a, vectors.limit).add_(vectors.shift)
 
     def _check_loaded(self, shares: Sequence[Share]) -> None:
-        state = tuple((id(share.clamp), _version(share.clamp)) for share in shares)
+        state = tuple(map(_state, shares))
         if state != self._checked[0]:
             _refuse_unloaded(shares)
             self._checked = (state, shares)
@@ -167,7 +165,7 @@ def _refuse_unloaded(shares: Sequence[Share]) -> None:
 
 def _combine(a: torch.Tensor, shares: Sequence[Share]) -> _Vectors | None:
     _refuse_unloaded(shares)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # what is kept may meet a pass with gradients later
         shift = torch.stack([share.shift.float() * share.strength for share in shares]).sum(0).to(a.device)
         clamp = torch.stack([share.clamp for share in shares]).amax(0).to(a.device) != 0
         if not (bool(shift.any()) or bool(clamp.any())):
@@ -176,6 +174,9 @@ def _combine(a: torch.Tensor, shares: Sequence[Share]) -> _Vectors | None:
     return _Vectors(limit, shift)
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """Changes with every change of the values; inference tensors do not count theirs, nor can they be trained."""
-    return -1 if tensor.is_inference() else tensor._version
+def _state(share: Share) -> tuple[Any, ...]:
+    """Changes with the share: its tensors, where and what they hold, and its strength."""
+    shift, clamp = share.shift, share.clamp
+    if shift.is_inference():
+        return (id(shift), id(clamp), share.strength)
+    return (id(shift), shift.data_ptr(), shift._version, id(clamp), clamp.data_ptr(), clamp._version, share.strength)

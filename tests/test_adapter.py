@@ -1,13 +1,21 @@
 """The PEFT tuner: every way to load, switch and save it, against the rule written out in the MLP."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
 import tolerances
 import torch
 from conftest import random_rule
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from plain_rule import logits, plain_rule
 from reference import ReferenceLlama
 from safetensors.torch import load_file
@@ -17,7 +25,9 @@ import npti_export
 from npti_export.adapter.config import NptiConfig
 from npti_export.adapter.layer import NptiLayer
 from npti_export.errors import AdapterError
+from npti_export.export.peft import write_adapter
 from npti_export.rule import SteeringRule, compose
+from npti_export.rule_io import SavedRule, load_rule
 
 IDS = torch.arange(5, 29).reshape(2, 12)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -159,6 +169,53 @@ def test_a_copy_and_a_state_dict_carry_the_rule(load, make_adapter, rules):
     assert not torch.equal(logits(steered, IDS), want)
 
 
+def test_changed_values_are_noticed(load, make_adapter, rules):
+    model = load()
+    want = [expected(model, SteeringRule(rules[0].shift * np.float32(scale), rules[0].clamp)) for scale in (2, 4, 8)]
+    steered = PeftModel.from_pretrained(model, make_adapter(rules[0]))
+    logits(steered, IDS)  # keeps what it computed
+    layers = [module for module in steered.modules() if isinstance(module, NptiLayer)]
+    shifts = [layer.npti_shift["default"] for layer in layers]
+    with torch.no_grad():
+        for shift in shifts:
+            shift.mul_(2)
+    assert torch.equal(logits(steered, IDS), want[0])
+    for shift in shifts:
+        shift.data = shift.data * 2
+    assert torch.equal(logits(steered, IDS), want[1])
+    for layer, shift in zip(layers, shifts, strict=True):
+        layer.npti_shift["default"] = torch.nn.Parameter(shift.data * 2, requires_grad=False)
+    assert torch.equal(logits(steered, IDS), want[2])
+
+
+def test_loaded_in_inference_mode(load, make_adapter, rules):
+    """Such tensors do not count their changes."""
+    model = load()
+    want = [expected(model, rule) for rule in rules]
+    with torch.inference_mode():
+        steered = PeftModel.from_pretrained(model, make_adapter(rules[0]))
+        assert torch.equal(logits(steered, IDS), want[0])
+        set_peft_model_state_dict(steered, load_file(make_adapter(rules[1]) / "adapter_model.safetensors"))
+        assert torch.equal(logits(steered, IDS), want[1])
+
+
+def test_one_adapter_for_all_rows(load, make_adapter, rules):
+    steered = PeftModel.from_pretrained(load(), make_adapter(rules[0]))
+    with pytest.raises(AdapterError, match="steer all rows of a batch alike"):
+        steered(input_ids=IDS, adapter_names=["default", "__base__"])
+
+
+def test_a_model_that_is_saved_whole(load, make_adapter, rules, provenance, tmp_path):
+    """As multiprocessing does; also one that follows positions."""
+    write_adapter(SavedRule(rules[0], provenance, "response"), tmp_path)
+    for directory in (make_adapter(rules[0]), tmp_path):
+        steered = PeftModel.from_pretrained(load(), directory)
+        options = {"input_ids": IDS, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+        again = pickle.loads(pickle.dumps(steered))
+        assert torch.equal(again.generate(**options), steered.generate(**options))
+        assert torch.equal(logits(again, IDS), logits(steered, IDS))
+
+
 def test_generation(load, make_adapter, rules):
     """Token by token with a cache, left-padded, the same as without a cache."""
     steered = PeftModel.from_pretrained(load(), make_adapter(rules[0]))
@@ -236,9 +293,22 @@ def test_together_with_lora(load, make_adapter, rules, tmp_path, order, way):
     assert torch.equal(logits(model, IDS), want)
     npti_export.set_strength(model, 0.0, "calm")
     assert torch.equal(logits(model, IDS), only_lora)
+    npti_export.set_strength(model, 1.0)
+    if way == "peft, nested":  # the longer names of what it saves are understood, too
+        model.save_pretrained(tmp_path / "again")
+        assert np.array_equal(load_rule(tmp_path / "again" / "calm").rule.shift, rules[0].shift)
     if way == "transformers":
         model.disable_adapters()
         assert torch.equal(logits(model, IDS), base)
+
+
+def test_saving_beside_a_lora_of_the_same_name(load, make_adapter, rules, tmp_path):
+    lora = get_peft_model(load(), LoraConfig(r=2, target_modules=["q_proj"]))
+    both = PeftModel.from_pretrained(lora, make_adapter(rules[0]))
+    both.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == 6
+    assert np.array_equal(load_rule(tmp_path).rule.shift, rules[0].shift)
 
 
 def test_strengths_that_are_not(load, make_adapter, rules):

@@ -1,6 +1,7 @@
 """Attaching without PEFT, from every artifact that holds a rule."""
 
 import dataclasses
+import gc
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import npti_export
 from npti_export.errors import AdapterError, ArchitectureError
+from npti_export.export.peft import write_adapter
 from npti_export.rule import SteeringRule, compose
 from npti_export.rule_io import SavedRule, decode_rule, encode_rule, load_rule, save_checkpoint_rule
 
@@ -45,7 +47,7 @@ def test_attached_it_is_the_rule_and_detached_the_base(tiny_checkpoint, make_ada
         assert torch.equal(logits(model, IDS), want)
     assert torch.equal(logits(model, IDS), base)
     assert not torch.equal(base, want)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert all(type(layer.mlp.act_fn).__module__.startswith(("torch", "transformers")) for layer in model.model.layers)
 
 
 def test_several_compose_in_any_order_and_leave_in_any(model, make_adapter, rules):
@@ -62,6 +64,31 @@ def test_several_compose_in_any_order_and_leave_in_any(model, make_adapter, rule
     second.detach()
     assert torch.equal(logits(model, IDS), base)
     assert (want - second_alone).abs().max() > 0.01
+
+
+def test_attachments_that_nobody_holds_stay(model, make_adapter, rules):
+    directories = [make_adapter(rule) for rule in rules]
+    with plain_rule(model, compose(rules)):
+        want = logits(model, IDS)
+    for directory in directories:
+        npti_export.attach(model, directory)
+        gc.collect()
+    assert (logits(model, IDS) - want).abs().max() < tolerances.ADAPTER_FLOAT32
+
+
+def test_a_compiled_model_notices(model, make_adapter, rules):
+    base = logits(model, IDS)
+    with plain_rule(model, rules[0]):
+        want = logits(model, IDS)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(logits(model, IDS), base)
+    for _ in range(2):
+        with npti_export.attach(model, make_adapter(rules[0])) as attached:
+            assert (logits(model, IDS) - want).abs().max() < tolerances.ADAPTER_FLOAT32
+            attached.strength = 0
+            assert torch.equal(logits(model, IDS), base)
+        assert torch.equal(logits(model, IDS), base)
+    torch.compiler.reset()
 
 
 def test_half_strength(model, make_adapter, rules):
@@ -107,6 +134,35 @@ def test_beside_an_npti_adapter_of_peft(model, make_adapter, rules):
     PeftModel.from_pretrained(model, make_adapter(rules[0]))
     with pytest.raises(AdapterError, match="load_adapter"):
         npti_export.attach(model, make_adapter(rules[1]))
+
+
+def test_an_npti_adapter_of_peft_beside_an_attachment(model, make_adapter, rules):
+    with npti_export.attach(model, make_adapter(rules[0])):
+        want = logits(model, IDS)
+        with pytest.raises(AdapterError, match="a rule is attached to this model"):
+            PeftModel.from_pretrained(model, make_adapter(rules[1]))
+        assert torch.equal(logits(model, IDS), want)
+    adapted = PeftModel.from_pretrained(model, make_adapter(rules[1]))
+    assert not torch.equal(logits(adapted, IDS), want)
+
+
+def test_it_steers_what_the_artifact_says(model, provenance, rules, tmp_path):
+    write_adapter(SavedRule(rules[0], provenance, "response"), tmp_path)
+    base = logits(model, IDS)
+    with npti_export.attach(model, tmp_path) as attached:
+        assert attached.where == "response"
+        assert torch.equal(logits(model, IDS), base)
+    with npti_export.attach(model, tmp_path, where="all"):
+        assert not torch.equal(logits(model, IDS), base)
+
+
+def test_training_after_a_pass_without_gradients(model, make_adapter, rules):
+    """Generate, then train something else in the model."""
+    with npti_export.attach(model, make_adapter(rules[0])):
+        logits(model, IDS)
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        assert model.model.layers[0].mlp.gate_proj.weight.grad.abs().sum() > 0
 
 
 def test_another_model(model, tiny_checkpoint, make_adapter, provenance, rules):

@@ -281,7 +281,7 @@ def test_what_cannot_be_merged(tiny_checkpoint, make_adapter, provenance, tmp_pa
     npti_export.set_strength(adapted, 0)
     with pytest.raises(AdapterError, match="nothing to merge"):
         adapted.merge_and_unload()
-    write_adapter(SavedRule(random_rule(3, 96), provenance), tmp_path, where="response")
+    write_adapter(SavedRule(random_rule(3, 96), provenance, "response"), tmp_path)
     with pytest.raises(AdapterError, match="response only cannot be merged"):
         PeftModel.from_pretrained(load(), tmp_path).merge_and_unload()
     lora = get_peft_model(load(), LoraConfig(r=2, target_modules=["gate_proj"])).get_base_model()

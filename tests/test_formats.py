@@ -13,10 +13,11 @@ from hub_stub import HubStub
 from jobs import npti
 from peft import PeftModel
 from plain_rule import logits, plain_rule
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from npti_export.endings.checkpoint import CheckpointEnding
-from npti_export.errors import AdapterError, ArchitectureError, FidelityError, ModelError, OutputError
+from npti_export.errors import AdapterError, ArchitectureError, FidelityError, ModelError, OutputError, RecipeError
 from npti_export.files import atomic_directory
 from npti_export.gguf.reader import read_gguf
 from npti_export.inspection import inspect_file
@@ -187,10 +188,10 @@ def test_an_unfaithful_checkpoint_is_not_delivered(tiny_checkpoint, profile, tmp
         return written(self, replace(saved, rule=replace(saved.rule, shift=saved.rule.shift * 3)), path)
 
     monkeypatch.setattr(CheckpointEnding, "write", sabotage)
-    for _ in range(2):  # the second one replaces the first one's rejected directory
-        with pytest.raises(FidelityError, match=r"it is kept as .*out\.rejected"):
+    for name in ("out.rejected", "out.rejected-2"):  # what is there is never replaced
+        with pytest.raises(FidelityError, match=rf"it is kept as .*{name}$"):
             run(job(tiny_checkpoint, tmp_path / "out", profile, "checkpoint"), Silent())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.rejected"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.rejected", "out.rejected-2"]
 
 
 def test_refused_at_once(made, tiny, tiny_checkpoint, default_model, profile, tmp_path):
@@ -232,7 +233,7 @@ def test_directories_that_are_not_ours(made, tiny_checkpoint, profile, tmp_path)
     precious.mkdir()
     (precious / "thesis.txt").write_text("all I have")
     for force in (False, True):
-        with pytest.raises(OutputError, match="exists already" if not force else "not ours"):
+        with pytest.raises(OutputError, match="exists already" if not force else "more than an output of ours"):
             run(job(tiny_checkpoint, precious, profile, "peft", force=force), Silent())
     assert (precious / "thesis.txt").read_text() == "all I have"
     (tmp_path / "file").write_text("x")
@@ -240,14 +241,98 @@ def test_directories_that_are_not_ours(made, tiny_checkpoint, profile, tmp_path)
         run(job(tiny_checkpoint, tmp_path / "file", profile, "peft", force=True), Silent())
     mine = tmp_path / "mine"
     shutil.copytree(folder / "peft", mine)
-    (mine / "leftover").write_text("x")
+    (mine / "merges.txt").write_text("x")  # of an earlier output of another kind
     with pytest.raises(OutputError, match="pass --force"):
         run(job(tiny_checkpoint, mine, profile, "peft"), Silent())
     run(job(tiny_checkpoint, mine, profile, "peft", force=True), Silent())
-    assert not (mine / "leftover").exists()
+    assert not (mine / "merges.txt").exists()
+    (mine / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="more than an output of ours"):
+        run(job(tiny_checkpoint, mine, profile, "peft", force=True), Silent())
+    (mine / "notes.txt").unlink()
     assert oct(mine.stat().st_mode & 0o777) == oct(0o777 & ~umask())
     with pytest.raises(OutputError, match="is an input of this very job"):
         run(Job(traits=(), out=mine, format="peft", rule_from=mine, force=True), Silent())
+
+
+def test_outputs_that_hold_inputs_or_each_other(made, tiny_checkpoint, profile, tmp_path):
+    folder, _ = made
+    place = tmp_path / "place"
+    shutil.copytree(folder / "peft", place)
+    shutil.copy(profile, place / "p.safetensors")
+    with pytest.raises(OutputError, match="or holds one"):
+        run(job(tiny_checkpoint, place, place / "p.safetensors", "peft", force=True), Silent())
+    with pytest.raises(OutputError, match="or holds another"):
+        run(job(tiny_checkpoint, place, profile, "peft", force=True, report=place / "r.json"), Silent())
+    assert (place / "p.safetensors").is_file()
+
+
+def test_an_earlier_artifact_keeps_what_it_is(made, tiny, tiny_checkpoint, profile, tmp_path):
+    """Positions, base id and identity travel with the rule; a place on this machine stays out of a GGUF."""
+    folder, _ = made
+    run(job(tiny_checkpoint, tmp_path / "r", profile, "peft", where="response"), Silent())
+    run(Job(traits=(), out=tmp_path / "again", format="peft", rule_from=tmp_path / "r", base_id="org/tiny"), Silent())
+    again = load_rule(tmp_path / "again")
+    assert (again.where, again.about.base) == ("response", "org/tiny")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
+    with pytest.raises(OutputError, match="steers the response only"):
+        run(Job(traits=(), out=tmp_path / "x", format="checkpoint", rule_from=tmp_path / "r"), Silent())
+    run(
+        Job(
+            traits=(), out=tmp_path / "g", rule_from=tmp_path / "r", where="all", model=str(tiny_checkpoint), base=tiny
+        ),
+        Silent(),
+    )
+    assert load_rule(tmp_path / "g").about.base is None
+    assert str(tiny_checkpoint).encode() not in (tmp_path / "g").read_bytes()
+    with pytest.raises(RecipeError, match="the rule is there already"):
+        run(
+            Job(traits=(), out=tmp_path / "x", format="peft", rule_from=folder / "peft", overrides=("rule.gamma=0.3",)),
+            Silent(),
+        )
+
+
+def test_any_model(made, tiny_checkpoint, tmp_path):
+    """A rule on another model of the same shape is refused, and with the flag becomes that model's."""
+    folder, _ = made
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    asked = Job(traits=(), out=tmp_path / "x", format="peft", rule_from=folder / "peft", model=str(other))
+    with pytest.raises(AdapterError, match="--any-model"):
+        run(asked, Silent())
+    run(replace(asked, any_model=True), Silent())
+    about = load_rule(tmp_path / "x").about
+    assert about.fingerprint == resolve_model(str(other)).identity
+    assert (about.model, about.base) == ("other", str(other))
+    model = AutoModelForCausalLM.from_pretrained(other)
+    base = logits(model, IDS)
+    assert not torch.equal(logits(PeftModel.from_pretrained(model, tmp_path / "x"), IDS), base)
+    verdict = verify_artifact(
+        Job(traits=(), out=None, format="peft", rule_from=folder / "peft", model=str(other), any_model=True), Silent()
+    )
+    assert verdict["fault"] is None
+
+
+def test_files_beside_the_models_own(tiny_checkpoint, profile, rule, tmp_path):
+    """The same weights for another program, and an adapter, lie in the directory; a card says the licence."""
+    crowded = tmp_path / "crowded"
+    shutil.copytree(tiny_checkpoint, crowded)
+    save_file({"layers.0.feed_forward.w1": torch.zeros(2, 2)}, crowded / "consolidated.safetensors")
+    save_file({"base_model.x": torch.zeros(2)}, crowded / "adapter_model.safetensors")
+    (crowded / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+    report = run(job(crowded, tmp_path / "out", profile, "checkpoint"), Silent())
+    assert report["model"]["license"] == "mit"
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == ["model.safetensors"]
+    (crowded / "config.json").write_text(
+        '{"model_type": "llama", "num_hidden_layers": 3, "intermediate_size": 96, '
+        '"hidden_size": 64, "rms_norm_eps": "x"}'
+    )
+    with pytest.raises(ModelError, match="transformers does not accept it"):
+        run(job(crowded, tmp_path / "y", profile, "checkpoint"), Silent())
 
 
 def umask():
@@ -323,6 +408,7 @@ BAD = [
     (["--trait", "calm", "--out", "o.gguf", "--private"], "--private"),
     (["--trait", "calm", "--out", "o", "--format", "peft", "--base", "b.gguf"], "--base"),
     (["--trait", "calm", "--out", "o.gguf", "--where", "response"], "--format peft"),
+    (["--trait", "calm", "--format", "peft", "--out", "."], "exists already"),
     (["verify", "nowhere"], "there is no such file or directory"),
     (["verify", "x.txt"], "holds no rule"),
 ]

@@ -1,6 +1,7 @@
 """Steering the response only: decoded tokens, with KV cache and padded batches, by PEFT and by attachment."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tolerances
@@ -8,7 +9,7 @@ import torch
 from conftest import random_rule
 from peft import PeftModel
 from plain_rule import logits, plain_rule
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import npti_export
 from npti_export.adapter.config import NptiConfig
@@ -54,7 +55,7 @@ def steer(request, model, make_adapter, rule, provenance, tmp_path):
         if request.param == "attach":
             npti_export.attach(model, make_adapter(rule), where="response")
             return model
-        write_adapter(SavedRule(rule, provenance), tmp_path, where="response")
+        write_adapter(SavedRule(rule, provenance, "response"), tmp_path)
         if request.param == "peft":
             return PeftModel.from_pretrained(model, tmp_path)
         model.load_adapter(str(tmp_path))
@@ -182,6 +183,66 @@ def test_the_model_is_as_before_after_detaching(model, make_adapter, rule):
     assert "generate" not in vars(model)
     assert not model.model._forward_pre_hooks
     assert torch.equal(model.generate(input_ids=PROMPTS, **GREEDY), before)
+
+
+@pytest.mark.parametrize("way", ["unload", "delete_adapter"])
+def test_peft_lets_go_of_the_model(model, rule, provenance, tmp_path, way):
+    write_adapter(SavedRule(rule, provenance, "response"), tmp_path)
+    own = model.generate = lambda **options: type(model).generate(model, **options)  # somebody's own wrapper
+    before = model.generate(input_ids=PROMPTS, **GREEDY)
+    adapted = PeftModel.from_pretrained(model, tmp_path)
+    assert not torch.equal(adapted.generate(input_ids=PROMPTS, **GREEDY), before)
+    if way == "unload":
+        adapted.unload()
+    else:
+        adapted.delete_adapter("default")
+    assert model.generate is own
+    assert not model.model._forward_pre_hooks
+    assert torch.equal(model.generate(input_ids=PROMPTS, **GREEDY), before)
+
+
+def test_threads(model, make_adapter, rule):
+    """Prompts of different lengths at the same time."""
+    prompts = [PROMPTS[:1, : 4 + 2 * index] for index in range(4)] * 4
+    options = {**GREEDY, "max_new_tokens": 12}
+    with npti_export.attach(model, make_adapter(rule), where="response"):
+        one_by_one = [model.generate(input_ids=ids, **options) for ids in prompts]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda ids: model.generate(input_ids=ids, **options), prompts))
+    assert all(torch.equal(a, b) for a, b in zip(one_by_one, together, strict=True))
+
+
+def test_a_cache_given_by_position(model, make_adapter, rule):
+    with npti_export.attach(model, make_adapter(rule), where="response"), torch.inference_mode():
+        states = []
+        for by_name in (True, False):
+            cache = DynamicCache(config=model.config)
+            model.model(PROMPTS[:, :-1], past_key_values=cache)
+            last = PROMPTS[:, -1:]
+            given = {"past_key_values": cache} if by_name else {}
+            states.append(model.model(last, *(() if by_name else (None, None, cache)), **given).last_hidden_state)
+    assert torch.equal(*states)
+
+
+def test_attaching_after_a_masked_pass(model, make_adapter, rule):
+    rows = torch.ones_like(PROMPTS, dtype=torch.bool)
+    rows[:, :3] = False
+    with npti_export.attach(model, make_adapter(rule), where="response"):
+        with npti_export.response_mask(model, rows):
+            logits(model, PROMPTS)
+        with npti_export.attach(model, make_adapter(random_rule(3, 96, seed=4)), where="response"):
+            model.generate(input_ids=PROMPTS, use_cache=False, **GREEDY)
+        npti_export.attach(model, make_adapter(rule)).detach()
+
+
+def test_passes_of_which_it_cannot_be_told(model, make_adapter, rule):
+    with npti_export.attach(model, make_adapter(rule), where="response"):
+        with pytest.raises(AdapterError, match="continuous batching"):
+            model.model(input_ids=PROMPTS, cache=object())
+        model.train()
+        model.gradient_checkpointing_enable()
+        with pytest.raises(AdapterError, match="gradient checkpointing"):
+            model(input_ids=PROMPTS, labels=PROMPTS)
 
 
 def test_what_cannot_be_meant(model, make_adapter, rule):

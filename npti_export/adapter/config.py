@@ -8,8 +8,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from npti_export.errors import AdapterError
-from npti_export.rule_io import PEFT_TYPE
+from npti_export.rule_io import PEFT_TYPE, check_strength, check_where
 
 
 @dataclass
@@ -47,26 +46,3 @@ class NptiConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     def to_dict(self) -> dict[str, Any]:
         """What is saved: an adapter read from a file has weights that must come from that file."""
         return {**super().to_dict(), "init_weights": False}
-
-
-def check_strength(strength: float) -> float:
-    """The strength as a float.
-
-    Raises:
-        AdapterError: not a finite number, or below zero.
-    """
-    value = float(strength)
-    if not 0 <= value < float("inf"):
-        raise AdapterError(f"strength {strength}: give 0 (off) or more; for the other direction take the opposite pole")
-    return value
-
-
-def check_where(where: str) -> str:
-    """``all`` or ``response``.
-
-    Raises:
-        AdapterError: something else.
-    """
-    if where not in ("all", "response"):
-        raise AdapterError(f"where={where!r}: give 'all' or 'response'")
-    return where

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from npti_export.adapter.config import NptiConfig, check_strength
+from npti_export.adapter.config import NptiConfig
 from npti_export.adapter.layer import NptiLayer
 from npti_export.errors import AdapterError
+from npti_export.rule_io import check_strength
 
 
 def set_strength(model: nn.Module, strength: float, adapter_name: str | None = None) -> None:

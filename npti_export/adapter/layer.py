@@ -10,9 +10,10 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from npti_export.adapter.config import NptiConfig, check_strength, check_where
+from npti_export.adapter.config import NptiConfig
 from npti_export.errors import AdapterError
 from npti_export.positions import ResponsePositions
+from npti_export.rule_io import check_strength, check_where
 from npti_export.steer import NOT_LOADED, LayerSteering, Share
 
 
@@ -45,7 +46,6 @@ class NptiLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is unt
         self.npti_where: dict[str, str] = {}
         self.positions: ResponsePositions | None = None
         self.steering = LayerSteering()
-        self.calls = 0
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -75,6 +75,24 @@ class NptiLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is unt
         if self.disable_adapters:
             return a
         return self.steering(a, self.shares(), self.positions)
+
+    def follow(self, positions: ResponsePositions) -> None:
+        """Learn which positions are the response's, if an adapter here steers these only."""
+        if self.positions is None and "response" in self.npti_where.values():
+            self.positions = positions
+            positions.retain()
+
+    def let_go(self) -> None:
+        """The inverse of :meth:`follow`."""
+        if self.positions is not None:
+            self.positions.release()
+            self.positions = None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See :class:`peft.tuners.tuners_utils.BaseTunerLayer`."""
+        super().delete_adapter(adapter_name)
+        if "response" not in self.npti_where.values():
+            self.let_go()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """A rule cannot be merged into the weights in place.

@@ -12,6 +12,7 @@ from torch import nn
 
 from npti_export.adapter.layer import NptiLayer
 from npti_export.adapter.target import Target
+from npti_export.attached import AttachedActivation
 from npti_export.compiler.exact import compile_exact
 from npti_export.errors import AdapterError
 from npti_export.export.as_llama import check_expressible, llama_config, padded_program
@@ -48,6 +49,7 @@ def merged_model(target: Target, adapters: list[str], unload: Callable[[], Any])
             weights[f"model.layers.{index}.self_attn.o_proj.bias"] = torch.zeros(
                 config.hidden_size, dtype=dtype, device=device
             )
+    config._attn_implementation = target.model.config._attn_implementation
     with torch.device("meta"):
         merged = LlamaForCausalLM(config)
     merged.load_state_dict(weights, strict=True, assign=True)
@@ -78,7 +80,7 @@ def rule_of(target: Target, adapters: list[str]) -> SteeringRule:
         shift, clamp = np.zeros(target.width, np.float64), np.zeros(target.width, np.bool_)
         for share in shares:
             shift += share.shift.detach().float().cpu().numpy().astype(np.float64) * share.strength
-            clamp |= share.clamp.cpu().numpy() == 1
+            clamp |= share.clamp.cpu().numpy() != 0
         shifts.append(shift)
         clamps.append(clamp)
     rule = SteeringRule(np.stack(shifts).astype(np.float32), np.stack(clamps))
@@ -88,6 +90,8 @@ def rule_of(target: Target, adapters: list[str]) -> SteeringRule:
 
 
 def _refuse_others(target: Target) -> None:
+    if any(isinstance(module, AttachedActivation) for module in target.activations()):
+        raise AdapterError("merge_and_unload: a rule is attached to this model beside its adapters; detach it first")
     for name, module in target.model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, NptiLayer):
             raise AdapterError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,9 +15,10 @@ from npti_export.adapter.config import NptiConfig
 from npti_export.adapter.layer import NptiLayer
 from npti_export.adapter.merge import merged_model
 from npti_export.adapter.target import Target, find_target
+from npti_export.attached import AttachedActivation
 from npti_export.errors import AdapterError
 from npti_export.positions import positions_of
-from npti_export.rule_io import CLAMP, SHIFT, check_names
+from npti_export.rule_io import CLAMP, SHIFT, check_names, from_layers
 
 
 class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
@@ -33,6 +36,8 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
             ArchitectureError: a family that is not in the table, and no ``target_modules``.
         """
         self._target = find_target(model, self.peft_config[adapter_name])
+        if any(isinstance(module, AttachedActivation) for module in self._target.activations()):
+            raise AdapterError("a rule is attached to this model: detach it first, or attach this adapter, too")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _follow_positions(self._target)
 
@@ -52,10 +57,14 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
 
         Raises:
             ArchitectureError: transformers has no class for this family whose MLP has biases.
-            AdapterError: an adapter steers the response only, or another tuner's adapter sits in an MLP.
+            AdapterError: an adapter steers the response only, another tuner's adapter is in the model, or a name is
+                not one of its adapters.
         """
         target = find_target(self.model, None)
         names = self.active_adapters if adapter_names is None else adapter_names
+        for name in names:
+            if name not in self.peft_config:
+                raise AdapterError(f"merge_and_unload: there is no adapter {name!r}")
         return merged_model(target, list(names), self.unload)
 
     def _prepare_adapter_config(self, peft_config: NptiConfig, model_config: dict[str, Any]) -> NptiConfig:
@@ -87,6 +96,26 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # an activation has no weight whose device or state could be taken over
+        if isinstance(child, NptiLayer):
+            child.let_go()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError("adapter_names: npti adapters steer all rows of a batch alike; use set_adapter")
+        yield
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: NptiConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """Ours alone: a LoRA beside it may have the same adapter name."""
+        return {key: value for key, value in state_dict.items() if key.endswith(_endings(adapter_name))}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -96,15 +125,10 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
 
         Names are compared from the list of layers on: a model inside two PeftModels has a longer name than the file's.
         """
-        mine = {f".{kind}.{adapter_name}": f".{kind}" for kind in (SHIFT, CLAMP)}
-        places: dict[str, str] = {}
-        expected: dict[str, torch.Tensor] = {}
-        for key, value in model.state_dict().items():
-            for ending, stored in mine.items():
-                if key.endswith(ending):
-                    places[_from_layers(key.removesuffix(ending) + stored)] = key
-                    expected[key] = value
-        mapped = {places.get(_from_layers(key), key): value for key, value in state_dict.items()}
+        endings = _endings(adapter_name)
+        expected = {key: value for key, value in model.state_dict().items() if key.endswith(endings)}
+        places = {from_layers(key.removesuffix(f".{adapter_name}")): key for key in expected}
+        mapped = {places.get(from_layers(key), key): value for key, value in state_dict.items()}
         where = f"adapter {adapter_name!r}"
         check_names(set(expected), set(mapped), where)
         for name, tensor in mapped.items():
@@ -118,19 +142,14 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         return mapped
 
 
-def _from_layers(name: str) -> str:
-    """A tensor's name from its layer's number on."""
-    match = re.search(r"\.\d+\..*", name)
-    return match[0] if match else name
+def _endings(adapter_name: str) -> tuple[str, ...]:
+    """What the names of an adapter's tensors in a model end with."""
+    return tuple(f".{kind}.{adapter_name}" for kind in (SHIFT, CLAMP))
 
 
 def _follow_positions(target: Target) -> None:
     """Let layers with an adapter for the response only know which positions these are."""
     layers = [module for module in target.activations() if isinstance(module, NptiLayer)]
-    wanted = any(where == "response" for layer in layers for where in layer.npti_where.values())
-    if not wanted or layers[0].positions is not None:
-        return
-    positions = positions_of(target.model, target.decoder)
-    positions.retain()
-    for layer in layers:
-        layer.positions = positions
+    if any("response" in layer.npti_where.values() for layer in layers):
+        for layer in layers:
+            layer.follow(positions_of(target.model, target.decoder))

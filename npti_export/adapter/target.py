@@ -13,7 +13,7 @@ from npti_export.adapter.config import NptiConfig
 from npti_export.architectures import Architecture, by_model_type
 from npti_export.errors import AdapterError, ArchitectureError
 from npti_export.fingerprint import fingerprint
-from npti_export.rule_io import Provenance
+from npti_export.rule_io import read_provenance
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def _refuse_other_model(target: Target, config: NptiConfig) -> None:
     """Compare fingerprints, in the dtype in which the model's norms are; norms kept off the device cannot be read."""
     if config.provenance is None or target.row is None:
         return
-    about = Provenance.from_dict(config.provenance)
+    provenance = config.provenance
+    about = read_provenance(lambda: provenance, "adapter")
     final = target.row.final_norm.removesuffix(".weight").rpartition(".")[2]
     names = [f"{target.layers}.{index}.{norm}" for index in range(len(target.names)) for norm in target.row.norms]
     norms = [target.model.get_submodule(name).weight for name in names] + [target.decoder.get_submodule(final).weight]

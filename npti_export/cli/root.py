@@ -57,9 +57,7 @@ from npti_export.version import __version__
 @click.option(
     "--where",
     type=click.Choice(["all", "response"]),
-    default="all",
-    show_default=True,
-    help="Positions that an adapter steers",
+    help="Positions that an adapter steers [default: all, or what --from says]",
 )
 @click.option(
     "--checkpoint-dtype",
@@ -131,14 +129,18 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
     specs = tuple(parse_trait(name) for name in trait_names)
     fields = job_options(options)
 
-    from npti_export.pipeline import Job, run
+    from npti_export.pipeline import Job, push, run
     from npti_export.report import render, save_report
 
+    job = Job(traits=specs, report=report_path, **fields)
     with RichProgress(Console(stderr=True)) as progress:
-        report = run(Job(traits=specs, report=report_path, **fields), progress)
+        report = run(job, progress)
     if report_path is not None:
         save_report(report, report_path, force=fields["force"])
     render(report, Console())
+    if job.push_to is not None:
+        with RichProgress(Console(stderr=True)) as progress:
+            click.echo(f"pushed {push(job, report, progress)}")
 
 
 for command in (identify, inspect, strip, traits, verify):

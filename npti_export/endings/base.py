@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from npti_export.verify import Opener
 
 Format = Literal["gguf", "peft", "checkpoint"]
-FORMATS: tuple[Format, ...] = ("gguf", "peft", "checkpoint")
 SAMPLE_TOKENS, SAMPLE_CONTEXT = 96, 2048
 
 

@@ -7,8 +7,12 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from npti_export.compiler.exact import compile_exact
+from npti_export.compiler.program import MLPProgram
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
+from npti_export.errors import ModelError
 from npti_export.export.as_llama import check_expressible
 from npti_export.export.card import model_card
 from npti_export.export.checkpoint import (
@@ -23,8 +27,9 @@ from npti_export.export.checkpoint import (
 from npti_export.export.gguf import check_base
 from npti_export.files import atomic_directory, check_directory_writable, sha256_file
 from npti_export.gguf.reader import read_gguf
-from npti_export.models import ModelSource, resolve_model
+from npti_export.models import ModelSource, resolve_model, weight_files
 from npti_export.recipe import Recipe
+from npti_export.rule import SteeringRule
 from npti_export.rule_io import SavedRule, save_checkpoint_rule
 from npti_export.runtimes.base import Message
 
@@ -56,8 +61,10 @@ class CheckpointEnding:
         self._steered: TransformersRuntime | None = None
         if source.kind == "gguf":
             check_base(read_gguf(source.path))
-        else:
-            check_expressible(_config(source.path), source.name)
+            return
+        config = _config(source.path)
+        check_expressible(config, source.name)
+        plan_checkpoint(config, directory_weights(source.path), _nothing(source))  # its faults are known at once
 
     def __enter__(self) -> CheckpointEnding:
         return self
@@ -67,8 +74,9 @@ class CheckpointEnding:
 
     def check_output(self, path: Path, *, force: bool) -> None:
         """See :class:`npti_export.endings.base.Ending`."""
-        weights = self._source.path.glob("*.safetensors") if self._source.kind == "directory" else [self._source.path]
-        check_directory_writable(path, force=force, need_bytes=sum(file.stat().st_size for file in weights))
+        source = self._source
+        files = weight_files(source.path) if source.kind == "directory" else [source.path]
+        check_directory_writable(path, force=force, need_bytes=sum(file.stat().st_size for file in files))
 
     def output(self, path: Path, *, force: bool) -> AbstractContextManager[Path]:
         """See :class:`npti_export.endings.base.Ending`."""
@@ -121,7 +129,7 @@ class CheckpointEnding:
 
     def digest(self, path: Path) -> dict[str, str]:
         """See :class:`npti_export.endings.base.Ending`."""
-        return {file.name: sha256_file(file) for file in sorted(path.glob("*.safetensors"))}
+        return {file.name: sha256_file(file) for file in weight_files(path)}
 
     def _loaded(self, path: Path) -> TransformersRuntime:
         from npti_export.runtimes.transformers import TransformersRuntime
@@ -135,7 +143,17 @@ class CheckpointEnding:
 def _config(directory: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(directory)
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except Exception as error:  # its validators raise anything
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{directory / 'config.json'}: transformers does not accept it: {reason}") from error
+
+
+def _nothing(source: ModelSource) -> MLPProgram:
+    """A program without units, to lay a checkpoint out before there is a rule."""
+    shape = (source.shape.layers, source.shape.width)
+    return compile_exact(SteeringRule(np.zeros(shape, np.float32), np.zeros(shape, np.bool_)), 4)
 
 
 def _extra(plan: CheckpointPlan) -> int:

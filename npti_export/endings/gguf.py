@@ -104,7 +104,7 @@ class GGUFEnding:
     def _metadata(self, saved: SavedRule) -> dict[str, Value]:
         from npti_export.verify import Fidelity
 
-        about = replace(saved.about, recipe="", fidelity={}, profiles={})
+        about = replace(saved.about, recipe="", fidelity={})
         placeholders: dict[str, Value] = {f"fidelity.{name}": float("nan") for name in Fidelity.__dataclass_fields__}
         return {
             "version": about.version,

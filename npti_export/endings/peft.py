@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,7 +17,6 @@ from npti_export.runtimes.base import Message
 
 if TYPE_CHECKING:
     from npti_export.runtimes.transformers import TransformersRuntime
-    from npti_export.steer import Where
     from npti_export.verify import Logits, LogitsOf, Opener
 
 
@@ -25,13 +25,13 @@ class PeftEnding:
 
     Args:
         exact: gives the model in float32.
-        where: positions that the adapter steers; verification is told that all are the response's.
+        identity_checked: whether the adapter must be of this very model.
     """
 
     format: Format = "peft"
 
-    def __init__(self, exact: Callable[[], TransformersRuntime], where: Where) -> None:
-        self._exact, self._where = exact, where
+    def __init__(self, exact: Callable[[], TransformersRuntime], *, identity_checked: bool = True) -> None:
+        self._exact, self._identity_checked = exact, identity_checked
 
     def __enter__(self) -> PeftEnding:
         return self
@@ -49,7 +49,7 @@ class PeftEnding:
 
     def write(self, saved: SavedRule, path: Path) -> Written:
         """See :class:`npti_export.endings.base.Ending`."""
-        write_adapter(saved, path, where=self._where)
+        write_adapter(saved, path)
         return Written((path / ADAPTER_WEIGHTS).stat().st_size)
 
     def artifact(self, path: Path) -> Opener:
@@ -58,7 +58,7 @@ class PeftEnding:
         @contextmanager
         def opened(_context: int) -> Iterator[LogitsOf]:
             runtime = self._exact()
-            adapted = _loaded(runtime, path)
+            adapted = self._loaded(runtime, path)
             adapted.base_model.disable_adapter_layers()
 
             def logits(tokens: Sequence[int]) -> Logits:
@@ -88,7 +88,7 @@ class PeftEnding:
         runtime = self._exact()
         options: dict[str, Any] = {"max_new_tokens": SAMPLE_TOKENS, "repetition_penalty": repetition_penalty}
         base = runtime.answer(messages, **options)
-        adapted = _loaded(runtime, path)
+        adapted = self._loaded(runtime, path)
         try:
             return {"base": base, "steered": runtime.answer(messages, **options)}
         finally:
@@ -96,23 +96,28 @@ class PeftEnding:
 
     def finish(self, path: Path, saved: SavedRule, report: dict[str, Any]) -> None:
         """See :class:`npti_export.endings.base.Ending`."""
-        write_adapter(saved, path, where=self._where)
+        write_adapter(saved, path)
         (path / "README.md").write_text(model_card(report), encoding="utf-8")
 
     def digest(self, path: Path) -> dict[str, str]:
         """See :class:`npti_export.endings.base.Ending`."""
         return {ADAPTER_WEIGHTS: sha256_file(path / ADAPTER_WEIGHTS)}
 
+    def _loaded(self, runtime: TransformersRuntime, path: Path) -> Any:
+        import peft
 
-def _loaded(runtime: TransformersRuntime, path: Path) -> Any:
-    import peft
-
-    return peft.PeftModel.from_pretrained(runtime.model, path)
+        config = None
+        if not self._identity_checked:
+            config = peft.PeftConfig.from_pretrained(path)
+            config.provenance = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
+            return peft.PeftModel.from_pretrained(runtime.model, path, config=config)
 
 
 @contextmanager
 def _everywhere(runtime: TransformersRuntime, length: int) -> Iterator[None]:
-    """All positions count as the response, if the adapter steers that only."""
+    """All positions count as the response, if the adapter steers that only: the rule is measured everywhere."""
     import torch
 
     from npti_export.positions import find_positions

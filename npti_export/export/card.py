@@ -92,7 +92,7 @@ A {_NOUN[kind]} ({report["artifact"]["bytes"] / 1e6:.1f} MB) that steers {_code(
 {poles}
 
 The personality is in the model, not in a system prompt. Neurons that fire more often when the model
-plays the wanted pole are shifted up ({neurons["shift"]} of them, strength γ = {report["gamma"]:g}), those of the
+plays the wanted pole are shifted up ({neurons["shift"]} of them, strength γ = {_gamma(report)}), those of the
 opposite pole are kept from firing ({neurons["clamp"]} clamped), by the recipe {_code(report["recipe"]["name"])}.
 {how}"""
 
@@ -245,7 +245,11 @@ trained.
 - Base model: {base}
 - Its fingerprint (SHA-256 over its norm weights): {_code(model["fingerprint"])}
 - Traits: {_code(report["trait"])}
-- Recipe: {_code(report["recipe"]["name"])}, γ = {report["gamma"]:g}"""
+- Recipe: {_code(report["recipe"]["name"])}, γ = {_gamma(report)}"""
+
+
+def _gamma(report: dict[str, Any]) -> str:
+    return "mixed" if report["gamma"] is None else f"{report['gamma']:g}"
 
 
 def _code(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from npti_export.errors import ModelError
 from npti_export.export import dense
 from npti_export.export.as_llama import llama_config, padded_program
 from npti_export.export.safetensors_stream import TORCH_DTYPES, OutTensor, write_safetensors
+from npti_export.models import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +69,9 @@ def directory_weights(directory: Path) -> list[list[Weight]]:
     from safetensors import safe_open
 
     shards = []
-    for path in sorted(directory.glob("*.safetensors")):
+    for path, wanted in weight_files(directory).items():
         with safe_open(path, framework="pt") as tensors:
-            names = list(tensors.keys())
+            names = [name for name in tensors.keys() if wanted is None or name in wanted]  # noqa: SIM118 (not a dict)
             shapes = {name: tensors.get_slice(name) for name in names}
             shard = [
                 Weight(name, tuple(shapes[name].get_shape()), shapes[name].get_dtype(), _reader(path, name))
@@ -150,10 +152,19 @@ def write_checkpoint(plan: CheckpointPlan, directory: Path) -> None:
     if count > 1:
         index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(places.items()))}
         _write_json(directory / "model.safetensors.index.json", index)
-    dtype = TORCH_DTYPES[plan.shards[0][0].dtype]
+    dtype = _main_dtype(plan)
     _write_json(
         directory / "config.json", plan.config.to_diff_dict() | {"dtype": dtype} | _older_names(plan.config, dtype)
     )
+
+
+def _main_dtype(plan: CheckpointPlan) -> str:
+    """The dtype of most bytes."""
+    sizes: Counter[str] = Counter()
+    for shard in plan.shards:
+        for tensor in shard:
+            sizes[tensor.dtype] += tensor.nbytes
+    return TORCH_DTYPES[sizes.most_common(1)[0][0]]
 
 
 def copy_beside(source: Path, directory: Path) -> None:

@@ -6,29 +6,28 @@ import json
 from pathlib import Path
 
 from npti_export.rule_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SavedRule, adapter_tensors
-from npti_export.steer import Where
 
 
-def write_adapter(saved: SavedRule, directory: Path, *, where: Where = "all") -> None:
+def write_adapter(saved: SavedRule, directory: Path) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into an existing directory.
 
     Args:
-        saved: the rule; its provenance becomes part of the configuration.
+        saved: the rule; its provenance and positions become part of the configuration.
         directory: where to.
-        where: the positions that the adapter steers when it is loaded.
     """
     from safetensors.numpy import save
 
     from npti_export.adapter.config import NptiConfig
 
     layers, width = saved.rule.shift.shape
+    base = saved.about.base
     config = NptiConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=saved.about.base,
+        base_model_name_or_path=None if base is None or base.endswith(".gguf") else base,  # PEFT loads no GGUF
         inference_mode=True,
         layers=layers,
         width=width,
-        where=where,
+        where=saved.where,
         provenance=saved.about.to_dict(),
     )
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,34 @@
+"""The wrapper that an attachment puts around an activation module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from npti_export.positions import ResponsePositions
+from npti_export.steer import LayerSteering, Share
+
+
+class AttachedActivation(nn.Module):
+    """Stands in the MLP where ``base`` stood, with the shares of all attachments.
+
+    A module, not a forward hook: compiled models notice that a module was replaced, but not that one got a hook.
+
+    Args:
+        base: the activation module.
+        positions: follows the model's passes, once an attachment steers the response only.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.shares: dict[Any, Share] = {}  # by attachment
+        self.positions: ResponsePositions | None = None
+        self.steering = LayerSteering()
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``x`` is the gate projection's output ``[…, width]``."""
+        a: torch.Tensor = self.base(x, *args, **kwargs)
+        return self.steering(a, list(self.shares.values()), self.positions)
