@@ -90,8 +90,8 @@ class LayerSteering:
 
     def __init__(self) -> None:
         # The shares are kept with what they add up to, so that no other tensor can get the identity of one of theirs.
-        self._kept: dict[bool, tuple[tuple[Any, ...], _Vectors | None, Sequence[Share]]] = {}
-        self._checked: tuple[tuple[Any, ...], Sequence[Share]] = ((), ())
+        self._kept: dict[bool, tuple[list[Any], _Vectors | None, Sequence[Share]]] = {}
+        self._checked: tuple[list[Any], Sequence[Share]] = ([], ())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or a model that was saved whole, starts anew."""
@@ -104,31 +104,36 @@ class LayerSteering:
 
         Args:
             a: ``[…, width]``, or ``[batch, length, width]`` where positions matter.
-            shares: at least those that are active.
+            shares: those that are active, or also some of strength 0.
             positions: which positions hold response tokens; needed where a share is for these only.
 
         Raises:
             AdapterError: a share's vectors were never loaded, or hold values that are not finite.
         """
-        active = [share for share in shares if share.strength]
-        everywhere = [share for share in active if share.where == "all"]
-        if len(everywhere) == len(active):
-            return self._apply(a, active, False)
+        everywhere = shares
+        for share in shares:
+            if share.where != "all":
+                everywhere = [one for one in shares if one.where == "all"]
+                break
+        else:
+            return self._apply(a, shares, False)
         response = False if positions is None else positions.of(a)
         if isinstance(response, torch.Tensor):
-            return torch.where(response[..., None], self._apply(a, active, True), self._apply(a, everywhere, False))
-        return self._apply(a, active, True) if response else self._apply(a, everywhere, False)
+            return torch.where(response[..., None], self._apply(a, shares, True), self._apply(a, everywhere, False))
+        return self._apply(a, shares, True) if response else self._apply(a, everywhere, False)
 
     def _apply(self, a: torch.Tensor, shares: Sequence[Share], in_response: bool) -> torch.Tensor:
-        if not shares:
-            return a
+        # This runs for each layer and token: plain loops, and nothing that can wait.
         if torch.compiler.is_compiling():
             return _apply_plainly(a, shares)
-        # Inference tensors do not count their changes; shifts that are trained need their gradient.
-        if any(share.shift.requires_grad or share.shift.is_inference() for share in shares):
-            self._check_loaded(shares)
-            return _apply_plainly(a, shares)
-        key = (a.device, a.dtype, *map(_state, shares))
+        key: list[Any] = [a.device, a.dtype]
+        for share in shares:
+            shift, clamp = share.shift, share.clamp
+            if shift.requires_grad or shift.is_inference():  # needs its gradient, or does not count its changes
+                self._check_loaded(shares)
+                return _apply_plainly(a, shares)
+            key += (id(shift), shift._version, shift.data_ptr(), id(clamp), clamp._version, clamp.data_ptr())
+            key.append(share.strength)
         kept = self._kept.get(in_response)
         if kept is None or kept[0] != key:
             kept = self._kept[in_response] = (key, _combine(a, shares), shares)
@@ -139,7 +144,7 @@ class LayerSteering:
         return torch.minimum(a, vectors.limit).add_(vectors.shift)
 
     def _check_loaded(self, shares: Sequence[Share]) -> None:
-        state = tuple(map(_state, shares))
+        state = [(id(share.clamp), share.clamp.data_ptr(), share.strength) for share in shares]
         if state != self._checked[0]:
             _refuse_unloaded(shares)
             self._checked = (state, shares)
@@ -147,11 +152,12 @@ class LayerSteering:
 
 def _apply_plainly(a: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
     """The same without keeping anything: for gradients, and for compilers, which fuse it."""
-    clamp = torch.stack([share.clamp for share in shares]).amax(0).to(a.device) != 0
-    shift = sum(
-        (share.shift * share.strength for share in shares), start=torch.zeros((), device=shares[0].shift.device)
-    )
-    return (torch.where(clamp, a.clamp(max=0), a).float() + shift.to(a.device)).to(a.dtype)
+    active = [share for share in shares if share.strength]
+    if not active:
+        return a
+    clamp = torch.stack([share.clamp for share in active]).amax(0).to(a.device) != 0
+    shift = torch.stack([share.shift * share.strength for share in active]).sum(0).to(a.device)
+    return (torch.where(clamp, a.clamp(max=0), a).float() + shift).to(a.dtype)
 
 
 def _refuse_unloaded(shares: Sequence[Share]) -> None:
@@ -164,19 +170,14 @@ def _refuse_unloaded(shares: Sequence[Share]) -> None:
 
 
 def _combine(a: torch.Tensor, shares: Sequence[Share]) -> _Vectors | None:
-    _refuse_unloaded(shares)
+    active = [share for share in shares if share.strength]
+    if not active:
+        return None
+    _refuse_unloaded(active)
     with torch.inference_mode(False), torch.no_grad():  # what is kept may meet a pass with gradients later
-        shift = torch.stack([share.shift.float() * share.strength for share in shares]).sum(0).to(a.device)
-        clamp = torch.stack([share.clamp for share in shares]).amax(0).to(a.device) != 0
+        shift = torch.stack([share.shift.float() * share.strength for share in active]).sum(0).to(a.device)
+        clamp = torch.stack([share.clamp for share in active]).amax(0).to(a.device) != 0
         if not (bool(shift.any()) or bool(clamp.any())):
             return None
         limit = torch.full(shift.shape, torch.inf, dtype=a.dtype, device=a.device).masked_fill_(clamp, 0)
     return _Vectors(limit, shift)
-
-
-def _state(share: Share) -> tuple[Any, ...]:
-    """Changes with the share: its tensors, where and what they hold, and its strength."""
-    shift, clamp = share.shift, share.clamp
-    if shift.is_inference():
-        return (id(shift), id(clamp), share.strength)
-    return (id(shift), shift.data_ptr(), shift._version, id(clamp), clamp.data_ptr(), clamp._version, share.strength)

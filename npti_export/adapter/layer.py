@@ -13,7 +13,7 @@ from torch import nn
 from npti_export.adapter.config import NptiConfig
 from npti_export.errors import AdapterError
 from npti_export.positions import ResponsePositions
-from npti_export.rule_io import check_strength, check_where
+from npti_export.rule_io import Where, check_strength, check_where
 from npti_export.steer import NOT_LOADED, LayerSteering, Share
 
 
@@ -43,7 +43,7 @@ class NptiLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is unt
         self.npti_shift = nn.ParameterDict()
         self.npti_clamp = BufferDict(persistent=True)
         self.npti_strength: dict[str, float] = {}
-        self.npti_where: dict[str, str] = {}
+        self.npti_where: dict[str, Where] = {}
         self.positions: ResponsePositions | None = None
         self.steering = LayerSteering()
         self._disable_adapters = False
@@ -63,10 +63,11 @@ class NptiLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is unt
     def shares(self, adapters: list[str] | None = None) -> list[Share]:
         """The parts of the active (or the named) adapters in this layer."""
         names = cast(list[str], self.active_adapters) if adapters is None else adapters
+        shift, clamp, strength = self.npti_shift, self.npti_clamp, self.npti_strength
         return [
-            Share(name, self.npti_shift[name], self.npti_clamp[name], self.npti_strength[name], self.npti_where[name])  # type: ignore[arg-type]
+            Share(name, shift[name], clamp[name], strength[name], self.npti_where[name])
             for name in names
-            if name in self.npti_shift
+            if name in strength
         ]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
