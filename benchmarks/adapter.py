@@ -57,21 +57,17 @@ def generation(arguments, folder):
     for name in ("peft", "attach"):
         for batch in (1, 8):
             ids, ratios = prompt.repeat(batch, 1), []
-            adapted = peft.PeftModel.from_pretrained(runtime.model, folder) if name == "peft" else None
-            for turn in range(arguments.pairs + 1):
-                if adapted is not None:
+            for turn in range(arguments.pairs + 2):
+                if name == "peft":
+                    adapted = peft.PeftModel.from_pretrained(runtime.model, folder)
                     steered = seconds(adapted, ids, arguments.tokens)
-                    model = adapted.unload()
-                    base = seconds(model, ids, arguments.tokens)
-                    adapted = peft.PeftModel.from_pretrained(model, folder)
+                    adapted.unload()
                 else:
                     with npti_export.attach(runtime.model, folder):
                         steered = seconds(runtime.model, ids, arguments.tokens)
-                    base = seconds(runtime.model, ids, arguments.tokens)
-                if turn:  # the first one warms up
+                base = seconds(runtime.model, ids, arguments.tokens)
+                if turn > 1:  # the first two warm up
                     ratios.append(steered / base)
-            if adapted is not None:
-                adapted.unload()
             median, low, high = statistics.median(ratios), min(ratios), max(ratios)
             say(f"{name}, batch {batch}: {median:.3f} times the base's time ({low:.3f} to {high:.3f})")
 

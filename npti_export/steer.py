@@ -127,13 +127,11 @@ class LayerSteering:
         if torch.compiler.is_compiling():
             return _apply_plainly(a, shares)
         key: list[Any] = [a.device, a.dtype]
-        for share in shares:
-            shift, clamp = share.shift, share.clamp
+        for _, shift, clamp, strength, _ in shares:
             if shift.requires_grad or shift.is_inference():  # needs its gradient, or does not count its changes
                 self._check_loaded(shares)
                 return _apply_plainly(a, shares)
-            key += (id(shift), shift._version, shift.data_ptr(), id(clamp), clamp._version, clamp.data_ptr())
-            key.append(share.strength)
+            key += (id(shift), shift._version, shift.data_ptr(), id(clamp), clamp._version, clamp.data_ptr(), strength)
         kept = self._kept.get(in_response)
         if kept is None or kept[0] != key:
             kept = self._kept[in_response] = (key, _combine(a, shares), shares)

@@ -81,8 +81,10 @@ def test_generation_steers_what_it_decodes(model, steer, rule):
         {"prefill_chunk_size": 5, "cache_implementation": "static", "disable_compile": True},
     ):
         assert torch.equal(steered.generate(input_ids=PROMPTS, attention_mask=MASK, **GREEDY, **more), want), more
-    alone = steered.generate(input_ids=PROMPTS[:1, 5:], attention_mask=MASK[:1, 5:], **GREEDY)
-    assert torch.equal(alone[0, 7:], want[0, 12:])
+    draft = copy.deepcopy(model)
+    for more in ({}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": draft}):
+        alone = steered.generate(input_ids=PROMPTS[:1, 5:], attention_mask=MASK[:1, 5:], **GREEDY, **more)
+        assert torch.equal(alone[0, 7:], want[0, 12:]), more
 
 
 def test_a_loop_of_ones_own(model, steer, rule):
