@@ -1,6 +1,6 @@
 """Speed and memory of writing a steered checkpoint, beside cp of the unsteered one.
 
-    python benchmarks/checkpoint.py [--runs 5] [--layers 24]
+    python benchmarks/checkpoint.py [--runs 5] [--layers 120]
 
 A random llama of SmolLM2's width and more layers, in bfloat16 shards of 100 MB, gets 33 shifts and 33 clamps a layer.
 Each turn runs in a fresh process, whose memory beyond Python's imports (and a first small checkpoint) is measured.
@@ -96,11 +96,10 @@ def main():
                 ratios.append(found["bytes"] / found["seconds"] / copied)
                 beyond.append(found["beyond"])
         print(f"{size / 1e6:.0f} MB in {len(list(base.glob('*.safetensors')))} shards -> {found['bytes'] / 1e6:.0f} MB")
+        median, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        print(f"{median:.2f} times the bytes a second of cp and fsync ({low:.2f} to {high:.2f})")
         print(
-            f"{statistics.median(ratios):.2f} times the bytes a second of cp and fsync ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
-        print(
-            f"memory beyond imports and a small checkpoint: {statistics.median(beyond):.0f} MB (mapped files included)"
+            f"memory beyond imports and a small checkpoint: {statistics.median(beyond):.0f} MB, mapped files included"
         )
 
 

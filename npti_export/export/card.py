@@ -147,8 +147,9 @@ model = AutoModelForCausalLM.from_pretrained("this/repository")
 `"this/repository"` is the id of this repository on the Hub, or a folder with its files. Nothing of npti-export is
 needed, and no remote code is run.
 
-The personality lives in MLP biases (`mlp_bias` in `config.json`). A server must use them: vLLM does, by its source; SGLang's
-own llama class drops them without a word, so start it with `--model-impl transformers`, which keeps them by its source."""
+The personality lives in MLP biases (`mlp_bias` in `config.json`), and a server must use them. vLLM does, by its source;
+SGLang's own llama class drops them without a word: start it with `--model-impl transformers`, which by its source keeps
+them."""
 
 
 def _load_gguf(report: dict[str, Any]) -> str:
