@@ -18,6 +18,7 @@ from npti_export.rule_io import Where
 if TYPE_CHECKING:
     from npti_export.positions import ResponsePositions
 
+_SELECT_ABOVE = 1 << 15  # elements of an activation from which on a CPU picks the few neurons that change
 NOT_LOADED = 255  # a clamp vector of an adapter whose weights have not come yet
 
 
@@ -76,8 +77,11 @@ class Share(NamedTuple):
 class _Vectors:
     """What several shares add up to: clamps unite, shifts add."""
 
-    limit: torch.Tensor  # of the activation's dtype: 0 where clamped, else infinity
-    shift: torch.Tensor  # float32
+    limit: torch.Tensor  # [width], of the activation's dtype: 0 where clamped, else infinity
+    shift: torch.Tensor  # [width] float32
+    places: torch.Tensor | None  # of the neurons that change, where picking them out pays
+    limit_there: torch.Tensor
+    shift_there: torch.Tensor
 
 
 class LayerSteering:
@@ -139,6 +143,11 @@ class LayerSteering:
         if vectors is None:
             return a
         # In place: minimum() made a tensor that nobody else has. The sum is computed in float32 and rounded once.
+        if vectors.places is not None and a.numel() > _SELECT_ABOVE:
+            chosen = a.index_select(-1, vectors.places)
+            return a.index_copy(
+                -1, vectors.places, torch.minimum(chosen, vectors.limit_there).add_(vectors.shift_there)
+            )
         return torch.minimum(a, vectors.limit).add_(vectors.shift)
 
     def _check_loaded(self, shares: Sequence[Share]) -> None:
@@ -178,4 +187,6 @@ def _combine(a: torch.Tensor, shares: Sequence[Share]) -> _Vectors | None:
         if not (bool(shift.any()) or bool(clamp.any())):
             return None
         limit = torch.full(shift.shape, torch.inf, dtype=a.dtype, device=a.device).masked_fill_(clamp, 0)
-    return _Vectors(limit, shift)
+        there = torch.nonzero(clamp | (shift != 0))[:, 0]
+        pays = a.device.type == "cpu" and 8 * len(there) < len(shift)  # elsewhere two kernels are cheaper than four
+    return _Vectors(limit, shift, there if pays else None, limit[there], shift[there])

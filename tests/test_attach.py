@@ -19,6 +19,7 @@ from npti_export.errors import AdapterError, ArchitectureError
 from npti_export.export.peft import write_adapter
 from npti_export.rule import SteeringRule, compose
 from npti_export.rule_io import SavedRule, decode_rule, encode_rule, load_rule, save_checkpoint_rule
+from npti_export.steer import LayerSteering, Share
 
 IDS = torch.arange(5, 29).reshape(2, 12)
 
@@ -163,6 +164,26 @@ def test_training_after_a_pass_without_gradients(model, make_adapter, rules):
         loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
         assert model.model.layers[0].mlp.gate_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 8, 200])
+@pytest.mark.parametrize("affected", [3, 400])
+def test_few_neurons_or_many_tokens_make_no_difference(dtype, rows, affected):
+    """Whether the neurons that change are picked out or all are computed is a matter of speed alone."""
+    rng, width = np.random.default_rng(rows), 512
+    a = torch.from_numpy(rng.normal(size=(rows, 1, width)).astype(np.float32)).to(dtype)
+    shift, clamp = np.zeros(width, np.float32), np.zeros(width, np.uint8)
+    places = rng.permutation(width)[:affected]
+    shift[places[::2]], clamp[places[1::2]] = rng.normal(size=len(places[::2])), 1
+    before = a.clone()
+    found = LayerSteering()(a, [Share("x", torch.from_numpy(shift), torch.from_numpy(clamp), 1.0, "all")])
+    want = a.float().clone()
+    for place in places[1::2]:
+        want[..., place] = torch.minimum(want[..., place], torch.zeros(()))
+    assert torch.equal(found, (want + torch.from_numpy(shift)).to(dtype))
+    assert torch.equal(a, before)
+    assert not torch.equal(found, a)
 
 
 def test_another_model(model, tiny_checkpoint, make_adapter, provenance, rules):
