@@ -109,9 +109,8 @@ def generation(arguments, folder):
                 with npti_export.attach(runtime.model, folder):
                     share = share_inside(runtime.model, ids, arguments.tokens, AttachedActivation, activation)
             median, low, high = statistics.median(ratios), min(ratios), max(ratios)
-            say(
-                f"{name}, batch {batch}: {median:.3f} times the base's time ({low:.3f} to {high:.3f}); inside {share:.1%}"
-            )
+            spread = f"({low:.3f} to {high:.3f})"
+            say(f"{name}, batch {batch}: {median:.3f} times the base's time {spread}; inside {share:.1%}")
 
 
 def llama_3_8b(folder):
