@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from npti_export.errors import DiskFullError, OutputError
-from npti_export.files import atomic_output, check_writable, sha256_file
+from npti_export.files import atomic_directory, atomic_output, check_writable, sha256_file
 
 
 def test_published_on_success(tmp_path):
@@ -85,3 +85,14 @@ def test_a_disk_that_fills_up_half_way(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_file(tmp_path / "a").startswith("ba7816bf")
+
+
+def test_an_atomic_directory_is_whole_or_absent(tmp_path):
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "d") as temporary:
+        (temporary / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with atomic_directory(tmp_path / "d") as temporary:
+        (temporary / "whole").write_text("x")
+        assert not (tmp_path / "d").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from npti_export.endings.checkpoint import CheckpointEnding
 from npti_export.errors import AdapterError, ArchitectureError, FidelityError, ModelError, OutputError, RecipeError
-from npti_export.files import atomic_directory
 from npti_export.gguf.reader import read_gguf
 from npti_export.inspection import inspect_file
 from npti_export.job import Job
@@ -341,17 +340,6 @@ def umask():
     return found
 
 
-def test_an_atomic_directory_is_whole_or_absent(tmp_path):
-    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "d") as temporary:
-        (temporary / "half").write_text("x")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with atomic_directory(tmp_path / "d") as temporary:
-        (temporary / "whole").write_text("x")
-        assert not (tmp_path / "d").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["d"]
-
-
 def test_inspect(made):
     folder, _ = made
     adapter = inspect_file(folder / "peft")
@@ -395,35 +383,6 @@ def test_pushed_to_the_hub(tiny, tiny_checkpoint, profile, tmp_path, cli_environ
         assert stored["calm"][path.name] == path.read_bytes()
     assert stored["calm.gguf"]["calm.gguf"] == (tmp_path / "calm.gguf").read_bytes()
     assert b"llama" in stored["calm.gguf"]["README.md"]
-
-
-BAD = [
-    (["--from", "a", "--trait", "calm", "--out", "o"], "--trait makes a rule, and --from brings one"),
-    (["--from", "a", "--gamma", "1", "--out", "o"], "--gamma makes a rule"),
-    (["--from", "nowhere", "--out", "o"], "there is no such file or directory"),
-    (["--from", "a"], "no --out"),
-    (["--trait", "calm", "--out", "o", "--format", "onnx"], "'onnx' is not one of"),
-    (["--trait", "calm", "--out", "o", "--push-to-hub", "no-owner"], "no-owner"),
-    (["--trait", "calm", "--out", "o.gguf", "--checkpoint-dtype", "float16"], "--checkpoint-dtype"),
-    (["--trait", "calm", "--out", "o.gguf", "--private"], "--private"),
-    (["--trait", "calm", "--out", "o", "--format", "peft", "--base", "b.gguf"], "--base"),
-    (["--trait", "calm", "--out", "o.gguf", "--where", "response"], "--format peft"),
-    (["--trait", "calm", "--format", "peft", "--out", "."], "exists already"),
-    (["verify", "nowhere"], "there is no such file or directory"),
-    (["verify", "x.txt"], "holds no rule"),
-]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"), BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
-)
-def test_bad_input(arguments, says, cli_environment, tmp_path):
-    (tmp_path / "x.txt").write_text("hello")
-    done = npti(*arguments, environment=cli_environment, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert says in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
 
 
 def test_the_verify_command(made, cli_environment):
