@@ -14,12 +14,15 @@ from pathlib import Path
 from npti_export.errors import DiskFullError, OutputError
 
 _HASH_CHUNK = 1 << 22
+# What lies beside the weights of a model and belongs to it.
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
+    "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
 # What an adapter or a steered checkpoint consists of.
 _OURS = (
-    "adapter_config.json", "adapter_model.safetensors", "npti.json", "README.md", "config.json",
-    "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "LICENSE*",
-    "NOTICE*", "USE_POLICY*",
+    "adapter_config.json", "adapter_model.safetensors", "npti.json", "README.md", "config.json", "model*.safetensors",
+    "model.safetensors.index.json", *COMPANIONS,
 )  # fmt: skip
 
 

@@ -162,13 +162,11 @@ def _deliver(
     out = ready.job.out
     assert out is not None
     with ending.output(out, force=ready.job.force) as temporary:
-        if ending.format == "checkpoint":
-            models.exact()  # its loading is not part of the writing
+        runtime = models.exact()  # first: a checkpoint is written from it, and its loading is not part of the writing
         progress.start("write", 1)
         with timings.measure("write"):
             written = ending.write(saved, temporary)
         progress.advance(1)
-        runtime = models.exact()
         with timings.measure("verify"):
             fidelity = measure_artifact(ready, runtime, saved, ending, temporary, progress)
         saved = replace(saved, about=replace(saved.about, fidelity=asdict(fidelity)))

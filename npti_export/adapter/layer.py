@@ -22,7 +22,6 @@ class NptiLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is unt
 
     Args:
         base_layer: the activation module, or another tuner's wrapper of it.
-        layer: number of the decoder layer, for messages.
 
     Attributes:
         npti_shift: per adapter ``[width]`` float32, whatever the model's dtype: rounded to bfloat16 it would cost
@@ -36,10 +35,9 @@ class NptiLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is unt
     adapter_layer_names = ("npti_shift",)
     other_param_names = ("npti_clamp", "npti_strength", "npti_where")
 
-    def __init__(self, base_layer: nn.Module, layer: int) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.layer = layer
         self.npti_shift = nn.ParameterDict()
         self.npti_clamp = BufferDict(persistent=True)
         self.npti_strength: dict[str, float] = {}

@@ -15,8 +15,8 @@ from npti_export.adapter.target import Target
 from npti_export.attached import AttachedActivation
 from npti_export.compiler.exact import compile_exact
 from npti_export.errors import AdapterError
-from npti_export.export.as_llama import check_expressible, llama_config, padded_program
-from npti_export.export.dense import new_tensors, widened
+from npti_export.export.as_llama import check_expressible
+from npti_export.export.checkpoint import model_weights, plan_checkpoint
 from npti_export.rule import SteeringRule
 
 _CLAMP_UNITS = 4  # as in the recipes
@@ -32,26 +32,15 @@ def merged_model(target: Target, adapters: list[str], unload: Callable[[], Any])
         raise AdapterError(
             "merge_and_unload: the model is spread over several devices; load it on one, or use --format checkpoint"
         )
-    rule = rule_of(target, adapters)
-    program = padded_program(compile_exact(rule, _CLAMP_UNITS))
+    program = compile_exact(rule_of(target, adapters), _CLAMP_UNITS)
     base = unload()
-    config = llama_config(target.model.config, program)
-    weights = base.state_dict()
-    dtype = weights["model.embed_tokens.weight"].dtype
-    for index, layer in enumerate(program.layers):
-        prefix = f"model.layers.{index}.mlp"
-        device = weights[f"{prefix}.gate_proj.weight"].device
-        for name in ("gate_proj.weight", "up_proj.weight", "down_proj.weight"):
-            weights[f"{prefix}.{name}"] = widened(name, weights[f"{prefix}.{name}"], layer)
-        added = new_tensors(prefix, program.width, layer, config.hidden_size, dtype)
-        weights |= {name: tensor.to(device) for name, tensor in added.items()}
-        if config.attention_bias and config.model_type != target.model.config.model_type:
-            weights[f"model.layers.{index}.self_attn.o_proj.bias"] = torch.zeros(
-                config.hidden_size, dtype=dtype, device=device
-            )
-    config._attn_implementation = target.model.config._attn_implementation
+    plan = plan_checkpoint(base.config, model_weights(base), program)
+    weights = {tensor.name: tensor.make().to(base.device) for shard in plan.shards for tensor in shard}
+    if plan.config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    plan.config._attn_implementation = base.config._attn_implementation
     with torch.device("meta"):
-        merged = LlamaForCausalLM(config)
+        merged = LlamaForCausalLM(plan.config)
     merged.load_state_dict(weights, strict=True, assign=True)
     return _finished(merged, base)
 

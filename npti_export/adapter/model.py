@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
@@ -82,11 +81,9 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        match = re.fullmatch(self._target.pattern, current_key)
-        assert match is not None
         device = next((weight.device for weight in parent.parameters()), torch.device("cpu"))
         if not isinstance(target, NptiLayer):
-            wrapper = NptiLayer(target, int(match[1]))
+            wrapper = NptiLayer(target)
             self._replace_module(parent, target_name, wrapper, target)
             target = wrapper
         width = self._target.width

@@ -17,7 +17,6 @@ from npti_export.export.as_llama import check_expressible
 from npti_export.export.card import model_card
 from npti_export.export.checkpoint import (
     MLP_WEIGHTS,
-    CheckpointPlan,
     copy_beside,
     directory_weights,
     model_weights,
@@ -62,9 +61,9 @@ class CheckpointEnding:
         if source.kind == "gguf":
             check_base(read_gguf(source.path))
             return
-        config = _config(source.path)
-        check_expressible(config, source.name)
-        plan_checkpoint(config, directory_weights(source.path), _nothing(source))  # its faults are known at once
+        self._config = _config(source.path)
+        check_expressible(self._config, source.name)
+        plan_checkpoint(self._config, directory_weights(source.path), _nothing(source))  # its faults are known at once
 
     def __enter__(self) -> CheckpointEnding:
         return self
@@ -86,7 +85,7 @@ class CheckpointEnding:
         """See :class:`npti_export.endings.base.Ending`."""
         program = compile_exact(saved.rule, self._recipe.compile.clamp_units)
         if self._source.kind == "directory":
-            plan = plan_checkpoint(_config(self._source.path), directory_weights(self._source.path), program)
+            plan = plan_checkpoint(self._config, directory_weights(self._source.path), program)
             copy_beside(self._source.path, path)
         else:
             runtime = self._exact()
@@ -95,7 +94,7 @@ class CheckpointEnding:
             runtime.model.generation_config.save_pretrained(path)
         write_checkpoint(plan, path)
         save_checkpoint_rule(saved, path)
-        return Written(plan.nbytes, _extra(plan))
+        return Written(plan.nbytes, plan.program.layers[0].units)
 
     def artifact(self, path: Path) -> Opener:
         """Loaded by ``AutoModelForCausalLM``, as anyone would."""
@@ -154,7 +153,3 @@ def _nothing(source: ModelSource) -> MLPProgram:
     """A program without units, to lay a checkpoint out before there is a rule."""
     shape = (source.shape.layers, source.shape.width)
     return compile_exact(SteeringRule(np.zeros(shape, np.float32), np.zeros(shape, np.bool_)), 4)
-
-
-def _extra(plan: CheckpointPlan) -> int:
-    return plan.program.layers[0].units

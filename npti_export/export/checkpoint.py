@@ -15,6 +15,7 @@ from npti_export.errors import ModelError
 from npti_export.export import dense
 from npti_export.export.as_llama import llama_config, padded_program
 from npti_export.export.safetensors_stream import TORCH_DTYPES, OutTensor, write_safetensors
+from npti_export.files import COMPANIONS
 from npti_export.models import weight_files
 
 if TYPE_CHECKING:
@@ -22,11 +23,8 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, PretrainedConfig
 
 _SHARD_BYTES = 5_000_000_000
+_WRITTEN_DTYPES = ("F32", "F16", "BF16")
 MLP_WEIGHTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
-_BESIDE = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
-    "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def directory_weights(directory: Path) -> list[list[Weight]]:
                 if not name.endswith("rotary_emb.inv_freq")  # older checkpoints; computed by every current class
             ]
         for weight in shard:
-            if weight.dtype not in TORCH_DTYPES:
+            if weight.dtype not in _WRITTEN_DTYPES:
                 raise ModelError(f"{path}: tensor {weight.name} is {weight.dtype}; take the model in 16 or 32 bits")
         shards.append(shard)
     return shards
@@ -169,7 +167,7 @@ def _main_dtype(plan: CheckpointPlan) -> str:
 
 def copy_beside(source: Path, directory: Path) -> None:
     """Copy what belongs to a model beside its weights: tokenizer, chat template, generation settings, licence."""
-    for path in {path for pattern in _BESIDE for path in source.glob(pattern)}:
+    for path in {path for pattern in COMPANIONS for path in source.glob(pattern)}:
         if path.is_file():
             shutil.copyfile(path, directory / path.name)
 

@@ -40,14 +40,3 @@ def widened(name: str, tensor: torch.Tensor, layer: LayerProgram) -> torch.Tenso
     if name.endswith("down_proj.weight"):
         return wide_columns(tensor, source)
     raise ValueError(name)
-
-
-def new_tensors(
-    prefix: str, width: int, layer: LayerProgram, hidden: int, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """The three MLP biases of a layer, by full name; up and down get zeros, which ``mlp_bias`` asks for."""
-    return {
-        f"{prefix}.gate_proj.bias": gate_bias(width, layer, dtype),
-        f"{prefix}.up_proj.bias": torch.zeros(width + layer.units, dtype=dtype),
-        f"{prefix}.down_proj.bias": torch.zeros(hidden, dtype=dtype),
-    }
