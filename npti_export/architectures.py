@@ -64,7 +64,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("smollm3", ("smollm3",)),
 )
 
-SILU = ("silu", "swish")  # two names of the one activation for which a rule can be compiled
 FFN_GATE, FFN_UP, FFN_DOWN = "blk.{}.ffn_gate", "blk.{}.ffn_up", "blk.{}.ffn_down"
 
 

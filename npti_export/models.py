@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.architectures import SILU, Architecture, by_gguf_name, by_model_type
+from npti_export.activations import SILU
+from npti_export.architectures import Architecture, by_gguf_name, by_model_type
 from npti_export.errors import ArchitectureError, GGUFError, ModelError
 from npti_export.fingerprint import Fingerprint, fingerprint
 from npti_export.gguf.reader import GGUFFile, read_gguf

@@ -21,6 +21,41 @@ EDGES: npt.NDArray[np.float32] = np.exp2(
     np.linspace(LOW_OCTAVE, HIGH_OCTAVE, (HIGH_OCTAVE - LOW_OCTAVE) * BINS_PER_OCTAVE + 1)
 ).astype(np.float32)
 BIN_COUNT = len(EDGES) + 1
+_FIELDS = ("active", "histogram", "largest")  # arrays of a saved file
+_SPREAD_FIELDS = ("active_squared", "active_tokens")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How much answers differ in how often a neuron fires: what the error of a probability needs.
+
+    Tokens of one answer are alike, so the answer is the unit. All sums are integers and exact.
+
+    Attributes:
+        answers: number of answers with at least one token.
+        tokens_squared: sum over answers of their tokens, squared.
+        active_squared: ``[layers, width]`` int64, sum over answers of their active tokens, squared.
+        active_tokens: ``[layers, width]`` int64, sum over answers of active tokens times tokens.
+    """
+
+    answers: int
+    tokens_squared: int
+    active_squared: npt.NDArray[np.int64]
+    active_tokens: npt.NDArray[np.int64]
+
+    @classmethod
+    def of_answers(cls, active: npt.NDArray[np.integer], tokens: npt.NDArray[np.integer]) -> Spread:
+        """Of answers with ``active`` ``[answers, layers, width]`` of ``tokens`` ``[answers]``."""
+        counts, lengths = active.astype(np.int64), tokens.astype(np.int64)
+        return cls(
+            int((lengths > 0).sum()),
+            int((lengths**2).sum()),
+            (counts**2).sum(0),
+            (counts * lengths[:, None, None]).sum(0),
+        )
+
+    def __add__(self, other: Spread) -> Spread:
+        return Spread(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
@@ -32,6 +67,7 @@ class ActivationStats:
         active: ``[layers, width]`` int64, tokens on which ``a > 0``.
         histogram: ``[layers, width, BIN_COUNT]`` int32, the positive activations in the bins of ``EDGES``.
         largest: ``[layers, width]`` float32, the largest activation seen; 0 where none was positive.
+        spread: how much the answers differ.
 
     Adding two is associative and commutative and has :meth:`empty` as zero, so shards, resumed runs and workers
     all combine by ``+``.
@@ -41,6 +77,7 @@ class ActivationStats:
     active: npt.NDArray[np.int64]
     histogram: npt.NDArray[np.int32]
     largest: npt.NDArray[np.float32]
+    spread: Spread
 
     @classmethod
     def empty(cls, layers: int, width: int) -> ActivationStats:
@@ -50,6 +87,7 @@ class ActivationStats:
             np.zeros((layers, width), np.int64),
             np.zeros((layers, width, BIN_COUNT), np.int32),
             np.zeros((layers, width), np.float32),
+            Spread(0, 0, np.zeros((layers, width), np.int64), np.zeros((layers, width), np.int64)),
         )
 
     def __add__(self, other: ActivationStats) -> ActivationStats:
@@ -58,6 +96,7 @@ class ActivationStats:
             self.active + other.active,
             self.histogram + other.histogram,
             np.maximum(self.largest, other.largest),
+            self.spread + other.spread,
         )
 
     def probability(self) -> npt.NDArray[np.float64]:
@@ -69,6 +108,19 @@ class ActivationStats:
         if self.tokens == 0:
             raise ProfileError("no response token was counted: the model answered every question with nothing")
         return self.active / self.tokens
+
+    def probability_variance(self) -> npt.NDArray[np.float64]:
+        """Squared standard error of :meth:`probability`, ``[layers, width]``, for answers drawn at random.
+
+        The variance of a ratio of sums over answers (linearised, Cochran, Sampling Techniques, 6.4): with active
+        tokens ``a`` and tokens ``t`` of ``n`` answers, ``n / (n - 1) * sum (a - p t)^2 / (sum t)^2``. Infinite for fewer
+        than two answers.
+        """
+        spread, p = self.spread, self.probability()
+        if spread.answers < 2:
+            return np.full(p.shape, np.inf)
+        squares = spread.active_squared - 2 * p * spread.active_tokens + p**2 * spread.tokens_squared
+        return np.maximum(squares, 0) / self.tokens**2 * spread.answers / (spread.answers - 1)
 
     def quantile(self, q: float) -> npt.NDArray[np.float64]:
         """The ``q`` quantile of each neuron's activation over all tokens, ``[layers, width]``, 0 where negative.
@@ -90,16 +142,18 @@ class ActivationStats:
         return np.where(rank > 0, value, 0.0)
 
 
+def _arrays(one: ActivationStats) -> dict[str, npt.NDArray[np.generic]]:
+    parts = {field: getattr(one, field) for field in _FIELDS}
+    return parts | {field: getattr(one.spread, field) for field in _SPREAD_FIELDS}
+
+
 def save_stats(path: Path, stats: dict[str, ActivationStats], progress: dict[str, object]) -> None:
     """Write named statistics and a JSON-able progress record to one safetensors file, atomically."""
     from safetensors.numpy import save
 
-    tensors = {
-        f"{name}.{field}": getattr(one, field)
-        for name, one in stats.items()
-        for field in ("active", "histogram", "largest")
-    }
-    record = {"tokens": {name: one.tokens for name, one in stats.items()}, "progress": progress}
+    tensors = {f"{name}.{field}": array for name, one in stats.items() for field, array in _arrays(one).items()}
+    sizes = {name: [one.tokens, one.spread.answers, one.spread.tokens_squared] for name, one in stats.items()}
+    record = {"sizes": sizes, "progress": progress}
     with atomic_output(path, force=True) as temporary:
         # written by us, not by the library, so that a full disk is an OSError like everywhere else
         temporary.write_bytes(save(tensors, metadata={"npti": json.dumps(record)}))
@@ -116,13 +170,11 @@ def load_stats(path: Path) -> tuple[dict[str, ActivationStats], dict[str, object
     try:
         with safe_open(path, framework="np") as tensors:
             record = json.loads(tensors.metadata()["npti"])
-            stats = {
-                name: ActivationStats(
-                    int(tokens),
-                    *(tensors.get_tensor(f"{name}.{field}") for field in ("active", "histogram", "largest")),
-                )
-                for name, tokens in record["tokens"].items()
-            }
+            stats = {}
+            for name, (tokens, answers, squared) in record["sizes"].items():
+                read = {field: tensors.get_tensor(f"{name}.{field}") for field in (*_FIELDS, *_SPREAD_FIELDS)}
+                spread = Spread(int(answers), int(squared), *(read[field] for field in _SPREAD_FIELDS))
+                stats[name] = ActivationStats(int(tokens), *(read[field] for field in _FIELDS), spread)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ProfileError(f"{path}: damaged statistics; delete the file and run again") from error
     return stats, record["progress"]

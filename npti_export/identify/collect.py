@@ -11,15 +11,16 @@ from typing import Any
 from npti_export.bench import Question, TraitBench, pair_with_personas
 from npti_export.errors import ProfileError
 from npti_export.files import translate_os_errors
+from npti_export.identify.stopping import expected_overlap
 from npti_export.models import ModelSource
 from npti_export.profile import NeuronProfile, profile_from_stats
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
-from npti_export.runtimes.base import Exchange, Runtime, chat
+from npti_export.runtimes.base import Runtime, chat
 from npti_export.stats import ActivationStats, load_stats, save_stats
 from npti_export.traits import SIGNS, Sign
 
-_CACHE_FORMAT = 1  # raise when the meaning of cached statistics changes
+_CACHE_FORMAT = 2  # raise when the meaning of cached statistics changes
 
 
 def cache_folder() -> Path:
@@ -44,9 +45,9 @@ def identify(
 ) -> NeuronProfile:
     """Find how each neuron behaves under both poles of a trait.
 
-    Every search question is answered once as each pole, in batches; after each batch the statistics are saved
-    under a key of everything that they depend on, so that a killed run goes on where it stopped and a finished
-    one is not repeated.
+    Search questions are answered once as each pole, in batches, until the neurons have settled or all are asked;
+    after each batch the statistics are saved under a key of everything that they depend on, so that a killed run goes
+    on where it stopped and a finished one is not repeated.
 
     Args:
         load_runtime: gives the model; not called where nothing is left to do.
@@ -65,31 +66,47 @@ def identify(
     settings = recipe.identify
     questions = bench.search(settings.questions, settings.seed)
     per_batch = max(1, settings.batch_size // 2)  # each question is decoded as both poles
-    batches = [questions[start : start + per_batch] for start in range(0, len(questions), per_batch)]
     key = _cache_key(source, bench, recipe, dtype, device)
     state = None if cache is None else cache / "identify" / f"{bench.trait}-{key}.safetensors"
     stats, done = _resume(state, source, progress)
-    runtime = load_runtime() if done < len(batches) else None
+    asked = min(done * per_batch, len(questions))
     progress.start(f"identify {bench.trait}", len(questions))
-    progress.advance(sum(len(batch) for batch in batches[:done]))
-    if runtime is not None:
-        first = 0
-        for index, batch in enumerate(batches):
-            if index >= done:
-                fresh = _run_batch(runtime, bench, batch, first, recipe)
-                stats = {sign: stats[sign] + fresh[sign] for sign in SIGNS}
-                if state is not None:
-                    _save(state, stats, index + 1)
-                progress.advance(len(batch), sum(one.tokens for one in fresh.values()))
-            first += len(batch)
+    progress.advance(asked)
+    while (overlap := _overlap(stats, recipe, asked, len(questions))) < settings.overlap:
+        batch = questions[asked : asked + per_batch]
+        fresh = _run_batch(load_runtime(), bench, batch, asked, recipe)
+        stats = {sign: stats[sign] + fresh[sign] for sign in SIGNS}
+        asked += len(batch)
+        done += 1
+        if state is not None:
+            _save(state, stats, done)
+        progress.advance(len(batch), sum(one.tokens for one in fresh.values()))
+    if asked < len(questions):
+        progress.note(
+            f"stopped after {asked} of {len(questions)} questions: the neurons selected now should overlap by {overlap:.0%} "
+            "with those from all (--until all asks the rest)"
+        )
     origin = {
         "recipe": json.loads(recipe.to_json()),
         "bench": bench.digest,
-        "questions": len(questions),
+        "questions": asked,
+        "questions_available": len(questions),
+        "expected_overlap": round(overlap, 4),
         "dtype": dtype,
         "key": key,
     }
     return profile_from_stats(bench.trait, stats["+"], stats["-"], source, recipe.rule.percentile, origin)
+
+
+def _overlap(stats: dict[Sign, ActivationStats], recipe: Recipe, asked: int, total: int) -> float:
+    """What is compared with the goal after each batch: 0 as long as asking goes on in any case, 1 at the end."""
+    if asked >= total:
+        return 1.0
+    if recipe.identify.until == "all" or asked < recipe.identify.floor:
+        return 0.0
+    if min(stats[sign].tokens for sign in SIGNS) == 0:
+        return 0.0
+    return expected_overlap(stats["+"], stats["-"], recipe.select, asked, total)
 
 
 def contrast_prompts(
@@ -117,13 +134,23 @@ def _run_batch(
     runtime: Runtime, bench: TraitBench, batch: Sequence[Question], first: int, recipe: Recipe
 ) -> dict[Sign, ActivationStats]:
     prompts = [prompt for sign in SIGNS for prompt in contrast_prompts(runtime, bench, batch, sign, recipe, first)]
-    exchanges: list[Exchange] = runtime.generate(
+    # The same personas with another question: what is common comes again with every question that they get.
+    other = [Question("search", "", "", "0")] * len(batch)
+    twins = [prompt for sign in SIGNS for prompt in contrast_prompts(runtime, bench, other, sign, recipe, first)]
+    plus, minus = runtime.observe(
         prompts,
+        [0] * len(batch) + [1] * len(batch),
         max_new_tokens=recipe.identify.max_new_tokens,
         repetition_penalty=recipe.identify.repetition_penalty,
+        shared=[_common(prompt, twin) for prompt, twin in zip(prompts, twins, strict=True)],
     )
-    half = len(batch)
-    return {"+": runtime.activation_stats(exchanges[:half]), "-": runtime.activation_stats(exchanges[half:])}
+    return {"+": plus, "-": minus}
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many first tokens two prompts share."""
+    different = (index for index, (one, other) in enumerate(zip(left, right, strict=False)) if one != other)
+    return next(different, min(len(left), len(right)))
 
 
 def _cache_key(source: ModelSource, bench: TraitBench, recipe: Recipe, dtype: str, device: str) -> str:

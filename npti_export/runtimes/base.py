@@ -12,6 +12,14 @@ import numpy.typing as npt
 from npti_export.stats import ActivationStats
 
 Message = dict[str, str]
+# Used where a model brings no chat template, with a note to the user: plain labelled turns, which any model can follow.
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n' }}"
+    "{% else %}{{ 'Assistant: ' + message['content'] + '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -41,11 +49,29 @@ class Runtime(Protocol):
     ) -> list[Exchange]:
         """Greedy answers to the prompts, decoded as one batch."""
 
-    def activation_stats(self, exchanges: Sequence[Exchange]) -> ActivationStats:
-        """Statistics of the gate activations ``a`` on the response tokens, by one teacher-forced pass.
+    def observe(
+        self,
+        prompts: Sequence[Sequence[int]],
+        groups: Sequence[int],
+        *,
+        max_new_tokens: int,
+        repetition_penalty: float,
+        shared: Sequence[int] | None = None,
+    ) -> list[ActivationStats]:
+        """Answer prompts, and give the statistics of the gate activations ``a`` on the answers of each group.
 
-        Counted are the response tokens that the model was fed while it decoded: all but the last.
+        Counted are the response tokens that the model is fed while it decodes: all but the last.
+
+        Args:
+            prompts: token ids.
+            groups: for each prompt the index of its statistics, from 0 on.
+            max_new_tokens: longest answer.
+            repetition_penalty: divides the logits of tokens seen before.
+            shared: how many first tokens of each prompt other prompts begin with, too, now or in later calls; a hint.
         """
+
+    def activation_stats(self, exchanges: Sequence[Exchange]) -> ActivationStats:
+        """The same statistics of given answers, by one teacher-forced pass."""
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """``[tokens, vocabulary]`` next-token logits at every position of one sequence."""

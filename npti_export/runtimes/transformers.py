@@ -17,20 +17,12 @@ import numpy.typing as npt
 
 from npti_export.errors import ModelError
 from npti_export.models import ModelSource
-from npti_export.runtimes.base import Exchange, Message
-from npti_export.stats import BIN_COUNT, EDGES, ActivationStats
+from npti_export.runtimes.base import FALLBACK_TEMPLATE, Exchange, Message
+from npti_export.stats import BIN_COUNT, EDGES, ActivationStats, Spread
 
 if TYPE_CHECKING:
     import torch
 
-# Used where a model brings no chat template, with a note to the user: plain labelled turns, which any model can follow.
-FALLBACK_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n' }}"
-    "{% else %}{{ 'Assistant: ' + message['content'] + '\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
 _TOKENS_PER_PASS = 8192  # of a teacher-forced batch, padding included: bounds its memory
 
 
@@ -142,6 +134,22 @@ class TransformersRuntime:
         (exchange,) = self.generate(prompts, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
         return self.decode(exchange.response)
 
+    def observe(
+        self,
+        prompts: Sequence[Sequence[int]],
+        groups: Sequence[int],
+        *,
+        max_new_tokens: int,
+        repetition_penalty: float,
+        shared: Sequence[int] | None = None,  # noqa: ARG002  a padded batch computes every row in full
+    ) -> list[ActivationStats]:
+        """See :class:`Runtime`: generation in batches, then a teacher-forced pass, in which more is computed at once."""
+        answers = self.generate(prompts, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
+        return [
+            self.activation_stats([answer for answer, one in zip(answers, groups, strict=True) if one == group])
+            for group in range(max(groups) + 1)
+        ]
+
     def activation_stats(self, exchanges: Sequence[Exchange]) -> ActivationStats:
         """See :class:`Runtime`."""
         import torch
@@ -206,31 +214,42 @@ class StatsAccumulator:
         self._active = torch.zeros((layers, width), dtype=torch.int64, device=device)
         self._histogram = torch.zeros((layers, width * BIN_COUNT), dtype=torch.int32, device=device)
         self._largest = torch.zeros((layers, width), dtype=torch.float32, device=device)
+        self._active_squared = torch.zeros_like(self._active)
+        self._active_tokens = torch.zeros_like(self._active)
+        self._answers = self._tokens_squared = 0
         self._edges = torch.from_numpy(EDGES).to(device)
         self._rows = torch.arange(width, device=device) * BIN_COUNT
 
     @contextmanager
     def listen(self, activations: Sequence[torch.nn.Module], counted: torch.Tensor) -> Iterator[None]:
         """Count, during the forward passes of the block, the positions of ``counted`` ``[batch, length]`` bool."""
+        lengths = counted.sum(1)
+        owners = counted.nonzero()[:, 0]  # the answer of each counted position
         with ExitStack() as stack:
             for layer, module in enumerate(activations):
 
                 def hook(_module: Any, _inputs: Any, output: torch.Tensor, layer: int = layer) -> None:
-                    self._add(layer, output[counted])
+                    self._add(layer, output[counted], owners, lengths)
 
                 handle = module.register_forward_hook(hook)
                 stack.callback(handle.remove)
             yield
-        self._tokens += int(counted.sum())
+        self._tokens += int(lengths.sum())
+        self._tokens_squared += int((lengths**2).sum())
+        self._answers += int((lengths > 0).sum())
 
-    def _add(self, layer: int, values: torch.Tensor) -> None:
+    def _add(self, layer: int, values: torch.Tensor, owners: torch.Tensor, lengths: torch.Tensor) -> None:
         import torch
 
         values = values.float()
         positive = values > 0
-        self._active[layer] += positive.sum(0)
         if not len(values):
             return
+        counts = torch.zeros((len(lengths), self._width), dtype=torch.int64, device=values.device)
+        counts.index_add_(0, owners, positive.long())
+        self._active[layer] += counts.sum(0)
+        self._active_squared[layer] += (counts**2).sum(0)
+        self._active_tokens[layer] += (counts * lengths[:, None]).sum(0)
         self._largest[layer] = torch.maximum(self._largest[layer], values.max(0).values.clamp_min(0))
         places = torch.bucketize(values, self._edges, right=True) + self._rows
         counts = torch.bincount(places[positive], minlength=self._histogram.shape[1])
@@ -244,6 +263,12 @@ class StatsAccumulator:
             self._active.cpu().numpy(),
             self._histogram.reshape(shape).cpu().numpy(),
             self._largest.cpu().numpy(),
+            Spread(
+                self._answers,
+                self._tokens_squared,
+                self._active_squared.cpu().numpy(),
+                self._active_tokens.cpu().numpy(),
+            ),
         )
 
 

@@ -1,0 +1,66 @@
+"""Anytime identification: how well the neurons of a pole are known already, and when to stop asking."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.identify.select import rank
+from npti_export.recipe import SelectSection
+from npti_export.stats import ActivationStats
+from npti_export.traits import SIGNS
+
+_DRAWS = 12
+
+
+def expected_overlap(
+    plus: ActivationStats, minus: ActivationStats, select: SelectSection, asked: int, total: int
+) -> float:
+    """How much the neurons selected now will agree with those selected once all questions are asked.
+
+    The ``delta`` of the questions to come is drawn for every neuron, the selection made again from all, and the two
+    sets compared; the mean of the Jaccard indices, of the pole where it is smaller. What is to come is not simply like
+    what was seen: a neuron ranks high partly by luck. So its true ``delta`` has the prior ``N(0, tau^2)``, with ``tau^2``
+    what the variance of all observed deltas exceeds the mean squared standard error by (empirical Bayes).
+
+    Args:
+        plus: of the ``+`` answers to the first ``asked`` questions.
+        minus: of the ``-`` answers.
+        select: how neurons are selected.
+        asked: number of questions behind the statistics.
+        total: number of questions that there are.
+
+    Returns:
+        0 to 1; 1 where nothing is left to ask. The draws are seeded: the same statistics give the same number.
+    """
+    rest = total - asked
+    if rest <= 0:
+        return 1.0
+    delta = (plus.probability() - minus.probability()).ravel()
+    squared_error = (plus.probability_variance() + minus.probability_variance()).ravel()
+    if not np.isfinite(squared_error).all():
+        return 0.0
+    prior = max(float(delta.var() - squared_error.mean()), 1e-12)
+    shrink = prior / (prior + squared_error)
+    spread = np.sqrt(shrink * squared_error + squared_error * asked / rest)
+    now = {sign: _chosen(delta, sign, select) for sign in SIGNS}
+    found: dict[str, list[float]] = {sign: [] for sign in SIGNS}
+    random = np.random.default_rng(0)
+    for _ in range(_DRAWS):
+        coming = shrink * delta + spread * random.standard_normal(len(delta))
+        final = (asked * delta + rest * coming) / total
+        for sign in SIGNS:
+            found[sign].append(jaccard(now[sign], _chosen(final, sign, select)))
+    return min(float(np.mean(values)) for values in found.values())
+
+
+def jaccard(left: npt.NDArray[np.bool_], right: npt.NDArray[np.bool_]) -> float:
+    """Common elements over all elements of two sets given as masks; 1 for two empty ones."""
+    union = int((left | right).sum())
+    return float((left & right).sum()) / union if union else 1.0
+
+
+def _chosen(delta: npt.NDArray[np.float64], sign: str, select: SelectSection) -> npt.NDArray[np.bool_]:
+    mask = np.zeros(len(delta), np.bool_)
+    mask[rank(delta if sign == "+" else -delta, select.threshold, select.at_least, select.at_most)] = True
+    return mask

@@ -1,0 +1,220 @@
+"""A loaded model and its contexts: decoding batches of many sequences, and moving what the KV cache holds."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.errors import ModelError
+from npti_export.runtimes.llamacpp.library import llama, log_tail, logged, usable_cores
+from npti_export.runtimes.llamacpp.taps import Tap
+
+_MAX_SEQUENCES = 256  # llama.cpp, LLAMA_MAX_SEQ
+_CELL_STEP = 256  # cells of a KV cache come in multiples
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where and how llama.cpp computes.
+
+    Attributes:
+        threads: 0 takes every core that this process may use.
+        gpu_layers: layers on the GPU, -1 for all; without effect in a build for the CPU.
+        batch: tokens processed at once.
+        context: cells of the KV cache, shared by all sequences; 0 takes as many as the work at hand needs.
+    """
+
+    threads: int = 0
+    gpu_layers: int = -1
+    batch: int = 512
+    context: int = 0
+
+
+class Model:
+    """A model file, loaded (memory-mapped).
+
+    Raises:
+        ModelError: llama.cpp refuses it; its own words are given.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        lib = llama()
+        parameters = lib.llama_model_default_params()
+        on_gpu = settings.gpu_layers != 0 and lib.llama_supports_gpu_offload()
+        parameters.n_gpu_layers = settings.gpu_layers if on_gpu else 0
+        self.path, self.on_host = path, not on_gpu
+        with logged():
+            self.pointer: Any = lib.llama_model_load_from_file(str(path).encode(), parameters)
+            if not self.pointer:
+                raise ModelError(f"{path}: llama.cpp cannot load it: {log_tail()}")
+        self.vocabulary: Any = lib.llama_model_get_vocab(self.pointer)
+        self.vocabulary_size = int(lib.llama_vocab_n_tokens(self.vocabulary))
+
+    def close(self) -> None:
+        """Free it."""
+        if self.pointer:
+            llama().llama_model_free(self.pointer)
+            self.pointer = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One token to decode.
+
+    Attributes:
+        token: its id.
+        position: in its sequence.
+        sequence: which one.
+        wanted: whether its logits are; the last layer's neurons exist only for these.
+    """
+
+    token: int
+    position: int
+    sequence: int
+    wanted: bool
+
+
+class Context:
+    """A KV cache of a model, and what decodes into it.
+
+    Args:
+        model: stays open for as long as this is.
+        cells: tokens that the cache holds, over all sequences.
+        sequences: how many there can be.
+        settings: threads and batch.
+
+    Raises:
+        ModelError: llama.cpp cannot make it, for want of memory.
+    """
+
+    def __init__(self, model: Model, cells: int, sequences: int, settings: Settings) -> None:
+        lib = llama()
+        if sequences > _MAX_SEQUENCES:
+            raise ModelError(f"{sequences} sequences at once are more than llama.cpp's {_MAX_SEQUENCES}")
+        self.model, self.sequences = model, sequences
+        self.cells = -(-cells // _CELL_STEP) * _CELL_STEP
+        self.tap = Tap(on_host=model.on_host)
+        parameters = lib.llama_context_default_params()
+        parameters.n_ctx = self.cells
+        parameters.n_seq_max = sequences
+        parameters.n_batch = parameters.n_ubatch = self.batch = min(settings.batch, self.cells)
+        parameters.n_threads = parameters.n_threads_batch = settings.threads or usable_cores()
+        parameters.kv_unified = True  # rows keep the order of the batch, and sequences can share cells
+        parameters.swa_full = True  # a sliding window that forgets could not be cut back to a shared beginning
+        parameters.no_perf = True
+        parameters.cb_eval = self.tap.callback
+        with logged():
+            self._pointer: Any = lib.llama_init_from_model(model.pointer, parameters)
+            if not self._pointer:
+                raise ModelError(f"{model.path}: llama.cpp cannot make room for {self.cells} tokens: {log_tail()}")
+        self._memory = lib.llama_get_memory(self._pointer)
+
+    def close(self) -> None:
+        """Free it."""
+        if self._pointer:
+            llama().llama_free(self._pointer)
+            self._pointer = None
+
+    def decode(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
+        """Run the model over tokens, in pieces of at most ``batch``.
+
+        Returns:
+            ``[wanted rows, vocabulary]`` float32 logits in the order of the rows, good until the next call.
+
+        Raises:
+            ModelError: llama.cpp fails, for example because the cache is full.
+        """
+        pieces = [self._decode(rows[start : start + self.batch]) for start in range(0, len(rows), self.batch)]
+        kept = [piece for piece in pieces if len(piece)]
+        return kept[0] if len(kept) == 1 else np.concatenate([*kept, np.empty((0, self.model.vocabulary_size))])
+
+    def _decode(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
+        lib = llama()
+        tokens, positions, sequences, wanted = (
+            np.array(column, kind)
+            for column, kind in zip(
+                zip(*((row.token, row.position, row.sequence, row.wanted) for row in rows), strict=True),
+                (np.int32, np.int32, np.int32, np.int8),
+                strict=True,
+            )
+        )
+        counts = np.ones(len(rows), np.int32)
+        places = sequences.ctypes.data + sequences.itemsize * np.arange(len(rows), dtype=np.uintp)
+        batch = lib.llama_batch(
+            len(rows),
+            _as(tokens, lib.llama_token),
+            None,
+            _as(positions, lib.llama_pos),
+            _as(counts, ctypes.c_int32),
+            _as(places, ctypes.POINTER(lib.llama_seq_id)),
+            _as(wanted, ctypes.c_int8),
+        )
+        with logged():
+            failed = lib.llama_decode(self._pointer, batch)
+            self.tap.raise_error()
+            if failed:
+                what = "the KV cache is full" if failed == 1 else log_tail()
+                raise ModelError(f"{self.model.path}: llama.cpp cannot compute: {what}")
+        count, size = int(wanted.sum()), self.model.vocabulary_size
+        if not count:
+            return np.empty((0, size), np.float32)
+        address = ctypes.cast(lib.llama_get_logits(self._pointer), ctypes.c_void_p).value
+        assert address is not None
+        flat = (ctypes.c_float * (count * size)).from_address(address)
+        logits = np.frombuffer(flat, np.float32).reshape(count, size)
+        return logits if len(rows) < self.batch else logits.copy()  # a full piece may be followed by another
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        llama().llama_memory_clear(self._memory, False)
+
+    def cut(self, sequence: int, length: int) -> None:
+        """Forget what a sequence holds from a position on."""
+        llama().llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def save(self, sequence: int) -> bytes:
+        """What the cache holds of a sequence."""
+        lib = llama()
+        size = lib.llama_state_seq_get_size(self._pointer, sequence)
+        data = (ctypes.c_uint8 * size)()
+        written = lib.llama_state_seq_get_data(self._pointer, data, size, sequence)
+        return bytes(memoryview(data)[:written])
+
+    def load(self, saved: bytes, sequence: int) -> None:
+        """Let an empty sequence hold what :meth:`save` gave, of this context or another one of the same model.
+
+        Raises:
+            ModelError: the cache has no room for it.
+        """
+        lib = llama()
+        data = (ctypes.c_uint8 * len(saved)).from_buffer_copy(saved)
+        if not lib.llama_state_seq_set_data(self._pointer, data, len(saved), sequence):
+            raise ModelError(f"{self.model.path}: llama.cpp cannot restore a shared beginning: {log_tail()}")
+
+    def set_control_vector(self, directions: npt.NDArray[np.float32] | None) -> None:
+        """Add ``directions`` ``[layers - 1, hidden]``, from the second layer on, to the residual stream; None: nothing.
+
+        Raises:
+            ModelError: llama.cpp does not take it.
+        """
+        lib = llama()
+        if directions is None:
+            failed = lib.llama_set_adapter_cvec(self._pointer, None, 0, 0, 0, 0)
+        else:
+            values = np.ascontiguousarray(directions, np.float32)
+            layers, hidden = values.shape
+            failed = lib.llama_set_adapter_cvec(
+                self._pointer, _as(values, ctypes.c_float), values.size, hidden, 1, layers
+            )
+        if failed:
+            raise ModelError(f"{self.model.path}: llama.cpp does not take the control vector: {log_tail()}")
+
+
+def _as(values: npt.NDArray[Any], kind: Any) -> Any:
+    return values.ctypes.data_as(ctypes.POINTER(kind))

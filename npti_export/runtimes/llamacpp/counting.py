@@ -1,0 +1,148 @@
+"""Counting gate activations while llama.cpp decodes: every value looked up once, summed up in large pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.activations import activate
+from npti_export.errors import ModelError
+from npti_export.runtimes.llamacpp.taps import Floats, See
+from npti_export.stats import BIN_COUNT, EDGES, ActivationStats, Spread
+
+# A float32 without its last 11 bits: 12 bits of mantissa are left, so a value lands in a neighbouring bin only if it
+# is within 1/8192 of an edge.
+_DROPPED_BITS = 11
+_HELD_ROWS = 256  # kept as bin numbers until they are summed up: one byte a neuron and row
+_NOT_POSITIVE = 0  # bin b of the statistics is kept as b + 1
+
+
+class GateCounter:
+    """Statistics of the gates of one or several groups of answers.
+
+    Args:
+        layers: of the model.
+        width: neurons of a layer.
+        activation: the gate's non-linearity.
+        groups: how many statistics to keep apart.
+        answers: how many answers there can be.
+    """
+
+    def __init__(self, layers: int, width: int, activation: str, groups: int, answers: int) -> None:
+        self._bins = _bin_of_bits(activation)
+        self._groups = [_Group(layers, width) for _ in range(groups)]
+        # an answer's own counts: int32, as an answer may be longer than 65,535 tokens
+        self._counts = np.zeros((answers, layers, width), np.int32)
+        self._tokens = np.zeros(answers, np.int64)
+        self._group_of = np.zeros(answers, np.int64)
+        self._rows: list[tuple[_Group, slice, list[int]]] = []
+
+    def begin(self, answers: Sequence[int], groups: Sequence[int]) -> None:
+        """Expect a pass with one row for each of these answers, rows of a group next to each other."""
+        self._rows = []
+        start = 0
+        while start < len(answers):
+            end = start
+            while end < len(answers) and groups[end] == groups[start]:
+                end += 1
+            rows, group = slice(start, end), self._groups[groups[start]]
+            if group.held + end - start > len(group.buffer[0]):
+                self._sum_up(group)
+                group.make_room(end - start)
+            self._rows.append((group, rows, list(answers[rows])))
+            group.owners += answers[rows]
+            start = end
+        np.add.at(self._tokens, list(answers), 1)
+        self._group_of[list(answers)] = groups
+
+    def see(self, layer: int) -> See:
+        """What a tap does with the gate's pre-activation ``[rows, width]`` of a layer."""
+
+        def look(gate: Floats) -> bool:
+            bins = self._bins[gate.view(np.uint32) >> _DROPPED_BITS]
+            for group, rows, owners in self._rows:
+                count = len(owners)
+                end = len(group.owners)
+                group.buffer[layer, end - count : end] = bins[rows]
+                np.maximum(group.largest[layer], gate[rows].max(0), out=group.largest[layer])
+            return False
+
+        return look
+
+    def results(self, activation: str) -> list[ActivationStats]:
+        """The statistics of each group.
+
+        Raises:
+            ModelError: a gate was not a number.
+        """
+        for group in self._groups:
+            self._sum_up(group)
+        return [self._result(index, group, activation) for index, group in enumerate(self._groups)]
+
+    def _result(self, index: int, group: _Group, activation: str) -> ActivationStats:
+        chosen = np.flatnonzero((self._group_of == index) & (self._tokens > 0))
+        if not len(chosen):
+            return ActivationStats.empty(*group.largest.shape)
+        if not np.isfinite(group.largest).all():
+            raise ModelError("the model computes gates that are not numbers; the file is damaged")
+        return ActivationStats(
+            int(self._tokens[chosen].sum()),
+            self._counts[chosen].sum(0, dtype=np.int64),
+            group.histogram,
+            np.maximum(activate(group.largest, activation), 0).astype(np.float32),
+            Spread.of_answers(self._counts[chosen], self._tokens[chosen]),
+        )
+
+    def _sum_up(self, group: _Group) -> None:
+        held = len(group.owners)
+        if not held:
+            return
+        owners = np.array(group.owners)
+        order = np.argsort(owners, kind="stable")
+        names, starts = np.unique(owners[order], return_index=True)
+        width = group.largest.shape[1]
+        columns = np.arange(width, dtype=np.int32) * (BIN_COUNT + 1)
+        for layer, buffer in enumerate(group.buffer):
+            bins = buffer[:held]
+            active = (bins != _NOT_POSITIVE).view(np.uint8)[order]
+            self._counts[names, layer] += np.add.reduceat(active, starts, axis=0, dtype=np.int32)
+            counts = np.bincount((bins + columns).ravel(), minlength=width * (BIN_COUNT + 1))
+            group.histogram[layer] += counts.reshape(width, BIN_COUNT + 1)[:, 1:].astype(np.int32)
+        group.owners.clear()
+
+
+class _Group:
+    """What is counted of one group."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        self.histogram = np.zeros((layers, width, BIN_COUNT), np.int32)
+        self.largest = np.full((layers, width), -np.inf, np.float32)  # of the pre-activation
+        self.buffer = np.empty((layers, _HELD_ROWS, width), np.uint8)
+        self.owners: list[int] = []  # the answer of each held row
+
+    @property
+    def held(self) -> int:
+        """Rows in the buffer."""
+        return len(self.owners)
+
+    def make_room(self, rows: int) -> None:
+        """A buffer that holds at least so many rows."""
+        layers, size, width = self.buffer.shape
+        if rows > size:
+            self.buffer = np.empty((layers, rows, width), np.uint8)
+
+
+@cache
+def _bin_of_bits(activation: str) -> npt.NDArray[np.uint8]:
+    """For the upper bits of a pre-activation: 0 if ``a`` is not positive, else 1 + its bin in ``EDGES``."""
+    assert BIN_COUNT < 256
+    keys = np.arange(1 << (32 - _DROPPED_BITS), dtype=np.uint32)
+    middle = (keys << _DROPPED_BITS | (1 << (_DROPPED_BITS - 1))).view(np.float32)
+    positive = np.isfinite(middle) & (middle > 0) & (keys > 0)
+    bins = np.zeros(len(keys), np.uint8)
+    values = activate(middle[positive], activation)
+    bins[positive] = np.where(values > 0, np.searchsorted(EDGES, values, side="right") + 1, 0)
+    return bins

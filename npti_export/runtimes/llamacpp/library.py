@@ -1,0 +1,106 @@
+"""The C libraries inside llama-cpp-python: what they log, the tensors that they show, the cores that they get."""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.errors import ModelError
+
+_KEPT_LINES = 400
+_SHOWN_LINES = 3
+_LOG_ERROR = 4  # ggml.h, enum ggml_log_level
+_log: collections.deque[tuple[int, str]] = collections.deque(maxlen=_KEPT_LINES)
+
+
+@cache
+def llama() -> Any:
+    """The module ``llama_cpp``, its log going to :func:`log_tail` instead of the terminal."""
+    import llama_cpp
+
+    llama_cpp.llama_log_set(_listener(), ctypes.c_void_p(0))
+    return llama_cpp
+
+
+@cache
+def _listener() -> Any:
+    import llama_cpp
+
+    def listen(level: int, text: bytes, _data: Any) -> None:
+        _log.append((level, text.decode("utf-8", "replace").strip()))
+
+    return llama_cpp.llama_log_callback(listen)
+
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """Within the block, :func:`log_tail` tells of this block only."""
+    _log.clear()
+    yield
+
+
+def log_tail() -> str:
+    """The last errors that llama.cpp logged, else its last lines, in one line."""
+    lines = [text for level, text in _log if level == _LOG_ERROR and text] or [text for _, text in _log if text]
+    return "; ".join(list(dict.fromkeys(lines))[-_SHOWN_LINES:]) or "it logged nothing"
+
+
+@cache
+def ggml() -> Any:
+    """ggml's C functions, with their types set."""
+    import llama_cpp._ctypes_extensions as loader
+    import llama_cpp._ggml as bundled
+
+    library: Any = loader.load_shared_library("ggml-base", bundled.libggml_base_path)
+    tensor, size = ctypes.c_void_p, ctypes.c_size_t
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "ggml_get_name": (ctypes.c_char_p, [tensor]),
+        "ggml_get_data": (ctypes.c_void_p, [tensor]),
+        "ggml_nbytes": (size, [tensor]),
+        "ggml_nelements": (ctypes.c_int64, [tensor]),
+        "ggml_nrows": (ctypes.c_int64, [tensor]),
+        "ggml_backend_tensor_get": (None, [tensor, ctypes.c_void_p, size, size]),
+        "ggml_backend_tensor_set": (None, [tensor, ctypes.c_void_p, size, size]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def tensor_values(tensor: int, *, on_host: bool) -> npt.NDArray[np.float32]:
+    """A computed graph node as ``[rows, row length]`` float32.
+
+    Args:
+        tensor: its address.
+        on_host: whether its data is this process's memory: then a writable view, else a copy.
+
+    Raises:
+        ModelError: it does not hold float32 in rows.
+    """
+    library = ggml()
+    elements, rows = library.ggml_nelements(tensor), library.ggml_nrows(tensor)
+    if library.ggml_nbytes(tensor) != 4 * elements:
+        name = library.ggml_get_name(tensor).decode()
+        raise ModelError(f"llama.cpp computes {name} in another type than float32; it cannot be looked at")
+    if on_host:
+        view = (ctypes.c_float * elements).from_address(library.ggml_get_data(tensor))
+        return np.frombuffer(view, np.float32).reshape(rows, -1)
+    values = np.empty((rows, elements // rows), np.float32)
+    library.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+    return values
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine's in a container or under taskset."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,201 @@
+"""A GGUF in stock llama.cpp: the runtime of people who have no GPU and no float checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.errors import ModelError
+from npti_export.models import ModelSource
+from npti_export.runtimes.base import Exchange, Message
+from npti_export.runtimes.llamacpp.chat import Chat
+from npti_export.runtimes.llamacpp.context import Context, Model, Row, Settings
+from npti_export.runtimes.llamacpp.counting import GateCounter
+from npti_export.runtimes.llamacpp.decoding import Beginnings, Decoder, Savings, Watch
+from npti_export.stats import ActivationStats
+
+
+
+class LlamaCppRuntime:
+    """Implements :class:`npti_export.runtimes.base.Runtime`, run the way a user would run the file: default kernels and
+    KV cache.
+
+    Args:
+        path: the GGUF.
+        settings: threads, GPU layers, batch, context.
+        sequences: most sequences decoded together.
+        source: what the file is; needed where its neurons are looked at.
+
+    Raises:
+        ModelError: llama.cpp refuses the file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings | None = None,
+        *,
+        sequences: int = 1,
+        source: ModelSource | None = None,
+    ) -> None:
+        self.settings, self.source, self._sequences = settings or Settings(), source, sequences
+        self.model = Model(path, self.settings)
+        self.chat = Chat(self.model)
+        self.uses_fallback_template = self.chat.uses_fallback
+        self._beginnings = Beginnings()
+        self._context: Context | None = None
+
+    def __enter__(self) -> LlamaCppRuntime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model."""
+        if self._context is not None:
+            self._context.close()
+            self._context = None
+        self.model.close()
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """See :class:`npti_export.runtimes.base.Runtime`."""
+        return self.chat.encode(messages)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """See :class:`npti_export.runtimes.base.Runtime`."""
+        return self.chat.decode(tokens)
+
+    @property
+    def savings(self) -> Savings:
+        """What shared beginnings saved so far."""
+        return self._beginnings.savings
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, repetition_penalty: float
+    ) -> list[Exchange]:
+        """See :class:`npti_export.runtimes.base.Runtime`."""
+        return self._decoder(prompts, max_new_tokens, repetition_penalty).run(prompts)
+
+    def observe(
+        self,
+        prompts: Sequence[Sequence[int]],
+        groups: Sequence[int],
+        *,
+        max_new_tokens: int,
+        repetition_penalty: float,
+        shared: Sequence[int] | None = None,
+    ) -> list[ActivationStats]:
+        """See :class:`npti_export.runtimes.base.Runtime`: counted while decoding, which saves the second pass."""
+        counter = self._counter(max(groups) + 1, len(prompts))
+        tap = self.context(*self._room(prompts, max_new_tokens)).tap
+
+        def watch(rows: Sequence[int]) -> None:
+            tap.nodes = self._gates(counter) if rows else {}
+            if rows:
+                counter.begin(rows, [groups[row] for row in rows])
+
+        decoder = self._decoder(prompts, max_new_tokens, repetition_penalty, watch)
+        try:
+            decoder.run(prompts, shared, lambda index: groups[index])
+        finally:
+            tap.nodes = {}
+        return counter.results(self._source.activation)
+
+    def activation_stats(self, exchanges: Sequence[Exchange]) -> ActivationStats:
+        """See :class:`npti_export.runtimes.base.Runtime`."""
+        counter = self._counter(1, len(exchanges))
+        context = self.context(max((len(exchange.tokens) for exchange in exchanges), default=1), 1)
+        for index, exchange in enumerate(exchanges):
+            context.clear()
+            fed = exchange.tokens[:-1]
+            rows = [Row(token, at, 0, at >= len(exchange.prompt)) for at, token in enumerate(fed)]
+            try:
+                context.decode(rows[: len(exchange.prompt)])
+                for start in range(len(exchange.prompt), len(rows), context.batch):
+                    piece = rows[start : start + context.batch]
+                    counter.begin([index] * len(piece), [0] * len(piece))
+                    context.tap.nodes = self._gates(counter)
+                    context.decode(piece)
+            finally:
+                context.tap.nodes = {}
+        return counter.results(self._source.activation)[0]
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """``[tokens, vocabulary]`` next-token logits at every position, from an empty cache."""
+        context = self.context(len(tokens), 1)
+        context.clear()
+        logits = context.decode([Row(token, at, 0, True) for at, token in enumerate(tokens)])
+        return logits.copy()
+
+    def answer(self, messages: Sequence[Message], *, max_new_tokens: int, repetition_penalty: float) -> str:
+        """A greedy answer through the chat template inside the file."""
+        prompts = [self.encode(messages)]
+        (exchange,) = self.generate(prompts, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
+        return self.decode(exchange.response)
+
+    def context(self, cells: int, sequences: int) -> Context:
+        """A context with at least so much room; the one at hand, if it has it.
+
+        Raises:
+            ModelError: the user's ``--context`` is smaller.
+        """
+        limit = self.settings.context
+        if limit and cells > limit:
+            raise ModelError(
+                f"--context {limit} is too small: {sequences} sequences need {cells} tokens together; "
+                "raise it, or lower --batch-size"
+            )
+        held = self._context
+        if held is None or held.cells < cells or held.sequences < sequences:
+            if held is not None:
+                held.close()
+            self._context = None
+            self._context = Context(self.model, limit or cells, sequences, self.settings)
+        assert self._context is not None
+        return self._context
+
+    @property
+    def _source(self) -> ModelSource:
+        assert self.source is not None, "a runtime for looking at neurons is opened with its source"
+        return self.source
+
+    def _room(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[int, int]:
+        """Cells and sequences that answering takes."""
+        longest = max(map(len, prompts)) + max_new_tokens
+        fitting = self.settings.context // longest if self.settings.context else self._sequences
+        sequences = max(1, min(self._sequences, len(prompts), fitting))
+        return sequences * longest, sequences
+
+    def _decoder(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, penalty: float, watch: Watch | None = None
+    ) -> Decoder:
+        context = self.context(*self._room(prompts, max_new_tokens))
+        return Decoder(context, self.chat.is_end, self._beginnings, penalty=penalty, max_new_tokens=max_new_tokens, watch=watch)
+
+    def _counter(self, groups: int, answers: int) -> GateCounter:
+        shape = self._source.shape
+        return GateCounter(shape.layers, shape.width, self._source.activation, groups, answers)
+
+    def _gates(self, counter: GateCounter) -> dict[bytes, Callable[[npt.NDArray[np.float32]], bool]]:
+        return {f"ffn_gate-{layer}".encode(): counter.see(layer) for layer in range(self._source.shape.layers)}
+
+
+def opener(
+    path: Path, settings: Settings | None = None
+) -> Callable[[int], AbstractContextManager[Callable[[Sequence[int]], npt.NDArray[np.float32]]]]:
+    """Opens the file for as long as a block lasts, and gives its logits."""
+
+    @contextmanager
+    def opened(_context: int) -> Iterator[Callable[[Sequence[int]], npt.NDArray[np.float32]]]:
+        with LlamaCppRuntime(path, settings) as runtime:
+            yield runtime.logits
+
+    return opened
