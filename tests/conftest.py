@@ -1,14 +1,12 @@
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
+from families import VOCABULARY, write_tiny
 from jobs import main_job, npti
 
 from npti_export.models import default_model_path, gguf_source
 from npti_export.rule import SteeringRule
-
-VOCABULARY = 1024  # the default tokenizer's first tokens: its special tokens, the bytes and the first merges
 
 
 @pytest.fixture(autouse=True)
@@ -38,72 +36,6 @@ def tokenizer_fields(default_model):
         "merges": merges,
         "template": get("chat_template"),
     }
-
-
-def write_tiny(path, tokenizer, kind="F32", hidden=64, width=96, layers=3, seed=0, template=True, alignment=None):
-    """A random llama with working tokenizer; MLP and attention weights in ``kind``, K-quants through ggml."""
-    from gguf import GGMLQuantizationType, GGUFWriter
-
-    from npti_export.gguf.blocks import quantise
-
-    rng = np.random.default_rng(seed)
-    heads, kv_heads = 4, 2
-    writer = GGUFWriter(path, "llama")
-    if alignment:
-        writer.add_custom_alignment(alignment)
-    writer.add_name(f"tiny {kind}")
-    writer.add_block_count(layers)
-    writer.add_context_length(2048)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(width)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(hidden // heads)
-    writer.add_vocab_size(VOCABULARY)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokenizer["tokens"])
-    writer.add_token_types(tokenizer["types"])
-    writer.add_token_merges(tokenizer["merges"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_add_bos_token(False)
-    if template:
-        writer.add_chat_template(tokenizer["template"])
-
-    type_ = GGMLQuantizationType[kind]
-
-    def matrix(name, rows, columns, scale=1.0):
-        values = (rng.normal(size=(rows, columns)) * scale / np.sqrt(columns)).astype(np.float32)
-        if kind == "F32":
-            writer.add_tensor(name, values)
-        elif kind == "F16":
-            writer.add_tensor(name, values.astype(np.float16))
-        else:
-            writer.add_tensor(name, quantise(values, int(type_)), raw_dtype=type_)
-
-    def vector(name):
-        writer.add_tensor(name, (1 + 0.1 * rng.normal(size=hidden)).astype(np.float32))
-
-    writer.add_tensor("token_embd.weight", rng.normal(size=(VOCABULARY, hidden)).astype(np.float32) * 0.25)
-    for layer in range(layers):
-        vector(f"blk.{layer}.attn_norm.weight")
-        matrix(f"blk.{layer}.attn_q.weight", hidden, hidden)
-        matrix(f"blk.{layer}.attn_k.weight", hidden * kv_heads // heads, hidden)
-        matrix(f"blk.{layer}.attn_v.weight", hidden * kv_heads // heads, hidden)
-        matrix(f"blk.{layer}.attn_output.weight", hidden, hidden)
-        vector(f"blk.{layer}.ffn_norm.weight")
-        matrix(f"blk.{layer}.ffn_gate.weight", width, hidden, 1.5)
-        matrix(f"blk.{layer}.ffn_up.weight", width, hidden)
-        matrix(f"blk.{layer}.ffn_down.weight", hidden, width)
-    vector("output_norm.weight")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return Path(path)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from plain_rule import logits, plain_rule
 
 import npti_export
 from npti_export.architectures import ARCHITECTURES
-from npti_export.errors import ArchitectureError
 from npti_export.export.peft import write_adapter
 from npti_export.models import resolve_model
 from npti_export.rule_io import Provenance, SavedRule
@@ -105,11 +104,3 @@ def test_an_adapter_is_the_rule(family, tmp_path, dtype):
     assert not torch.equal(base, want)
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted, ids), base)
-
-
-def test_only_rows_with_a_gguf_name_are_baked():
-    from npti_export.architectures import by_gguf_name
-
-    assert by_gguf_name("llama", "x").name == "llama"
-    with pytest.raises(ArchitectureError, match="'qwen2' cannot be baked"):
-        by_gguf_name("qwen2", "x")

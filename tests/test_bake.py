@@ -189,7 +189,7 @@ def test_what_cannot_be_stripped_or_baked(tiny, tmp_path, make_tiny):
         b"general.architecture" + struct.pack("<IQ", 8, 5) + b"gemma",
     )
     (tmp_path / "gemma.gguf").write_bytes(data)
-    with pytest.raises(ArchitectureError, match="'gemma' cannot be baked; supported are llama"):
+    with pytest.raises(ArchitectureError, match="cannot be added to a GGUF of gemma: its activation is GELU"):
         check_base(read_gguf(tmp_path / "gemma.gguf"))
 
 

@@ -115,7 +115,8 @@ def _refuse_other_model(target: Target, config: NptiConfig) -> None:
         return
     assert all(isinstance(norm, torch.Tensor) for norm in norms)
     dtype = str(norms[0].dtype).removeprefix("torch.")
-    found = fingerprint(norm.detach().float().cpu().numpy() for norm in norms).float32
+    values = (norm.detach().float().cpu().numpy() for norm in norms)
+    found = fingerprint(values, target.row.norm_offset).float32
     if found != about.fingerprint.of_dtype(dtype):
         raise AdapterError(
             f"the adapter was made for another model ({about.model}; fingerprint {about.fingerprint.float32[:12]}…, "

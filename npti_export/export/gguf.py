@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, by_gguf_name
+from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, check_bakeable, gguf_family
 from npti_export.compiler.program import LayerProgram, MLPProgram
 from npti_export.errors import DiskFullError, GGUFError, ModelError
 from npti_export.export import widen
@@ -65,7 +65,10 @@ def check_base(base: GGUFFile) -> None:
         GGUFError: a tensor is missing or of another shape than the header says.
         ModelError: already steered, has MLP biases of its own, or a tensor type that cannot be widened.
     """
-    by_gguf_name(base.architecture, str(base.path))
+    family = gguf_family(base.architecture, str(base.path))
+    check_bakeable(family, str(base.path))
+    if family.bake != "itself":
+        raise ModelError(f"{base.path}: {family.name} files cannot be baked yet; take --format peft")
     if any(entry.key.startswith(PREFIX) for entry in base.keys):
         raise ModelError(f"{base.path}: is steered already; npti-export strip it first, or give --trait several times")
     hidden = base.require_int(f"{base.architecture}.embedding_length")

@@ -102,7 +102,7 @@ class GGUFFile:
         """
         value = self.get(key)
         if isinstance(value, list):
-            raise GGUFError(f"{self.path}: {key} differs from layer to layer, which is not supported")
+            raise GGUFError(f"{self.path}: {key} is an array, one value a layer, which is not supported")
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise GGUFError(
                 f"{self.path}: metadata key {key} is missing or not a positive integer; the file is damaged"
@@ -131,6 +131,22 @@ class GGUFFile:
             return self.by_name[name]
         except KeyError:
             raise GGUFError(f"{self.path}: tensor {name} is missing; the file is incomplete") from None
+
+
+def mlp_widths(header: GGUFFile) -> list[int]:
+    """Neurons of each layer's MLP: llama.cpp reads one number for all, or an array with one a layer, which may be 0.
+
+    Raises:
+        GGUFError: neither.
+    """
+    layers = header.require_int(f"{header.architecture}.block_count")
+    key = f"{header.architecture}.feed_forward_length"
+    value = header.get(key)
+    if not isinstance(value, list):
+        return [header.require_int(key)] * layers
+    if len(value) != layers or not all(isinstance(one, int) and one >= 0 for one in value) or not any(value):
+        raise GGUFError(f"{header.path}: {key} is not one width for each of {layers} layers; the file is damaged")
+    return value
 
 
 _LENGTH = struct.Struct("<Q")

@@ -1,0 +1,194 @@
+"""Tiny random GGUF files of every family, with a working tokenizer, written by gguf-py."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+VOCABULARY = 1024  # the default tokenizer's first tokens: its special tokens, the bytes and the first merges
+HEADS, KV_HEADS = 4, 2
+_FOUR = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+_POST = ("post_attention_norm", "post_ffw_norm")
+_GRANITE = {"logit_scale": 2.0, "residual_scale": 0.5, "embedding_scale": 3.0}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a family's file has beside llama's or instead of it, as llama.cpp's loader of the family demands."""
+
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
+    qk_norms: str = ""  # "head": one weight for each dimension of a head; "all": of all heads
+    qkv_bias: bool = False
+    norm_bias: bool = False
+    fused: bool = False  # ffn_up holds the gate, too
+    fused_qkv: bool = False
+    output: bool = False
+    layer_norm: bool = False
+    keys: dict = field(default_factory=dict)
+
+
+LAYOUTS = {
+    "llama": Layout(),
+    "mistral3": Layout(),
+    "granite": Layout(keys=_GRANITE),
+    "minicpm": Layout(keys=_GRANITE),
+    "deci": Layout(),
+    "qwen2": Layout(qkv_bias=True),
+    "qwen3": Layout(qk_norms="head"),
+    "gemma": Layout(),
+    "gemma2": Layout(_FOUR, keys={"attention.sliding_window": 512}),
+    "gemma3": Layout(_FOUR, qk_norms="head", keys={"attention.sliding_window": 512}),
+    "phi3": Layout(fused=True, fused_qkv=True, output=True),
+    "olmo2": Layout(_POST, qk_norms="all", output=True),
+    "smollm3": Layout(),
+    "stablelm": Layout(norm_bias=True, output=True, layer_norm=True),
+    "internlm2": Layout(output=True),
+    "command-r": Layout(("attn_norm",), layer_norm=True, keys={"logit_scale": 0.5}),
+    "cohere2": Layout(("attn_norm",), layer_norm=True, keys={"logit_scale": 0.5, "attention.sliding_window": 512}),
+    "exaone": Layout(),
+    "exaone4": Layout(_POST, qk_norms="head"),
+    "glm4": Layout(_FOUR, fused=True),
+    "seed_oss": Layout(("attn_norm", "post_attention_norm")),
+    "ernie4_5": Layout(),
+    "hunyuan-dense": Layout(qk_norms="head"),
+}
+
+
+class TinyWriter:
+    """Writes random tensors in one type; the same seed gives the same model."""
+
+    def __init__(self, path, family, kind, seed):
+        from gguf import GGMLQuantizationType, GGUFWriter
+
+        self.writer = GGUFWriter(path, family)
+        self.type, self.kind = GGMLQuantizationType[kind], kind
+        self.rng = np.random.default_rng(seed)
+
+    def add(self, name, values):
+        """In the file's own type, K-quants through ggml."""
+        from npti_export.gguf.blocks import quantise
+
+        if self.kind == "F32":
+            self.writer.add_tensor(name, values)
+        elif self.kind == "F16":
+            self.writer.add_tensor(name, values.astype(np.float16))
+        else:
+            self.writer.add_tensor(name, quantise(values, int(self.type)), raw_dtype=self.type)
+
+    def matrix(self, name, rows, columns, scale=1.0):
+        self.add(name, (self.rng.normal(size=(rows, columns)) * scale / np.sqrt(columns)).astype(np.float32))
+
+    def vector(self, name, size, mean=1.0):
+        """Norms and biases are always F32."""
+        self.writer.add_tensor(name, (mean + 0.1 * self.rng.normal(size=size)).astype(np.float32))
+
+
+def _add_keys(tiny, tokenizer, layout, hidden, width, layers, template, alignment):
+    writer = tiny.writer
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    writer.add_name(f"tiny {tiny.kind}")
+    writer.add_block_count(layers)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(width)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    if layout.layer_norm:
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(hidden // HEADS)
+    for key, value in layout.keys.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{writer.arch}.{key}", value)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokenizer["tokens"])
+    writer.add_token_types(tokenizer["types"])
+    writer.add_token_merges(tokenizer["merges"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    if template:
+        writer.add_chat_template(tokenizer["template"])
+
+
+def _add_attention(tiny, blk, layout, hidden):
+    kv = hidden * KV_HEADS // HEADS
+    if layout.fused_qkv:
+        tiny.matrix(f"{blk}.attn_qkv.weight", hidden + 2 * kv, hidden)
+    else:
+        tiny.matrix(f"{blk}.attn_q.weight", hidden, hidden)
+        tiny.matrix(f"{blk}.attn_k.weight", kv, hidden)
+        tiny.matrix(f"{blk}.attn_v.weight", kv, hidden)
+    tiny.matrix(f"{blk}.attn_output.weight", hidden, hidden)
+    if layout.qkv_bias:
+        for name, size in (("q", hidden), ("k", kv), ("v", kv)):
+            tiny.vector(f"{blk}.attn_{name}.bias", size, mean=0.0)
+    if layout.qk_norms:
+        head = hidden // HEADS
+        tiny.vector(f"{blk}.attn_q_norm.weight", hidden if layout.qk_norms == "all" else head)
+        tiny.vector(f"{blk}.attn_k_norm.weight", kv if layout.qk_norms == "all" else head)
+
+
+def _add_mlp(tiny, blk, layout, hidden, width, biases):
+    if layout.fused:
+        tiny.matrix(f"{blk}.ffn_up.weight", 2 * width, hidden)
+    else:
+        tiny.matrix(f"{blk}.ffn_gate.weight", width, hidden, 1.5)
+        tiny.matrix(f"{blk}.ffn_up.weight", width, hidden)
+    tiny.matrix(f"{blk}.ffn_down.weight", hidden, width)
+    for stem in biases:
+        tiny.vector(f"{blk}.{stem}.bias", hidden if stem == "ffn_down" else width, mean=0.2)
+
+
+def write_tiny(
+    path,
+    tokenizer,
+    kind="F32",
+    hidden=64,
+    width=96,
+    layers=3,
+    seed=0,
+    template=True,
+    alignment=None,
+    family="llama",
+    biases=(),
+):
+    """A random model of a family; MLP and attention weights in ``kind``, K-quants through ggml.
+
+    ``width`` is a number or a tuple with one for each layer; ``biases`` names projections that get one, such as
+    ``ffn_gate``, whether or not llama.cpp loads them.
+    """
+    tiny, layout = TinyWriter(path, family, kind, seed), LAYOUTS[family]
+    widths = width if isinstance(width, tuple) else (width,) * layers
+    _add_keys(tiny, tokenizer, layout, hidden, list(width) if widths is width else width, layers, template, alignment)
+
+    def norm(name):
+        tiny.vector(f"{name}.weight", hidden)
+        if layout.norm_bias:
+            tiny.vector(f"{name}.bias", hidden, mean=0.0)
+
+    tiny.writer.add_tensor(
+        "token_embd.weight", tiny.rng.normal(size=(VOCABULARY, hidden)).astype(np.float32) * np.float32(0.25)
+    )
+    for layer in range(layers):
+        blk = f"blk.{layer}"
+        first, *others = layout.norms
+        norm(f"{blk}.{first}")
+        _add_attention(tiny, blk, layout, hidden)
+        if widths[layer]:
+            for name in others:
+                norm(f"{blk}.{name}")
+            _add_mlp(tiny, blk, layout, hidden, widths[layer], biases)
+    norm("output_norm")
+    if layout.output:
+        tiny.matrix("output.weight", VOCABULARY, hidden)
+    tiny.writer.write_header_to_file()
+    tiny.writer.write_kv_data_to_file()
+    tiny.writer.write_tensors_to_file()
+    tiny.writer.close()
+    return Path(path)
