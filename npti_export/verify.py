@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +13,14 @@ import numpy.typing as npt
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
-from npti_export.runtimes.transformers import TransformersRuntime
-from npti_export.steer import steered
+
+if TYPE_CHECKING:
+    from npti_export.runtimes.transformers import TransformersRuntime
 
 Logits = npt.NDArray[np.float32]
 LogitsOf = Callable[[Sequence[int]], Logits]
 Opener = Callable[[int], AbstractContextManager[LogitsOf]]  # given the longest sequence, gives logits while it is open
+_HALF = 0.5  # a layer must be nearer to the rule than to the unsteered layer
 _ROWS = 64  # positions compared at once: bounds the float64 copies of a large vocabulary
 
 
@@ -76,6 +79,31 @@ class Fidelity:
         return None
 
 
+@dataclass(frozen=True)
+class LayerErrors:
+    """Each layer of an artifact by itself, on the inputs that it had. All are ratios of Euclidean sizes over rows.
+
+    Attributes:
+        error: of its MLP's output against what the rule says, by what the rule says.
+        moved: what the rule changes, by what the rule says.
+        floor: the same error of the unsteered file: the runtime's arithmetic.
+    """
+
+    error: tuple[float, ...]
+    moved: tuple[float, ...]
+    floor: tuple[float, ...]
+
+    def fault(self) -> str | None:
+        """Why the artifact must not be delivered, or None: a layer whose change is not the rule's."""
+        for layer, (error, moved, floor) in enumerate(zip(self.error, self.moved, self.floor, strict=True)):
+            if not error <= 2 * floor + _HALF * moved:
+                return (
+                    f"layer {layer} does not do what the rule says: its output is off by {error:.2g} of its size, where "
+                    f"the rule changes {moved:.2g} and the runtime's own noise is {floor:.2g}"
+                )
+        return None
+
+
 def measure(
     runtime: TransformersRuntime,
     rule: SteeringRule,
@@ -96,6 +124,8 @@ def measure(
         recipe: its ``verify`` section.
         progress: told of each sequence.
     """
+    from npti_export.steer import steered
+
     progress.start("verify", 4 * len(prompts))
     with steered(runtime.activations, rule):
         exchanges = runtime.generate(
@@ -105,8 +135,7 @@ def measure(
         )
     sequences = [exchange.tokens for exchange in exchanges]
     context = max(map(len, sequences)) + 1
-    sums: dict[str, float] = dict.fromkeys(("rule_artifact", "rule_base", "rule_base_file", "floor", "agree"), 0.0)
-    worst = 0.0
+    tally = Tally()
     with ExitStack() as stack:
         steered_logits = stack.enter_context(artifact(context))
         base_logits = None if base is None else stack.enter_context(base(context))
@@ -116,24 +145,43 @@ def measure(
             plain = runtime.logits(tokens)
             got = steered_logits(tokens)
             floor = plain if base_logits is None else base_logits(tokens)
-            sums["rule_artifact"] += kl_divergence(want, got).sum()
-            sums["rule_base"] += kl_divergence(want, plain).sum()
-            sums["rule_base_file"] += kl_divergence(want, floor).sum()
-            sums["floor"] += kl_divergence(plain, floor).sum()
-            sums["agree"] += float((want.argmax(-1) == got.argmax(-1)).sum())
-            worst = max(worst, float(np.abs(want - got).max()))
+            tally.add(want, plain, got, floor)
             progress.advance(4, 4 * len(tokens))
-    count = sum(map(len, sequences))
-    kl = {name: float(sums[name]) / count for name in ("rule_artifact", "rule_base", "rule_base_file", "floor")}
-    return Fidelity(
-        kl_rule_artifact=kl["rule_artifact"],
-        kl_rule_base=kl["rule_base"],
-        kl_rule_base_file=kl["rule_base_file"],
-        kl_runtime_floor=kl["floor"],
-        top1=sums["agree"] / count,
-        max_logit_diff=worst,
-        positions=count,
+    return tally.result()
+
+
+@dataclass
+class Tally:
+    """Sums up distances over positions."""
+
+    positions: int = 0
+    worst: float = 0.0
+    sums: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("artifact", "base", "base_file", "floor", "agree"), 0.0)
     )
+
+    def add(self, want: Logits, plain: Logits, got: Logits, floor: Logits) -> None:
+        """Logits ``[positions, vocabulary]`` of rule, unsteered model, artifact, and unsteered model in its runtime."""
+        self.sums["artifact"] += float(kl_divergence(want, got).sum())
+        self.sums["base"] += float(kl_divergence(want, plain).sum())
+        self.sums["base_file"] += float(kl_divergence(want, floor).sum())
+        self.sums["floor"] += float(kl_divergence(plain, floor).sum())
+        self.sums["agree"] += float((want.argmax(-1) == got.argmax(-1)).sum())
+        self.worst = max(self.worst, float(np.abs(want - got).max()))
+        self.positions += len(want)
+
+    def result(self) -> Fidelity:
+        """Their means."""
+        mean = {name: value / self.positions for name, value in self.sums.items()}
+        return Fidelity(
+            kl_rule_artifact=mean["artifact"],
+            kl_rule_base=mean["base"],
+            kl_rule_base_file=mean["base_file"],
+            kl_runtime_floor=mean["floor"],
+            top1=mean["agree"],
+            max_logit_diff=self.worst,
+            positions=self.positions,
+        )
 
 
 def kl_divergence(p: Logits, q: Logits) -> npt.NDArray[np.float64]:

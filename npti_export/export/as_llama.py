@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from npti_export.architectures import ARCHITECTURES, SILU, by_model_type
+from npti_export.activations import SILU
+from npti_export.architectures import ARCHITECTURES, by_model_type
 from npti_export.compiler.program import MLPProgram
 from npti_export.errors import ArchitectureError
 

@@ -1,0 +1,103 @@
+"""The MLPs of a GGUF in plain float32 numpy, dequantised a piece at a time: what a file should compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.activations import activate
+from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, GGUFFamily
+from npti_export.gguf.blocks import decode
+from npti_export.gguf.reader import GGUFFile, TensorInfo
+from npti_export.rule import SteeringRule
+
+Floats = npt.NDArray[np.float32]
+_NEURONS = 4096  # computed at once; a multiple of every block, so that down columns can be cut there
+_KEPT_BYTES = 512 << 20  # models whose MLPs are smaller in float32 are dequantised once
+
+
+class FileMLP:
+    """``y = W_down · (a ⊙ (W_up x))`` of every layer, ``a`` steered by a rule or not.
+
+    Memory is that of a few thousand neurons and of one encoded tensor, whatever the model's size.
+
+    Args:
+        header: of the unsteered file.
+        family: its row in the table.
+    """
+
+    def __init__(self, header: GGUFFile, family: GGUFFamily) -> None:
+        self._header, self._family = header, family
+        layers = header.require_int(f"{header.architecture}.block_count")
+        weights = sum(self._down(layer).row_length * self._down(layer).rows * 3 for layer in range(layers))
+        self._keeps = 4 * weights <= _KEPT_BYTES
+        self._kept: dict[int, list[tuple[slice, Floats, Floats, Floats]]] = {}
+
+    def __call__(self, layer: int, x: Floats, rule: SteeringRule | None = None) -> Floats:
+        """The MLP's output ``[rows, hidden]`` for its input ``x`` ``[rows, hidden]``, the down projection's bias included.
+
+        The rule is what the paper says, written out: ``a = where(clamp, min(a, 0), a) + shift``.
+        """
+        result = np.zeros_like(x)
+        for neurons, gate_rows, up_rows, down_columns in self._pieces(layer):
+            gate, up = x @ gate_rows.T, x @ up_rows.T
+            for values, stem in ((gate, FFN_GATE), (up, FFN_UP)):
+                bias = self._bias(stem.format(layer))
+                if bias is not None:
+                    values += bias[neurons]
+            a = activate(gate, self._family.activation)
+            if rule is not None:
+                a = np.where(rule.clamp[layer, neurons], np.minimum(a, 0), a) + rule.shift[layer, neurons]
+            result += (a * up) @ down_columns.T
+        bias = self._bias(FFN_DOWN.format(layer))
+        return result if bias is None else result + bias
+
+    def _pieces(self, layer: int) -> Iterator[tuple[slice, Floats, Floats, Floats]]:
+        if layer in self._kept:
+            yield from self._kept[layer]
+            return
+        pieces = self._read(layer)
+        if self._keeps:
+            self._kept[layer] = list(pieces)
+            pieces = iter(self._kept[layer])
+        yield from pieces
+
+    def _read(self, layer: int) -> Iterator[tuple[slice, Floats, Floats, Floats]]:
+        """Some neurons at a time: which, their gate and up rows ``[n, hidden]``, their down columns ``[hidden, n]``."""
+        down = self._down(layer)
+        up = self._header.require_tensor(FFN_UP.format(layer) + ".weight")
+        fused = self._family.fused  # then the gate's rows come first in the up projection
+        gate = up if fused else self._header.require_tensor(FFN_GATE.format(layer) + ".weight")
+        width = down.row_length
+        with self._header.path.open("rb") as stream:
+            columns = _rows(stream, down, 0, down.rows)
+            for start in range(0, width, _NEURONS):
+                end = min(start + _NEURONS, width)
+                shift = width if fused else 0
+                cut = slice(start * down.row_bytes // width, end * down.row_bytes // width)
+                yield (
+                    slice(start, end),
+                    decode(_rows(stream, gate, start, end), gate.type_id),
+                    decode(_rows(stream, up, shift + start, shift + end), up.type_id),
+                    decode(columns[:, cut], down.type_id),
+                )
+
+    def _down(self, layer: int) -> TensorInfo:
+        return self._header.require_tensor(FFN_DOWN.format(layer) + ".weight")
+
+    def _bias(self, stem: str) -> Floats | None:
+        tensor = self._header.by_name.get(stem + ".bias")
+        if tensor is None:
+            return None
+        with self._header.path.open("rb") as stream:
+            return decode(_rows(stream, tensor, 0, 1), tensor.type_id)[0]
+
+
+def _rows(stream: BinaryIO, tensor: TensorInfo, start: int, end: int) -> npt.NDArray[np.uint8]:
+    """Encoded rows ``[end - start, row bytes]``."""
+    stream.seek(tensor.offset + start * tensor.row_bytes)
+    data = stream.read((end - start) * tensor.row_bytes)
+    return np.frombuffer(data, np.uint8).reshape(end - start, tensor.row_bytes)

@@ -1,0 +1,176 @@
+"""Does a steered GGUF do what the rule says? Measured inside llama.cpp, with no torch and no float copy of the model.
+
+The reference is the unsteered file, run by llama.cpp with the output of every MLP replaced by what the rule says, in
+float32 numpy on the dequantised weights: attention and vocabulary are the runtime's own, the MLPs, which is all that
+steering changes, are exact. The artifact runs untouched, and so does the unsteered file, which gives the noise that
+is not ours. Beside the distributions, each layer of the artifact is compared with the rule on the input that it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.gguf.mlp import FileMLP, Floats
+from npti_export.gguf.reader import read_gguf
+from npti_export.models import ModelSource
+from npti_export.progress import Progress
+from npti_export.recipe import Recipe
+from npti_export.rule import SteeringRule
+from npti_export.runtimes.llamacpp.context import Context, Row, Settings
+from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
+from npti_export.runtimes.llamacpp.taps import See
+from npti_export.verify import Fidelity, LayerErrors, Logits, Tally
+
+_LOGITS_BYTES = 96 << 20  # of one pass over several sequences; four of them are held
+_CHECKED_ROWS = 64  # of each pass, whose MLPs are compared layer by layer
+
+
+def measure_file(
+    source: ModelSource,
+    artifact: Callable[[], LlamaCppRuntime],
+    rule: SteeringRule,
+    prompts: Sequence[tuple[int, ...]],
+    recipe: Recipe,
+    settings: Settings,
+    progress: Progress,
+) -> tuple[Fidelity, LayerErrors]:
+    """Compare rule, base and artifact on held-out prompts and the artifact's answers to them.
+
+    Args:
+        source: the unsteered file.
+        artifact: opens what was made of the rule.
+        rule: what it should do.
+        prompts: token ids.
+        recipe: its ``verify`` section.
+        settings: where llama.cpp computes.
+        progress: told of each pass.
+
+    Raises:
+        ModelError: llama.cpp cannot run one of the two files.
+    """
+    assert source.family is not None
+    mlp = FileMLP(read_gguf(source.path), source.family)
+    tally, layers = Tally(), _LayerSums(source.shape.layers)
+    with ExitStack() as stack:
+        steered = stack.enter_context(artifact())
+        base = stack.enter_context(LlamaCppRuntime(source.path, settings))
+        progress.start("verify", 1 + 4 * len(prompts))
+        sequences = _answers(steered, prompts, recipe)
+        progress.advance(1, sum(map(len, sequences)))
+        for some in _chunks(sequences, base.model.vocabulary_size):
+            tap = _Passes(source, mlp, some)
+            want = tap.replaced(base, rule)
+            plain = tap.replaced(base, None)
+            got = tap.watched(steered, rule, layers.add_artifact)
+            floor = tap.watched(base, None, layers.add_base)
+            tally.add(want, plain, got, floor)
+            progress.advance(4 * len(some), 4 * sum(map(len, some)))
+    return tally.result(), layers.result()
+
+
+def _answers(steered: LlamaCppRuntime, prompts: Sequence[tuple[int, ...]], recipe: Recipe) -> list[tuple[int, ...]]:
+    exchanges = steered.generate(
+        prompts,
+        max_new_tokens=recipe.verify.answer_tokens,
+        repetition_penalty=recipe.identify.repetition_penalty,
+    )
+    return [exchange.tokens for exchange in exchanges]
+
+
+def _chunks(sequences: Sequence[tuple[int, ...]], vocabulary: int) -> Iterator[list[tuple[int, ...]]]:
+    """Sequences that are run together, as many as keep their logits small."""
+    chunk: list[tuple[int, ...]] = []
+    for tokens in sequences:
+        if chunk and 4 * vocabulary * (sum(map(len, chunk)) + len(tokens)) > _LOGITS_BYTES:
+            yield chunk
+            chunk = []
+        chunk.append(tokens)
+    if chunk:
+        yield chunk
+
+
+class _Passes:
+    """Passes over the same sequences, with a hand on every MLP."""
+
+    def __init__(self, source: ModelSource, mlp: FileMLP, sequences: list[tuple[int, ...]]) -> None:
+        assert source.family is not None
+        self._family, self._layers, self._mlp, self._sequences = source.family, source.shape.layers, mlp, sequences
+
+    def replaced(self, runtime: LlamaCppRuntime, rule: SteeringRule | None) -> Logits:
+        """Logits with the MLPs computed here."""
+
+        def replace(layer: int, x: Floats, y: Floats) -> bool:
+            y[:] = self._mlp(layer, x, rule)
+            return True
+
+        return self._run(runtime, replace)
+
+    def watched(
+        self, runtime: LlamaCppRuntime, rule: SteeringRule | None, add: Callable[[int, Floats, Floats, Floats], None]
+    ) -> Logits:
+        """Logits as they are; ``add`` gets layer, output, what it should be and what it would be unsteered."""
+
+        def watch(layer: int, x: Floats, y: Floats) -> bool:
+            some = np.linspace(0, len(x) - 1, min(_CHECKED_ROWS, len(x)), dtype=np.int64)
+            plain = self._mlp(layer, x[some])
+            add(layer, y[some], plain if rule is None else self._mlp(layer, x[some], rule), plain)
+            return False
+
+        return self._run(runtime, watch)
+
+    def _run(self, runtime: LlamaCppRuntime, see: Callable[[int, Floats, Floats], bool]) -> Logits:
+        rows = [
+            Row(token, at, number, True) for number, tokens in enumerate(self._sequences) for at, token in enumerate(tokens)
+        ]
+        context = runtime.context(len(rows), len(self._sequences))
+        context.clear()
+        context.tap.nodes = self._nodes(see)
+        try:
+            return context.decode(rows).copy()
+        finally:
+            context.tap.nodes = {}
+
+    def _nodes(self, see: Callable[[int, Floats, Floats], bool]) -> dict[bytes, See]:
+        inputs: dict[int, Floats] = {}
+        nodes: dict[bytes, See] = {}
+        for layer in range(self._layers):
+
+            def keep(values: Floats, layer: int = layer) -> bool:
+                inputs[layer] = values.copy()  # its memory is used again before the MLP is through
+                return False
+
+            def compare(values: Floats, layer: int = layer) -> bool:
+                return see(layer, inputs.pop(layer), values)
+
+            nodes[f"{self._family.mlp_input}-{layer}".encode()] = keep
+            nodes[f"{self._family.mlp_output}-{layer}".encode()] = compare
+        return nodes
+
+
+class _LayerSums:
+    """Squared sizes by layer, summed over the checked rows."""
+
+    def __init__(self, layers: int) -> None:
+        self._squares = np.zeros((5, layers))
+
+    def add_artifact(self, layer: int, found: Floats, right: Floats, plain: Floats) -> None:
+        self._squares[:3, layer] += (_square(found - right), _square(right), _square(right - plain))
+
+    def add_base(self, layer: int, found: Floats, right: Floats, _plain: Floats) -> None:
+        self._squares[3:, layer] += (_square(found - right), _square(right))
+
+    def result(self) -> LayerErrors:
+        error, right, moved, floor, base = self._squares
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios: list[npt.NDArray[np.float64]] = [np.sqrt(error / right), np.sqrt(moved / right), np.sqrt(floor / base)]
+        return LayerErrors(*(tuple(np.nan_to_num(ratio, nan=0.0, posinf=np.inf).tolist()) for ratio in ratios))
+
+
+def _square(values: Floats) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
