@@ -54,6 +54,7 @@ class ModelSource:
         identity: its fingerprint.
         hub_id: what it is called on the hub, if that is known.
         license: as its GGUF or its model card says.
+        digest: SHA-256 of a file that was made for this job: what it is, where its place and date say nothing.
     """
 
     name: str
@@ -66,6 +67,7 @@ class ModelSource:
     identity: Fingerprint
     hub_id: str | None = None
     license: str | None = None
+    digest: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -127,6 +129,20 @@ def resolve_model(spec: str | None) -> ModelSource:
     raise ModelError(
         f"model {spec!r}: there is no such file or directory, and it is not a hub id (org/name or org/name:file.gguf)"
     )
+
+
+def names_directory(spec: str | None) -> bool:
+    """Whether a ``--model`` is a transformers directory, here or on the hub, as far as its name tells."""
+    if spec is None:
+        return False
+    try:
+        path = Path(spec).expanduser()
+        if path.exists():
+            return path.is_dir()
+    except (OSError, RuntimeError):
+        return False  # resolve_model says what is wrong with it
+    match = _HUB_ID.match(spec)
+    return match is not None and match["file"] is None and not spec.endswith(".gguf")
 
 
 def gguf_source(path: Path) -> ModelSource:
