@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -57,6 +59,11 @@ def test_the_converted_file_is_the_model_that_the_directory_was_made_of(converte
     for name, values in expected.items():
         assert np.array_equal(found[name], values), name
     assert not any(tmp_path.iterdir())
+
+
+def make(plan, folder):
+    with made_base(plan, folder / "o.gguf", Silent(), Timings()) as path:
+        raise AssertionError(f"{path} was made all the same")
 
 
 def saved_as(directory, convert):
@@ -131,7 +138,9 @@ def test_a_package_manager_s_script_runs_in_its_own_interpreter(tmp_path, no_con
         find_converter(tmp_path / "llama-convert-hf-to-gguf")
 
 
-def test_a_script_without_the_folder_that_belongs_to_it(tmp_path):
+def test_a_script_without_the_folder_that_belongs_to_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", ModuleType("sentencepiece"))
+    sys.modules["sentencepiece"].__spec__ = ModuleSpec("sentencepiece", None)
     script = tmp_path / SCRIPT
     script.write_text("#!/usr/bin/env python3\nfrom conversion import ModelBase\n")
     with pytest.raises(ModelError, match="lacks the folder conversion"):
@@ -140,6 +149,9 @@ def test_a_script_without_the_folder_that_belongs_to_it(tmp_path):
     (tmp_path / "link.py").symlink_to(script)
     for path in (script, tmp_path / "link.py"):
         assert find_converter(path) == (sys.executable, str(path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install sentencepiece"):
+        find_converter(script)
 
 
 FAULTS = [
@@ -155,8 +167,7 @@ def test_what_a_failed_converter_said_last(program, says, tiny_checkpoint, tmp_p
     script = tmp_path / SCRIPT
     script.write_text(program + "\n")
     with pytest.raises(ModelError, match=says):
-        with made_base(planned(tiny_checkpoint, script), tmp_path / "o.gguf", Silent(), Timings()):
-            raise AssertionError("was made all the same")
+        make(planned(tiny_checkpoint, script), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [SCRIPT]
 
 
@@ -164,8 +175,7 @@ def test_a_file_of_another_model_is_refused(make_tiny, tiny_checkpoint, tmp_path
     script = tmp_path / SCRIPT
     script.write_text(f"import shutil, sys\nshutil.copy({str(make_tiny(seed=3))!r}, sys.argv[-1])\n")
     with pytest.raises(ModelError, match="is not the same model"):
-        with made_base(planned(tiny_checkpoint, script), tmp_path / "o.gguf", Silent(), Timings()):
-            raise AssertionError("was taken all the same")
+        make(planned(tiny_checkpoint, script), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [SCRIPT]
 
 

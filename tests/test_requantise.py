@@ -159,9 +159,11 @@ def test_weights_that_cannot_be_quantised_leave_nothing_behind(half, tmp_path):
     with broken.open("rb+") as stream:
         stream.seek(tensor.offset)
         stream.write(np.float16(math.nan).tobytes())
-    with pytest.raises(ModelError, match=r"it to Q8_0: .*nan value.* has invalid data"):
-        with made_base(plan(broken, "Q8_0"), tmp_path / "o.gguf", Silent(), Timings()):
-            raise AssertionError("was made all the same")
+    with (
+        pytest.raises(ModelError, match=r"it to Q8_0: .*nan value.* has invalid data"),
+        made_base(plan(broken, "Q8_0"), tmp_path / "o.gguf", Silent(), Timings()),
+    ):
+        raise AssertionError("was made all the same")
     assert [path.name for path in tmp_path.iterdir()] == ["broken.gguf"]
 
 

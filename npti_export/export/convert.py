@@ -6,6 +6,7 @@ lag behind. It is not part of any package that this one could depend on, so it h
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -24,6 +25,7 @@ SCRIPT = "convert_hf_to_gguf.py"
 VARIABLE = "LLAMA_CPP_DIR"
 _COMMANDS = (SCRIPT, "llama-convert-hf-to-gguf")  # as packages install it; the second is in llama.cpp's pyproject.toml
 _PARTS = "conversion"  # the folder that the script imports, since May 2026 (llama.cpp pull request 17114)
+_TOKENIZER = "sentencepiece"  # imported for every llama, whatever tokenizer it has; the rest comes with this package
 _OUTTYPE = {"BF16": "bf16", "F16": "f16", "F32": "f32"}  # safetensors dtype -> --outtype that keeps it as it is
 _MLP_BIASES = tuple(f"mlp.{name}_proj.bias" for name in ("gate", "up", "down"))
 
@@ -73,7 +75,7 @@ def _command(path: Path, named_by: str) -> tuple[str, ...]:
     """How to run a converter: by this Python, which has what it imports, unless it names an interpreter of its own."""
     try:
         with path.open("rb") as stream:
-            text = stream.read(1 << 16)
+            text = stream.read(1 << 20)
     except OSError as error:
         raise ModelError(
             f"{path}: {named_by} leads there, and it cannot be read ({error.strerror}); name llama.cpp's {SCRIPT}"
@@ -84,10 +86,16 @@ def _command(path: Path, named_by: str) -> tuple[str, ...]:
         return (str(path.absolute()),)
     if path.suffix != ".py":
         raise ModelError(f"{path}: is neither a .py file nor executable; name llama.cpp's {SCRIPT} ({named_by})")
-    if b"from conversion import" in text and not (path.resolve().parent / _PARTS).is_dir():
+    in_parts = b"from conversion import" in text
+    if in_parts and not (path.resolve().parent / _PARTS).is_dir():
         raise ModelError(
             f"{path}: lacks the folder {_PARTS} that it imports from beside it; name the {SCRIPT} of a whole llama.cpp "
             f"source tree ({named_by})"
+        )
+    if (in_parts or _TOKENIZER.encode() in text) and importlib.util.find_spec(_TOKENIZER) is None:
+        raise ModelError(
+            f"{path}: llama.cpp's converter needs the Python package {_TOKENIZER}: pip install {_TOKENIZER}, which "
+            "pip install 'npti-export[convert]' does, too"
         )
     return (sys.executable, str(path.absolute()))
 
