@@ -5,19 +5,21 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from npti_export.base_file import BasePlan, check_request, made_base, plan_base
 from npti_export.bench import TraitBench, load_bench
 from npti_export.endings.base import Format
 from npti_export.errors import AdapterError, ModelError, OutputError, ProfileError, RecipeError
 from npti_export.export.gguf import strip
-from npti_export.files import check_writable
+from npti_export.files import check_writable, sha256_file
 from npti_export.gguf.reader import GGUFFile, read_gguf
-from npti_export.loader import RuntimeSettings
+from npti_export.loader import RuntimeSettings, Timings
 from npti_export.models import ModelSource, gguf_source, resolve_model
 from npti_export.profile import NeuronProfile
 from npti_export.profile_io import load_profile, profile_files
+from npti_export.progress import Progress
 from npti_export.recipe import Recipe, recipe_from_json, select_recipe
 from npti_export.rule_io import SavedRule, Where, load_rule
 from npti_export.traits import TraitSpec, parse_trait
@@ -36,6 +38,8 @@ class Job:
         rule_from: an adapter, steered checkpoint or steered GGUF whose rule is used again.
         model: see :func:`npti_export.models.resolve_model`.
         base: the GGUF to bake into, where ``model`` is not one.
+        converter: llama.cpp's, for a ``model`` that is a directory and no ``base``; None looks for one.
+        requantize: type that llama.cpp first quantises the GGUF to.
         base_id: hub id to record as the base model.
         where: positions that an adapter steers, ``all`` or ``response``; None takes the earlier artifact's, or all.
         checkpoint_dtype: of the weights of a GGUF's steered checkpoint.
@@ -58,6 +62,8 @@ class Job:
     rule_from: Path | None = None
     model: str | None = None
     base: Path | None = None
+    converter: Path | None = None
+    requantize: str | None = None
     base_id: str | None = None
     where: Where | None = None
     checkpoint_dtype: str | None = None
@@ -82,7 +88,8 @@ class Prepared:
     Attributes:
         job: what was asked for.
         source: the model.
-        base: the GGUF to bake into, for that format.
+        base: the GGUF to bake into, for that format; see :func:`with_base` for what is not there yet.
+        plan: how to make it.
         saved: the rule of an earlier artifact.
         traits: poles, the job's or the earlier artifact's.
         recipe: resolved.
@@ -93,6 +100,7 @@ class Prepared:
     job: Job
     source: ModelSource
     base: GGUFFile | None
+    plan: BasePlan | None
     saved: SavedRule | None
     traits: tuple[TraitSpec, ...]
     recipe: Recipe
@@ -112,6 +120,8 @@ def prepared(job: Job) -> Iterator[Prepared]:
     Raises:
         NptiError: whatever is wrong with the job.
     """
+    if _bakes(job):
+        check_request(job.model, job.base, job.converter, job.requantize)
     saved = None if job.rule_from is None else load_rule(job.rule_from)
     traits = job.traits if saved is None else tuple(parse_trait(text) for text in saved.about.trait.split())
     with _source(job, saved) as source:
@@ -127,6 +137,7 @@ def _prepare(job: Job, saved: SavedRule | None, traits: tuple[TraitSpec, ...], s
     _refuse_shared_paths(job, source, outputs)
     writes_or_reads = job.out is not None or saved is not None
     base = _base_of(job, source) if writes_or_reads and job.format == "gguf" else None
+    plan = _plan(job, source, base) if _bakes(job) else None
     recipe = _recipe(job, saved, source)
     if saved is not None and saved.where == "response" and job.format != "peft" and job.where is None:
         raise OutputError(
@@ -140,7 +151,28 @@ def _prepare(job: Job, saved: SavedRule | None, traits: tuple[TraitSpec, ...], s
                 bench.search(recipe.identify.questions, recipe.identify.seed)
     if writes_or_reads:
         held_out(benches, recipe, recipe.verify.prompts)
-    return Prepared(job, source, base, saved, traits, recipe, benches, profiles)
+    return Prepared(job, source, base, plan, saved, traits, recipe, benches, profiles)
+
+
+@contextmanager
+def with_base(ready: Prepared, progress: Progress, timings: Timings) -> Iterator[Prepared]:
+    """The job with its base file made, where it has to be, for as long as the block lasts.
+
+    A file made of the model itself is the model from then on; one quantised from ``--base`` is only baked into.
+
+    Raises:
+        NptiError: see :func:`npti_export.base_file.made_base`.
+    """
+    if ready.plan is None:
+        yield ready
+        return
+    assert ready.job.out is not None
+    old = ready.source
+    with made_base(ready.plan, ready.job.out, progress, timings) as path:
+        made, base = gguf_source(path), read_gguf(path)
+        if ready.job.base is None:
+            made = replace(made, hub_id=old.hub_id, license=made.license or old.license, digest=sha256_file(path))
+        yield replace(ready, base=base, source=made if ready.job.base is None else old)
 
 
 def held_out(benches: dict[str, TraitBench], recipe: Recipe, count: int) -> list[str]:
@@ -250,6 +282,12 @@ def _refuse_idle_options(job: Job, source: ModelSource) -> None:
         "--checkpoint-dtype goes with --format checkpoint and a GGUF model; a directory keeps its own dtype": (
             job.checkpoint_dtype is not None and (job.format != "checkpoint" or source.kind != "gguf")
         ),
+        "--requantize quantises the GGUF to bake into; it goes with --format gguf": (
+            job.requantize is not None and job.format != "gguf"
+        ),
+        "--converter makes a GGUF of a directory; it goes with --format gguf": (
+            job.converter is not None and job.format != "gguf"
+        ),
         "--private goes with --push-to-hub": job.private and job.push_to is None,
         "--where response: weights steer every position; it goes with --format peft": (
             job.where == "response" and job.format != "peft"
@@ -263,7 +301,7 @@ def _refuse_idle_options(job: Job, source: ModelSource) -> None:
 def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:
     """No output may replace an input, or another output, whatever --force says."""
     resolved = [path.resolve() for path in outputs]
-    given = [path for path in (job.base, job.rule_from, job.bench) if path is not None]
+    given = [path for path in (job.base, job.rule_from, job.bench, job.converter) if path is not None]
     inputs = {path.resolve() for path in [source.path, *job.profiles, *given]}
     for path, place in zip(outputs, resolved, strict=True):
         if any(one.is_relative_to(place) for one in inputs):
@@ -272,16 +310,27 @@ def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path])
             raise OutputError(f"{path}: is named for two outputs, or holds another; give each its own place")
 
 
-def _base_of(job: Job, source: ModelSource) -> GGUFFile:
+def _bakes(job: Job) -> bool:
+    return job.out is not None and job.format == "gguf"
+
+
+def _base_of(job: Job, source: ModelSource) -> GGUFFile | None:
+    """The GGUF to bake into or to verify against; None if it is yet to be converted from the model."""
     if job.base is None and source.kind != "gguf":
+        if _bakes(job):
+            return None
         raise ModelError(
-            f"{source.name}: is a transformers model, and a GGUF is baked into a GGUF; convert it with llama.cpp's "
-            "convert_hf_to_gguf.py and pass the result as --base FILE.gguf, or take --format peft or checkpoint"
+            f"{source.name}: is a transformers model; pass the GGUF that was baked into by --base FILE.gguf"
         )
     path = job.base or source.path
     if job.base is not None and gguf_source(job.base).fingerprint != source.fingerprint:
         raise ModelError(f"{path}: is not the same model as {source.name} (their norm weights differ)")
     return read_gguf(path)
+
+
+def _plan(job: Job, source: ModelSource, base: GGUFFile | None) -> BasePlan | None:
+    trusts = job.runtime.trust_remote_code
+    return plan_base(source, base, converter=job.converter, requantize=job.requantize, trust_remote_code=trusts)
 
 
 def _load_profiles(job: Job, source: ModelSource) -> dict[str, NeuronProfile]:

@@ -59,6 +59,7 @@ class ModelSource:
         hub_id: what it is called on the hub, if that is known.
         license: as its GGUF or its model card says.
         family: of a GGUF, its row in the table of GGUF families.
+        digest: SHA-256 of a file that was made for this job: what it is, where its place and date say nothing.
     """
 
     name: str
@@ -77,6 +78,7 @@ class ModelSource:
     def bakeable(self) -> bool:
         """Whether it is a GGUF of a family into which a rule can be baked."""
         return self.family is not None and self.family.bake is not None
+    digest: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -138,6 +140,20 @@ def resolve_model(spec: str | None) -> ModelSource:
     raise ModelError(
         f"model {spec!r}: there is no such file or directory, and it is not a hub id (org/name or org/name:file.gguf)"
     )
+
+
+def names_directory(spec: str | None) -> bool:
+    """Whether a ``--model`` is a transformers directory, here or on the hub, as far as its name tells."""
+    if spec is None:
+        return False
+    try:
+        path = Path(spec).expanduser()
+        if path.exists():
+            return path.is_dir()
+    except (OSError, RuntimeError):
+        return False  # resolve_model says what is wrong with it
+    match = _HUB_ID.match(spec)
+    return match is not None and match["file"] is None and not spec.endswith(".gguf")
 
 
 def gguf_source(path: Path) -> ModelSource:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from npti_export.endings.base import Ending, Written
 from npti_export.errors import FidelityError, ModelError, NptiError
 from npti_export.identify.collect import identify
-from npti_export.job import Job, Prepared, held_out, prepared
+from npti_export.job import Job, Prepared, held_out, prepared, with_base
 from npti_export.loader import Models, Timings
 from npti_export.profile import NeuronProfile
 from npti_export.profile_io import save_profile
@@ -43,16 +43,17 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     timings = Timings({"identify": 0.0})
     if job.out is None:
         raise ModelError("the main job needs an output")
-    with prepared(job) as ready:
-        models = Models(ready.source, job.runtime, timings, progress, verifies=True)
-        with open_ending(ready, models) as ending:
-            ending.check_output(job.out, force=job.force)
-            if job.push_to is not None:
-                from npti_export.export.hub import check_repository
+    with prepared(job) as asked:
+        if job.push_to is not None:
+            from npti_export.export.hub import check_repository
 
-                check_repository(job.push_to)
-            saved, profiles = _obtain_rule(ready, models, timings, progress)
-            report = _deliver(ready, saved, ending, models, timings, progress)
+            check_repository(job.push_to)
+        with with_base(asked, progress, timings) as ready:
+            models = Models(ready.source, job.runtime, timings, progress, verifies=True)
+            with open_ending(ready, models) as ending:
+                ending.check_output(job.out, force=job.force)
+                saved, profiles = _obtain_rule(ready, models, timings, progress)
+                report = _deliver(ready, saved, ending, models, timings, progress)
     report["profiles"] = profiles
     report["seconds"] = {key: round(value, 3) for key, value in timings.seconds.items()}
     report["seconds"]["total"] = round(time.perf_counter() - started, 3)

@@ -53,6 +53,17 @@ from npti_export.version import __version__
 @click.option("--save-profile", type=FILE, metavar="FILE", help="Keep the profile, .safetensors or published .json")
 @click.option("--any-model", is_flag=True, help="Accept a profile of another model of the same shape")
 @click.option("--base", type=FILE, metavar="FILE", help="GGUF to bake into, where --model is not one")
+@click.option(
+    "--converter",
+    type=FILE,
+    metavar="FILE",
+    help="llama.cpp's convert_hf_to_gguf.py, for a directory without --base [default: in LLAMA_CPP_DIR, else on PATH]",
+)
+@click.option(
+    "--requantize",
+    metavar="TYPE",
+    help="Quantise a float GGUF or directory first, by llama.cpp: Q4_K_M, Q8_0, IQ4_XS …",
+)
 @click.option("--base-id", metavar="ID", help="Hub id to record as the base model")
 @click.option(
     "--where",
@@ -76,6 +87,7 @@ def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | 
     \b
       npti-export --trait agreeableness+ --out model.gguf
       npti-export --trait calm --trait extraversion+:0.5 --model Llama-3.2-1B-Instruct-Q4_K_M.gguf --out calm.gguf
+      npti-export --trait calm --model Llama-3.2-1B-Instruct-BF16.gguf --requantize Q4_K_M --out calm.gguf
       npti-export --trait openness- --profile openness.safetensors --gamma 1.0 --out plain.gguf
       npti-export --trait calm --model ./Qwen2.5-0.5B-Instruct --format peft --out calm/
       npti-export --from calm/ --format checkpoint --out calm-qwen/

@@ -154,12 +154,10 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 def _cache_key(source: ModelSource, bench: TraitBench, recipe: Recipe, dtype: str, device: str) -> str:
-    # A directory's files are what a model is made of; a changed one, weights or chat template, is another model.
-    files = [source.path] if source.path.is_file() else sorted(path for path in source.path.iterdir() if path.is_file())
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    place: list[Any] = [source.digest] if source.digest else _place(source)
     depends: dict[str, Any] = {
         "format": _CACHE_FORMAT,
-        "model": [source.fingerprint, str(source.path.resolve()), stats],
+        "model": [source.fingerprint, *place],
         "bench": bench.digest,
         "prompt": recipe.prompt.model_dump(),
         "identify": recipe.identify.model_dump(),
@@ -167,6 +165,13 @@ def _cache_key(source: ModelSource, bench: TraitBench, recipe: Recipe, dtype: st
         "device": device,
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _place(source: ModelSource) -> list[Any]:
+    # A directory's files are what a model is made of; a changed one, weights or chat template, is another model.
+    files = [source.path] if source.path.is_file() else sorted(path for path in source.path.iterdir() if path.is_file())
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return [str(source.path.resolve()), stats]
 
 
 def _resume(state: Path | None, source: ModelSource, progress: Progress) -> tuple[dict[Sign, ActivationStats], int]:

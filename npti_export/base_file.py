@@ -1,0 +1,151 @@
+"""The GGUF to bake into, where it has to be made first: converted from a directory, quantised, or both.
+
+What is made lies in a temporary folder beside the output, for as long as the job lasts: ``strip`` takes it out of the
+result again, so nothing is gained by keeping it. A converted GGUF is the model of the whole job, of identification and
+verification too: the neurons are then counted, and the rule judged, in the very weights that are baked, and no second
+float copy is needed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from npti_export.errors import ModelError, OutputError
+from npti_export.export.convert import Conversion, convert, find_converter, plan_conversion
+from npti_export.export.gguf import check_base
+from npti_export.files import check_writable, translate_os_errors
+from npti_export.gguf.reader import GGUFFile
+from npti_export.gguf.requantise import (
+    check_float,
+    least_bytes,
+    matrix_elements,
+    parse_file_type,
+    quantise_file,
+    quantised_name,
+)
+from npti_export.loader import Timings
+from npti_export.models import ModelSource, gguf_source, names_directory
+from npti_export.progress import Progress
+
+
+@dataclass(frozen=True)
+class BasePlan:
+    """A base file to be made; everything that can be checked was.
+
+    Attributes:
+        origin: a GGUF, or a directory to convert.
+        file_type: what to quantise it to, see :data:`npti_export.gguf.requantise.FILE_TYPES`; None leaves it as it is.
+        fingerprint: of the model, which the result must have, too.
+        nbytes: that the files on the way to it, and the steered one, take together on the disk at most at a time;
+            llama.cpp's choice of better types for some tensors comes on top.
+    """
+
+    origin: Path | Conversion
+    file_type: str | None
+    fingerprint: str
+    nbytes: int
+
+
+def check_request(model: str | None, base: Path | None, converter: Path | None, requantize: str | None) -> None:
+    """What is wrong with the options alone, before a model is downloaded or read.
+
+    Raises:
+        ModelError: an unknown type, or a directory to be made a GGUF and no converter.
+        OutputError: a converter where there is nothing to convert.
+    """
+    if requantize is not None:
+        parse_file_type(requantize)
+    if base is not None and converter is not None:
+        raise OutputError("--converter makes the GGUF to bake into, and --base brings one; give one of the two")
+    if base is None and names_directory(model):
+        find_converter(converter)
+
+
+def plan_base(
+    source: ModelSource,
+    base: GGUFFile | None,
+    *,
+    converter: Path | None,
+    requantize: str | None,
+    trust_remote_code: bool,
+) -> BasePlan | None:
+    """What has to be made before a rule can be baked; None where ``base`` is it already.
+
+    Args:
+        source: the model.
+        base: the GGUF to bake into; None if it is to be converted from the model's directory.
+        converter: a file, or None to look for one.
+        requantize: a type, or None.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        NptiError: it cannot be made, or the result could not be baked.
+    """
+    file_type = None if requantize is None else parse_file_type(requantize)
+    if base is None:
+        command = find_converter(converter)
+        conversion = plan_conversion(source, command, trust_remote_code=trust_remote_code)
+        if file_type is None:
+            return BasePlan(conversion, None, source.fingerprint, 2 * conversion.nbytes)
+        small = least_bytes(conversion.elements, file_type)
+        most = small + max(conversion.nbytes, small)
+        return BasePlan(conversion, file_type, source.fingerprint, most)
+    if converter is not None:
+        raise OutputError(f"--converter converts a transformers directory, and {base.path} is a GGUF; leave it out")
+    if file_type is None:
+        return None
+    check_base(base)
+    check_float(base, file_type)
+    return BasePlan(base.path, file_type, source.fingerprint, 2 * least_bytes(matrix_elements(base), file_type))
+
+
+@contextmanager
+def made_base(plan: BasePlan, out: Path, progress: Progress, timings: Timings) -> Iterator[Path]:
+    """Make a planned file beside ``out``; it is removed at the end of the block, however that comes.
+
+    Raises:
+        ModelError: a program of llama.cpp failed, or what it made is not the same model.
+        DiskFullError: not enough room, known before the first byte or met on the way.
+    """
+    check_writable(out, force=True, need_bytes=plan.nbytes)  # whether it may be replaced was asked before
+    with translate_os_errors(out):
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.", suffix=".base.partial", dir=out.absolute().parent))
+    try:
+        path = (
+            plan.origin if isinstance(plan.origin, Path) else _converted(plan.origin, plan, folder, progress, timings)
+        )
+        if plan.file_type is not None:
+            path = _quantised(path, plan.file_type, plan, folder, progress, timings)
+        yield path
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _converted(conversion: Conversion, plan: BasePlan, folder: Path, progress: Progress, timings: Timings) -> Path:
+    with timings.measure("convert"):
+        path = convert(conversion, folder, progress)
+    _check_same(path, plan, conversion.source.name)
+    return path
+
+
+def _quantised(path: Path, file_type: str, plan: BasePlan, folder: Path, progress: Progress, timings: Timings) -> Path:
+    target = folder / quantised_name(path.name, file_type)
+    with timings.measure("quantise"):
+        quantise_file(path, target, file_type, progress)
+    if path.parent == folder:  # the float file of a conversion has served
+        path.unlink()
+    _check_same(target, plan, path.name)
+    return target
+
+
+def _check_same(path: Path, plan: BasePlan, name: str) -> None:
+    if gguf_source(path).fingerprint != plan.fingerprint:
+        raise ModelError(
+            f"{path.name}: what llama.cpp made of {name} is not the same model (their norm weights differ); its "
+            "converter may be too old for it: take a current one, or a GGUF of the model as --base"
+        )
