@@ -40,8 +40,13 @@ def tokenizer_fields(default_model):
     }
 
 
-def write_tiny(path, tokenizer, kind="F32", hidden=64, width=96, layers=3, seed=0, template=True, alignment=None):
-    """A random llama with working tokenizer; MLP and attention weights in ``kind``, K-quants through ggml."""
+def write_tiny(
+    path, tokenizer, kind="F32", hidden=64, width=96, layers=3, seed=0, template=True, alignment=None, kinds=()
+):
+    """A random llama with working tokenizer; MLP and attention weights in ``kind``, K-quants through ggml.
+
+    ``kinds`` gives single tensors another type, by their names.
+    """
     from gguf import GGMLQuantizationType, GGUFWriter
 
     from npti_export.gguf.blocks import quantise
@@ -73,13 +78,12 @@ def write_tiny(path, tokenizer, kind="F32", hidden=64, width=96, layers=3, seed=
     if template:
         writer.add_chat_template(tokenizer["template"])
 
-    type_ = GGMLQuantizationType[kind]
-
     def matrix(name, rows, columns, scale=1.0):
         values = (rng.normal(size=(rows, columns)) * scale / np.sqrt(columns)).astype(np.float32)
-        if kind == "F32":
+        type_ = GGMLQuantizationType[dict(kinds).get(name, kind)]
+        if type_ == GGMLQuantizationType.F32:
             writer.add_tensor(name, values)
-        elif kind == "F16":
+        elif type_ == GGMLQuantizationType.F16:
             writer.add_tensor(name, values.astype(np.float16))
         else:
             writer.add_tensor(name, quantise(values, int(type_)), raw_dtype=type_)
@@ -106,6 +110,17 @@ def write_tiny(path, tokenizer, kind="F32", hidden=64, width=96, layers=3, seed=
     return Path(path)
 
 
+def requantised(source, target, file_type):
+    """``source`` by llama.cpp's own quantiser, every matrix but the embedding in the one type."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+    params.pure, params.token_embedding_type, params.nthread = True, 0, 1
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params) == 0
+    return Path(target)
+
+
 @pytest.fixture(scope="session")
 def make_tiny(tmp_path_factory, tokenizer_fields):
     """make_tiny(kind, **sizes) -> path of a tiny GGUF; the same arguments give the same file."""
@@ -115,6 +130,9 @@ def make_tiny(tmp_path_factory, tokenizer_fields):
         key = (kind, *sorted(sizes.items()))
         if key not in made:
             folder = tmp_path_factory.mktemp("tiny")
+            if kind == "Q2_0":  # which gguf-py cannot write
+                made[key] = requantised(make(**sizes), folder / "tiny-Q2_0.gguf", kind)
+                return made[key]
             made[key] = write_tiny(folder / f"tiny-{kind}.gguf", tokenizer_fields, kind, **sizes)
         return made[key]
 
