@@ -73,12 +73,12 @@ class ModelSource:
     hub_id: str | None = None
     license: str | None = None
     family: GGUFFamily | None = None
+    digest: str | None = None
 
     @property
     def bakeable(self) -> bool:
         """Whether it is a GGUF of a family into which a rule can be baked."""
         return self.family is not None and self.family.bake is not None
-    digest: str | None = None
 
     @property
     def fingerprint(self) -> str:

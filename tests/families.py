@@ -55,25 +55,28 @@ LAYOUTS = {
 
 
 class TinyWriter:
-    """Writes random tensors in one type; the same seed gives the same model."""
+    """Writes random tensors in one type, single ones in another by their names; the same seed gives the same model."""
 
-    def __init__(self, path, family, kind, seed):
-        from gguf import GGMLQuantizationType, GGUFWriter
+    def __init__(self, path, family, kind, seed, kinds=()):
+        from gguf import GGUFWriter
 
         self.writer = GGUFWriter(path, family)
-        self.type, self.kind = GGMLQuantizationType[kind], kind
+        self.kind, self.kinds = kind, dict(kinds)
         self.rng = np.random.default_rng(seed)
 
     def add(self, name, values):
         """In the file's own type, K-quants through ggml."""
+        from gguf import GGMLQuantizationType
+
         from npti_export.gguf.blocks import quantise
 
-        if self.kind == "F32":
+        kind = GGMLQuantizationType[self.kinds.get(name, self.kind)]
+        if kind == GGMLQuantizationType.F32:
             self.writer.add_tensor(name, values)
-        elif self.kind == "F16":
+        elif kind == GGMLQuantizationType.F16:
             self.writer.add_tensor(name, values.astype(np.float16))
         else:
-            self.writer.add_tensor(name, quantise(values, int(self.type)), raw_dtype=self.type)
+            self.writer.add_tensor(name, quantise(values, int(kind)), raw_dtype=kind)
 
     def matrix(self, name, rows, columns, scale=1.0):
         self.add(name, (self.rng.normal(size=(rows, columns)) * scale / np.sqrt(columns)).astype(np.float32))
@@ -157,13 +160,16 @@ def write_tiny(
     alignment=None,
     family="llama",
     biases=(),
+    kinds=(),
 ):
     """A random model of a family; MLP and attention weights in ``kind``, K-quants through ggml.
+
+    ``kinds`` gives single tensors another type, by their names.
 
     ``width`` is a number or a tuple with one for each layer; ``biases`` names projections that get one, such as
     ``ffn_gate``, whether or not llama.cpp loads them.
     """
-    tiny, layout = TinyWriter(path, family, kind, seed), LAYOUTS[family]
+    tiny, layout = TinyWriter(path, family, kind, seed, kinds), LAYOUTS[family]
     widths = width if isinstance(width, tuple) else (width,) * layers
     _add_keys(tiny, tokenizer, layout, hidden, list(width) if widths is width else width, layers, template, alignment)
 

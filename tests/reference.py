@@ -1,19 +1,64 @@
 """A llama forward pass in float64 numpy, written from the architecture's definition, with the induction rule in place.
 
-It shares no code with the package and reads weights with gguf-py, so that runtimes, compiler and writer are all
-measured against something independent.
+It shares no code with the package and reads weights with gguf-py (but see :func:`open_gguf`), so that runtimes,
+compiler and writer are all measured against something independent.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
+
+from npti_export.gguf.reader import read_gguf
+
+Q2_0 = 42  # ggml.h; gguf-py 0.19 has no such member
+
+
+def open_gguf(path):
+    """gguf-py's reader, or where it does not know the types (Q2_0), its view of ours, which is tested against it."""
+    try:
+        return GGUFReader(path)
+    except ValueError:
+        header = read_gguf(path)
+        data = np.memmap(path, np.uint8, "r")
+        rows = lambda one: data[one.offset : one.offset + one.nbytes].reshape(one.rows, -1)  # noqa: E731
+        kind = lambda one: Q2_0 if one.type_id == Q2_0 else GGMLQuantizationType(one.type_id)  # noqa: E731
+        return SimpleNamespace(
+            fields={one.key: SimpleNamespace(contents=lambda value=one.value: value) for one in header.keys},
+            tensors=[
+                SimpleNamespace(
+                    name=one.name,
+                    shape=one.shape,
+                    tensor_type=kind(one),
+                    data=rows(one).view(np.float32).reshape(one.shape[::-1]) if one.type_id == 0 else rows(one),
+                )
+                for one in header.tensors
+            ],
+        )
+
+
+def plain_dequantize(rows, kind):
+    """What gguf-py says, and for types it lacks what ggml-common.h says: an f16 scale, then codes of few bits."""
+    if kind == Q2_0:  # blocks of 64: two bits each, lowest first, standing for -1, 0, 1, 2
+        blocks = rows.reshape(len(rows), -1, 18)
+        codes = (blocks[..., 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).astype(np.float32) - 1
+    elif kind == GGMLQuantizationType.Q1_0:  # blocks of 128: one bit each, lowest first, standing for -1, 1
+        blocks = rows.reshape(len(rows), -1, 18)
+        codes = np.unpackbits(blocks[..., 2:], axis=-1, bitorder="little").astype(np.float32) * 2 - 1
+    else:
+        return dequantize(rows, kind)
+    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
+    return (codes.reshape(*scales.shape[:2], -1) * scales).reshape(len(rows), -1)
 
 
 class ReferenceLlama:
     def __init__(self, path):
-        reader = GGUFReader(path)
+        reader = open_gguf(path)
         self.tensors = {
-            tensor.name: dequantize(tensor.data, tensor.tensor_type).astype(np.float64).reshape(tensor.shape[::-1])
+            tensor.name: plain_dequantize(tensor.data, tensor.tensor_type)
+            .astype(np.float64)
+            .reshape([int(one) for one in tensor.shape[::-1]])
             for tensor in reader.tensors
         }
         get = lambda key: reader.fields[f"llama.{key}"].contents()  # noqa: E731

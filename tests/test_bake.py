@@ -5,8 +5,7 @@ import struct
 import numpy as np
 import pytest
 from conftest import random_rule
-from gguf import GGUFReader
-from reference import ReferenceLlama, kl
+from reference import ReferenceLlama, kl, open_gguf
 from tolerances import KL_TINY_FLOAT, KL_TINY_QUANTISED, KL_TINY_QUANTISED_OTHERS
 
 from npti_export.compiler.exact import compile_exact
@@ -17,8 +16,11 @@ from npti_export.gguf.reader import read_gguf
 from npti_export.runtimes.llamacpp import LlamaCppRuntime
 
 # K- and I-quants have blocks of 256; the others are tried on the narrow model.
-NARROW = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"]
-WIDE = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ3_S"]
+NARROW = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"]
+WIDE = [
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS"),
+    *("IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0", "NVFP4", "Q1_0", "Q2_0"),
+]
 TOKENS = [1, 300, 45, 77, 512, 900, 31, 8, 650, 222, 19, 404, 3, 1000, 99, 250]
 
 
@@ -48,7 +50,7 @@ def llama_logits(path):
 def test_existing_blocks_are_byte_identical_and_strip_restores_the_file(make_tiny, tmp_path, kind):
     base, out = tiny_of(make_tiny, kind), tmp_path / "steered.gguf"
     plan = bake(base, out, rule_for(base))
-    old, new = GGUFReader(base), GGUFReader(out)
+    old, new = open_gguf(base), open_gguf(out)
     wide = {tensor.name: tensor for tensor in new.tensors}
     for tensor in old.tensors:
         was, now = tensor.data.view(np.uint8), wide[tensor.name].data.view(np.uint8)

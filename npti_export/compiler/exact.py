@@ -35,6 +35,7 @@ def compile_exact(rule: SteeringRule, clamp_units: int) -> MLPProgram:
                 gate_bias=_join(gate[shifted], np.tile(basis.bias, len(off))),
                 up_scale=_join(np.sign(shift[shifted]), np.tile(basis.alpha, len(off))),
                 off=off.astype(np.int64),
+                copies=clamp_units,
             )
         )
     return MLPProgram(rule.shift.shape[1], tuple(layers))

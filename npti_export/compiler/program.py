@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,9 @@ class LayerProgram:
         gate_bias: ``[units]`` float32.
         up_scale: ``[units]`` float32.
         off: ``[n]`` int64, sorted.
+        copies: the last ``copies * len(off)`` units stand for the neurons in ``off``, ``copies`` in a row for each.
+        corrects: ``[units]`` int64 or None. Where it is ``v >= 0``, unit ``u`` is unit ``v`` over again but for its
+            down column, which is what quantising lost of that of ``v``; elsewhere it is -1.
     """
 
     source: Indices
@@ -35,6 +38,8 @@ class LayerProgram:
     gate_bias: Floats
     up_scale: Floats
     off: Indices
+    copies: int = 1
+    corrects: Indices | None = None
 
     @property
     def units(self) -> int:
@@ -47,17 +52,23 @@ class LayerProgram:
         Their down column is a real one, as a column of zeros would widen the range of a quantised block.
         """
         extra = units - self.units
-        filler = int(self.source[-1]) if self.units else 0
+        last = max(self.units - 1, 0)
+        return self.picked(np.append(np.arange(self.units), np.full(extra, last)), np.arange(units) < self.units)
 
-        def zeros(values: Floats) -> Floats:
-            return np.concatenate([values, np.zeros(extra, np.float32)])
+    def picked(self, units: Indices, works: npt.NDArray[np.bool_]) -> LayerProgram:
+        """Units ``units`` of this program in that order, idle where they do not work; any number if it has none."""
 
-        return LayerProgram(
-            np.concatenate([self.source, np.full(extra, filler, np.int64)]),
-            zeros(self.gate_scale),
-            zeros(self.gate_bias),
-            zeros(self.up_scale),
-            self.off,
+        def pick(values: Floats) -> Floats:
+            return (values[units] * works if self.units else np.zeros(len(units))).astype(np.float32)
+
+        return replace(
+            self,
+            source=self.source[units] if self.units else np.zeros(len(units), np.int64),
+            gate_scale=pick(self.gate_scale),
+            gate_bias=pick(self.gate_bias),
+            up_scale=pick(self.up_scale),
+            copies=1,
+            corrects=None,
         )
 
 

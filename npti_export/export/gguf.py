@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, check_bakeable, gguf_family
+from npti_export.compiler.layout import arrange
 from npti_export.compiler.program import LayerProgram, MLPProgram
 from npti_export.errors import DiskFullError, GGUFError, ModelError
 from npti_export.export import widen
 from npti_export.files import atomic_output, sha256_file
-from npti_export.gguf.blocks import block_shape, supports_widening, type_name
+from npti_export.gguf.blocks import block_shape, is_float, supports_widening, type_name
+from npti_export.gguf.columns import granule, is_codebook
 from npti_export.gguf.reader import GGUFFile, KeyValue, TensorInfo, parse_gguf, read_gguf
 from npti_export.gguf.writer import (
     NewTensor,
@@ -88,7 +90,12 @@ def check_base(base: GGUFFile) -> None:
             if not supports_widening(tensor.type_id):
                 raise ModelError(
                     f"{base.path}: {tensor.name} is {type_name(tensor.type_id)}, which cannot be widened; "
-                    "take a Q4_0 to Q8_0, K-quant, IQ4, F16, BF16 or F32 file of the model"
+                    "take a file whose MLP weights are floats or of a type that llama.cpp quantises to"
+                )
+            if stem.format(layer) + ".scale" in base.by_name:
+                raise ModelError(
+                    f"{base.path}: {stem.format(layer)} has a scale beside it (a converted NVFP4 checkpoint), where "
+                    "llama.cpp allows no bias; take another type of the model"
                 )
 
 
@@ -101,12 +108,16 @@ def plan_bake(base: GGUFFile, program: MLPProgram, metadata: dict[str, Value], b
         metadata: added under ``npti.``; floats may be patched later by :func:`record`.
         base_sha256: of the base file, which :func:`strip` compares its result with.
     """
-    widths = {
-        block_shape(base.require_tensor(FFN_DOWN.format(layer) + ".weight").type_id, str(base.path))[0]
-        for layer in range(len(program.layers))
-    }
-    extra = program.extra_width(max(widths | {_MINIMUM_BLOCK}))
-    padded = MLPProgram(program.width, tuple(layer.padded(extra) for layer in program.layers))
+    kinds = [base.require_tensor(f"{FFN_DOWN.format(layer)}.weight").type_id for layer in range(len(program.layers))]
+    blocks = {block_shape(kind, str(base.path))[0] for kind in kinds}  # each divides the largest
+    extra = program.extra_width(max(blocks | {_MINIMUM_BLOCK}))
+    padded = MLPProgram(
+        program.width,
+        tuple(
+            layer.padded(extra) if is_float(kind) else arrange(layer, extra, granule(kind), is_codebook(kind))
+            for layer, kind in zip(program.layers, kinds, strict=True)
+        ),
+    )
     tensors = [_widened(tensor, program.width, extra) for tensor in base.tensors]
     tensors += [
         NewTensor(FFN_GATE.format(layer) + ".bias", (program.width + extra,), 0, 4 * (program.width + extra))
@@ -237,7 +248,7 @@ def _content(source: BinaryIO, plan: BakePlan, tensor: NewTensor) -> Iterator[wi
         layer = _layer(plan, tensor.name)
         return widen.append_rows(source, old, layer.source, layer.up_scale)
     if tensor.name.endswith("ffn_down.weight"):
-        return widen.append_columns(source, old, _layer(plan, tensor.name).source)
+        return widen.append_columns(source, old, _layer(plan, tensor.name))
     return widen.copy(old)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 
 from npti_export.compiler.program import OFF_BIAS, Floats, Indices, LayerProgram
-from npti_export.gguf.blocks import Bytes, decode_columns, quantise, scale_rows
+from npti_export.errors import GGUFError
+from npti_export.gguf.blocks import Bytes, decode_columns, scale_rows
+from npti_export.gguf.columns import quantise_columns
 from npti_export.gguf.reader import TensorInfo
 
 CHUNK = 4 << 20  # bytes read at once
@@ -35,7 +38,11 @@ def copy(tensor: TensorInfo) -> Iterator[Piece]:
 
 
 def append_rows(stream: BinaryIO, tensor: TensorInfo, source: Indices, factors: Floats) -> Iterator[Piece]:
-    """A gate or up projection: its bytes, then row ``source[u]`` times ``factors[u]`` for each unit."""
+    """A gate or up projection: its bytes, then row ``source[u]`` times ``factors[u]`` for each unit.
+
+    Raises:
+        GGUFError: a row is not finite.
+    """
     yield Range(tensor.offset, tensor.nbytes)
     row_bytes, wanted = tensor.row_bytes, factors != 0
     if tensor.nbytes <= CHUNK:
@@ -47,15 +54,33 @@ def append_rows(stream: BinaryIO, tensor: TensorInfo, source: Indices, factors: 
             stream.seek(tensor.offset + neuron * row_bytes)
             row[:] = _read(stream, row_bytes)
     rows = np.zeros((len(source), row_bytes), np.uint8)
-    rows[wanted] = scale_rows(read, factors[wanted], tensor.type_id)
+    with _naming(stream, tensor):
+        rows[wanted] = scale_rows(read, factors[wanted], tensor.type_id)
     yield rows.data
 
 
-def append_columns(stream: BinaryIO, tensor: TensorInfo, source: Indices) -> Iterator[Piece]:
-    """A down projection: each row's bytes, then new blocks with its columns ``source``, in the tensor's own type."""
+def append_columns(stream: BinaryIO, tensor: TensorInfo, layer: LayerProgram) -> Iterator[Piece]:
+    """A down projection: each row's bytes, then new blocks with its columns ``source``, in the tensor's own type.
+
+    Raises:
+        GGUFError: a column is not finite.
+    """
     for rows in _row_chunks(stream, tensor):
-        added = quantise(decode_columns(rows, source, tensor.type_id), tensor.type_id)
+        with _naming(stream, tensor):
+            wanted = decode_columns(rows, layer.source, tensor.type_id)
+            added = quantise_columns(wanted, layer.corrects, tensor.type_id)
         yield np.concatenate([rows, added], axis=1).data
+
+
+@contextmanager
+def _naming(stream: BinaryIO, tensor: TensorInfo) -> Iterator[None]:
+    """Say in which tensor of which file the arithmetic went wrong."""
+    try:
+        yield
+    except ArithmeticError as error:
+        raise GGUFError(
+            f"{stream.name}: {tensor.name}: {error}; the file is damaged or ill-conditioned, take another copy or type"
+        ) from error
 
 
 def gate_bias(width: int, program: LayerProgram) -> bytes:

@@ -1,0 +1,81 @@
+"""Where the units of a layer go among its new columns, so that quantising the columns costs the rule least.
+
+Two things matter, and neither costs anything at run time:
+
+- **The units of a clamp must be rounded alike.** Their sum is small only because large terms cancel (``alpha * bias``
+  is up to 0.37 where the clamped activation is at most 0.28), so a column that comes out differently in each copy does
+  more harm than one that is wrong in all of them. Values that are equal and share a scale are rounded equally, except
+  in the codebook types (IQ1, IQ2, IQ3), which encode eight columns at once: there the same eight neurons must stand
+  together in each copy.
+- **Padding can work.** The units that fill up a block are computed whatever they hold. Here they repeat other units
+  with what quantising lost of their columns, see :attr:`LayerProgram.corrects`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from npti_export.compiler.program import Indices, LayerProgram
+
+_CODEWORD = 8  # columns of a codebook entry in all IQ1, IQ2 and IQ3 types (four in IQ3, twice over); ggml-common.h
+_SCALED = 32  # columns under one scale in them, or a multiple of it
+
+
+def arrange(layer: LayerProgram, units: int, granule: int, codebook: bool) -> LayerProgram:
+    """The same program in another order, with corrections as far as there is room, ``units`` in all.
+
+    Args:
+        layer: of at most ``units`` units.
+        units: in all, a multiple of a block.
+        granule: columns that share a scale. Corrections, which are small, start at a multiple of it.
+        codebook: whether the type of the columns encodes eight at once.
+    """
+    if not layer.units:
+        return layer.padded(units)
+    chunks = _codeword_chunks(layer) if codebook else _plain_chunks(layer)
+    if sum(map(len, chunks)) > units:
+        chunks = _plain_chunks(layer)
+    placed = np.concatenate(chunks)  # unit numbers, -1 - number where it is idle
+    start = -(-len(placed) // granule) * granule
+    ends = np.cumsum([len(chunk) for chunk in chunks])
+    again = int(max(ends[start + ends <= units], default=0))
+    gap = np.full((start if again else units) - len(placed), _idle(placed[-1]))
+    # What is left over takes residual columns, too: large ones beside working ones would take their scale away.
+    tail = np.full(units - start - again, again - 1) if again else np.zeros(0, np.int64)
+    places = np.concatenate([placed, gap, placed[:again], _idle(placed[tail])])
+    result = layer.picked(np.where(places < 0, -1 - places, places), places >= 0)
+    if not again:
+        return result
+    return replace(result, corrects=np.concatenate([np.full(start, -1), np.arange(again), tail]).astype(np.int64))
+
+
+def _plain_chunks(layer: LayerProgram) -> list[Indices]:
+    """The copies of each clamp, then the shifts; four copies never straddle a block that way."""
+    first = layer.units - layer.copies * len(layer.off)
+    clamps = np.arange(first, layer.units).reshape(len(layer.off), layer.copies)
+    return [*clamps, *np.arange(first)[:, None]]
+
+
+def _codeword_chunks(layer: LayerProgram) -> list[Indices]:
+    """Clamps in groups, copy by copy, each group filling whole scales; then the shifts, likewise."""
+    first = layer.units - layer.copies * len(layer.off)
+    together = _SCALED // np.gcd(layer.copies, _SCALED // _CODEWORD)
+    chunks = []
+    for begin in range(0, len(layer.off), together):
+        neurons = np.arange(begin, min(begin + together, len(layer.off)))
+        runs = [_filled(first + neurons * layer.copies + copy, together) for copy in range(layer.copies)]
+        chunks.append(np.concatenate(runs))
+    shifts = [np.arange(begin, min(begin + _SCALED, first)) for begin in range(0, first, _SCALED)]
+    return chunks + [_filled(one, _SCALED) for one in shifts]
+
+
+def _filled(units: Indices, length: int) -> Indices:
+    """``units`` and then its last one, idle, up to a length."""
+    return np.concatenate([units, np.full(length - len(units), _idle(units[-1]))])
+
+
+def _idle(unit: Indices) -> Indices:
+    """The code of a unit that keeps its place and column but does nothing."""
+    return np.minimum(unit, -1 - unit)

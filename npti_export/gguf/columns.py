@@ -1,0 +1,83 @@
+"""New columns of a down projection: as near to what is wanted as the tensor's own type allows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from npti_export.compiler.program import Indices
+from npti_export.gguf.blocks import (
+    Bytes,
+    Floats,
+    block_shape,
+    decode,
+    has_scales,
+    is_float,
+    multiply_scales,
+    quantise,
+    type_name,
+)
+
+_SUPERBLOCK = 256  # QK_K in ggml-common.h
+_ONE_SCALE = ("TQ1_0", "TQ2_0")  # superblocks without scales inside
+_INNER = 32  # columns that share a scale inside all other superblocks, or a multiple of it
+
+
+def granule(type_id: int) -> int:
+    """Columns that share a scale: a block, or 32 within the superblocks of K- and I-quants."""
+    block, _ = block_shape(type_id, "a down projection")
+    return _INNER if block == _SUPERBLOCK and type_name(type_id) not in _ONE_SCALE else block
+
+
+def is_codebook(type_id: int) -> bool:
+    """Whether columns are encoded eight at once, as a point of a lattice: the IQ1, IQ2 and IQ3 types."""
+    return type_name(type_id).startswith(("IQ1", "IQ2", "IQ3"))
+
+
+def quantise_columns(wanted: Floats, corrects: Indices | None, type_id: int) -> Bytes:
+    """Encode new columns, each correction standing for what quantising lost of another column.
+
+    Corrections share superblocks with what they correct, whose rounding they move a little; so the remainder is taken
+    a second time, from the first result. Measured, relative error of columns of a real down projection in Q2_K: 0.26
+    without corrections, 0.16 with the first remainder, 0.10 with the second, no less with a third.
+
+    Args:
+        wanted: ``[R, C]`` float32, C a multiple of the block; where ``corrects`` says so, ignored.
+        corrects: ``[C]`` int64 or None, see :class:`npti_export.compiler.program.LayerProgram`.
+        type_id: the ggml type.
+
+    Returns:
+        ``[R, row bytes]`` uint8.
+
+    Raises:
+        ArithmeticError: see :func:`npti_export.gguf.blocks.quantise`.
+    """
+    if is_float(type_id):
+        return quantise(wanted, type_id)
+    result = _nearest(wanted, type_id)
+    if corrects is None or (corrects < 0).all():
+        return result
+    places = np.flatnonzero(corrects >= 0)
+    corrected = corrects[places]
+    target = wanted.copy()
+    for _ in range(2):
+        target[:, places] = wanted[:, corrected] - decode(result, type_id)[:, corrected]
+        result = _nearest(target, type_id)
+    return result
+
+
+def _nearest(values: Floats, type_id: int) -> Bytes:
+    """ggml's blocks with their f16 scales fitted by least squares, where they have such.
+
+    ggml takes the largest value of a block for the scale of TQ1_0, TQ2_0 and Q2_0, which suits a model that was
+    trained with that scale and no other (measured error of columns shuffled into other blocks: 0.31, fitted 0.14),
+    and multiplies those of the IQ types by constants of its own (IQ1_S 0.41, fitted 0.38).
+    """
+    encoded = quantise(values, type_id, even=True)
+    if not has_scales(type_id):
+        return encoded
+    block, _ = block_shape(type_id, "a down projection")
+    target = values.reshape(len(values), -1, block).astype(np.float64)
+    found = decode(encoded, type_id).reshape(target.shape)
+    energy = (found.astype(np.float64) ** 2).sum(axis=-1)
+    ratio = np.divide((target * found).sum(axis=-1), energy, out=np.ones_like(energy), where=energy > 0)
+    return multiply_scales(encoded, ratio.astype(np.float32), type_id)
