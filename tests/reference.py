@@ -1,5 +1,8 @@
 """A llama forward pass in float64 numpy, written from the architecture's definition, with the induction rule in place.
 
+Also of llama's relatives: qwen2 (biases of q, k, v; rotary pairs half a head apart), granite and minicpm (scales), deci
+(a width for each layer, 0 for none), and MLPs with biases.
+
 It shares no code with the package and reads weights with gguf-py (but see :func:`open_gguf`), so that runtimes,
 compiler and writer are all measured against something independent.
 """
@@ -61,7 +64,15 @@ class ReferenceLlama:
             .reshape([int(one) for one in tensor.shape[::-1]])
             for tensor in reader.tensors
         }
-        get = lambda key: reader.fields[f"llama.{key}"].contents()  # noqa: E731
+        family = reader.fields["general.architecture"].contents()
+
+        def get(key, *default):
+            field = reader.fields.get(f"{family}.{key}")
+            return default[0] if field is None and default else field.contents()
+
+        self.halves = family == "qwen2"
+        self.residual, self.embedding = get("residual_scale", 1.0), get("embedding_scale", 1.0)
+        self.logit = get("logit_scale", 1.0)
         self.layers, self.heads, self.kv_heads = (
             get("block_count"),
             get("attention.head_count"),
@@ -72,52 +83,61 @@ class ReferenceLlama:
     def norm(self, x, name):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.eps) * self.tensors[name]
 
+    def linear(self, x, name):
+        return x @ self.tensors[f"{name}.weight"].T + self.tensors.get(f"{name}.bias", 0)
+
     def rope(self, x):
-        """GGUF llama weights are stored for adjacent pairs (x[2j], x[2j+1])."""
+        """GGUF llama weights are stored for adjacent pairs (x[2j], x[2j+1]), qwen2's for (x[j], x[j + size/2])."""
         length, _, size = x.shape
         angle = np.arange(length)[:, None] * self.base ** (-np.arange(0, size, 2) / size)[None]
         cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        even, odd = x[..., 0::2], x[..., 1::2]
+        first, second = (
+            (slice(size // 2), slice(size // 2, size)) if self.halves else (slice(0, size, 2), slice(1, size, 2))
+        )
+        even, odd = x[..., first], x[..., second]
         out = np.empty_like(x)
-        out[..., 0::2], out[..., 1::2] = even * cos - odd * sin, even * sin + odd * cos
+        out[..., first], out[..., second] = even * cos - odd * sin, even * sin + odd * cos
         return out
 
     def attention(self, x, layer):
-        w = lambda name: self.tensors[f"blk.{layer}.{name}.weight"]  # noqa: E731
-        length = len(x)
-        q = self.rope((x @ w("attn_q").T).reshape(length, self.heads, -1))
-        k = self.rope((x @ w("attn_k").T).reshape(length, self.kv_heads, -1))
-        v = (x @ w("attn_v").T).reshape(length, self.kv_heads, -1)
+        length, blk = len(x), f"blk.{layer}"
+        q = self.rope(self.linear(x, f"{blk}.attn_q").reshape(length, self.heads, -1))
+        k = self.rope(self.linear(x, f"{blk}.attn_k").reshape(length, self.kv_heads, -1))
+        v = self.linear(x, f"{blk}.attn_v").reshape(length, self.kv_heads, -1)
         group = self.heads // self.kv_heads
         k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
         scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1])
         scores += np.triu(np.full((length, length), -np.inf), 1)
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         scores /= scores.sum(-1, keepdims=True)
-        return np.einsum("hqk,khd->qhd", scores, v).reshape(length, -1) @ w("attn_output").T
+        return self.linear(np.einsum("hqk,khd->qhd", scores, v).reshape(length, -1), f"{blk}.attn_output")
 
     def mlp(self, x, layer, shift, clamp, seen):
-        w = lambda name: self.tensors[f"blk.{layer}.{name}.weight"]  # noqa: E731
-        gate = x @ w("ffn_gate").T
-        a = gate / (1 + np.exp(-gate))
+        blk = f"blk.{layer}"
+        gate = self.linear(x, f"{blk}.ffn_gate")
+        width = gate.shape[1]
+        a = gate * 0.5 * (1 + np.tanh(gate / 2))  # silu, without overflow
         if seen is not None:
             seen.append(a.copy())
         for neuron in np.flatnonzero(clamp):
             a[:, neuron] = np.minimum(a[:, neuron], 0)
-        a = a + shift
-        return (a * (x @ w("ffn_up").T)) @ w("ffn_down").T
+        a = a + shift[:width]
+        return self.linear(a * self.linear(x, f"{blk}.ffn_up"), f"{blk}.ffn_down")
 
     def logits(self, tokens, shift=None, clamp=None, seen=None):
         """[tokens, vocabulary]; ``seen`` collects the activations a of each layer, [tokens, width]."""
-        x = self.tensors["token_embd.weight"][list(tokens)]
-        width = self.tensors["blk.0.ffn_gate.weight"].shape[0]
+        x = self.tensors["token_embd.weight"][list(tokens)] * self.embedding
+        width = max(len(one) for name, one in self.tensors.items() if name.endswith("ffn_gate.weight"))
         nothing = np.zeros((self.layers, width))
         shift = nothing if shift is None else shift
         clamp = nothing if clamp is None else clamp
         for layer in range(self.layers):
-            x = x + self.attention(self.norm(x, f"blk.{layer}.attn_norm.weight"), layer)
-            x = x + self.mlp(self.norm(x, f"blk.{layer}.ffn_norm.weight"), layer, shift[layer], clamp[layer], seen)
-        return self.norm(x, "output_norm.weight") @ self.tensors["token_embd.weight"].T
+            if f"blk.{layer}.ffn_norm.weight" not in self.tensors:
+                continue  # deci: llama.cpp leaves out the whole layer
+            x = x + self.residual * self.attention(self.norm(x, f"blk.{layer}.attn_norm.weight"), layer)
+            normed = self.norm(x, f"blk.{layer}.ffn_norm.weight")
+            x = x + self.residual * self.mlp(normed, layer, shift[layer], clamp[layer], seen)
+        return self.norm(x, "output_norm.weight") @ self.tensors["token_embd.weight"].T / self.logit
 
 
 def kl(p_logits, q_logits):

@@ -1,8 +1,7 @@
-"""Bake a program into a GGUF, and take it out again."""
+"""Bake a program into a GGUF."""
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,46 +10,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, check_bakeable, gguf_family
 from npti_export.compiler.layout import arrange
-from npti_export.compiler.program import LayerProgram, MLPProgram
+from npti_export.compiler.program import OFF_BIAS, LayerProgram, MLPProgram
 from npti_export.errors import DiskFullError, GGUFError, ModelError
-from npti_export.export import widen
-from npti_export.files import atomic_output, sha256_file
+from npti_export.export import layout, widen
+from npti_export.export.layout import PREFIX
+from npti_export.export.rehome import Home, home_of
+from npti_export.export.strip import strip
 from npti_export.gguf.blocks import block_shape, is_float, supports_widening, type_name
 from npti_export.gguf.columns import granule, is_codebook
-from npti_export.gguf.reader import GGUFFile, KeyValue, TensorInfo, parse_gguf, read_gguf
-from npti_export.gguf.writer import (
-    NewTensor,
-    Value,
-    encode_header,
-    encode_uint32,
-    encode_value,
-    lay_out,
-    patch_values,
-)
+from npti_export.gguf.reader import GGUFFile, mlp_widths
+from npti_export.gguf.writer import NewTensor, Value, encode_value, patch_values
 
-PREFIX = "npti."
-FORMAT = 1  # of the npti.* keys and of what strip expects
-_SHA256 = "npti.base.sha256"
-_WIDTH = "npti.base.feed_forward_length"
-_HEADER = "npti.base.header"
-_GAPS = "npti.base.gaps"
+__all__ = ("PREFIX", "BakePlan", "check_base", "plan_bake", "record", "strip", "write_bake")
+
 _AHEAD = 8  # batches computed ahead of the writing
 _AHEAD_BYTES = 16 << 20  # larger ones are computed chunk by chunk as they are written, so that memory stays bounded
 _MINIMUM_BLOCK = 32  # n_ff must be a multiple of it in llama.cpp's kernels
+_F32 = 0
 
 
 @dataclass(frozen=True)
-class BakePlan:
-    """A steered file, laid out but not written."""
+class PartPlan:
+    """One steered file, or one shard of it, laid out but not written."""
 
     base: GGUFFile
-    program: MLPProgram
     header: bytes
     tensors: tuple[NewTensor, ...]
-    extra: int
-    base_sha256: str
 
     @property
     def nbytes(self) -> int:
@@ -59,82 +48,140 @@ class BakePlan:
         return len(self.header) + -(-(last.offset + last.nbytes) // self.base.alignment) * self.base.alignment
 
 
+@dataclass(frozen=True)
+class BakePlan:
+    """A steered file, laid out but not written; ``extra`` is what its widest addition to a layer has."""
+
+    base: GGUFFile
+    home: Home
+    program: MLPProgram
+    widths: tuple[int, ...]
+    parts: tuple[PartPlan, ...]
+    extra: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file, or of all its shards."""
+        return sum(part.nbytes for part in self.parts)
+
+
 def check_base(base: GGUFFile) -> None:
     """Raise if a program cannot be baked into ``base``; reads nothing but its header.
 
     Raises:
         ArchitectureError: llama.cpp loads no MLP biases for this family.
         GGUFError: a tensor is missing or of another shape than the header says.
-        ModelError: already steered, has MLP biases of its own, or a tensor type that cannot be widened.
+        ModelError: already steered, of a family that is re-homed and with something that has no place there, or a
+            tensor type that cannot be widened.
     """
-    family = gguf_family(base.architecture, str(base.path))
-    check_bakeable(family, str(base.path))
-    if family.bake != "itself":
-        raise ModelError(f"{base.path}: {family.name} files cannot be baked yet; take --format peft")
+    check_bakeable(gguf_family(base.architecture, str(base.path)), str(base.path))
     if any(entry.key.startswith(PREFIX) for entry in base.keys):
         raise ModelError(f"{base.path}: is steered already; npti-export strip it first, or give --trait several times")
-    hidden = base.require_int(f"{base.architecture}.embedding_length")
-    width = base.require_int(f"{base.architecture}.feed_forward_length")
-    shapes = {FFN_GATE: (hidden, width), FFN_UP: (hidden, width), FFN_DOWN: (width, hidden)}
     if base.get(f"{base.architecture}.expert_count", 0):
         raise ModelError(f"{base.path}: is a mixture of experts, which cannot be baked yet; take a dense model")
-    for layer in range(base.require_int(f"{base.architecture}.block_count")):
-        for stem in (FFN_GATE, FFN_UP, FFN_DOWN):
-            tensor = base.require_tensor(stem.format(layer) + ".weight")
-            if tensor.shape != shapes[stem]:
-                raise GGUFError(
-                    f"{base.path}: {tensor.name} is {tensor.shape}, not {shapes[stem]}; the file is damaged"
-                )
-            if stem.format(layer) + ".bias" in base.by_name:
-                raise ModelError(f"{base.path}: {stem.format(layer)} has a bias of its own, which is not supported yet")
-            if not supports_widening(tensor.type_id):
-                raise ModelError(
-                    f"{base.path}: {tensor.name} is {type_name(tensor.type_id)}, which cannot be widened; "
-                    "take a file whose MLP weights are floats or of a type that llama.cpp quantises to"
-                )
-            if stem.format(layer) + ".scale" in base.by_name:
-                raise ModelError(
-                    f"{base.path}: {stem.format(layer)} has a scale beside it (a converted NVFP4 checkpoint), where "
-                    "llama.cpp allows no bias; take another type of the model"
-                )
+    home_of(base)
+    hidden = base.require_int(f"{base.architecture}.embedding_length")
+    for layer, width in enumerate(mlp_widths(base)):
+        if width:
+            _check_mlp(base, layer, hidden, width)
 
 
-def plan_bake(base: GGUFFile, program: MLPProgram, metadata: dict[str, Value], base_sha256: str) -> BakePlan:
+def _check_mlp(base: GGUFFile, layer: int, hidden: int, width: int) -> None:
+    shapes = {FFN_GATE: (hidden, width), FFN_UP: (hidden, width), FFN_DOWN: (width, hidden)}
+    for stem, shape in shapes.items():
+        tensor = base.require_tensor(stem.format(layer) + ".weight")
+        if tensor.shape != shape:
+            raise GGUFError(f"{base.path}: {tensor.name} is {tensor.shape}, not {shape}; the file is damaged")
+        if not supports_widening(tensor.type_id):
+            raise ModelError(
+                f"{base.path}: {tensor.name} is {type_name(tensor.type_id)}, which cannot be widened; "
+                "take a file whose MLP weights are floats or of a type that llama.cpp quantises to"
+            )
+        if stem.format(layer) + ".scale" in base.by_name:
+            raise ModelError(
+                f"{base.path}: {stem.format(layer)} has a scale beside it (a converted NVFP4 checkpoint), where "
+                "llama.cpp allows no bias; take another type of the model"
+            )
+        bias = base.by_name.get(stem.format(layer) + ".bias")
+        if bias is not None and (bias.shape, bias.type_id) != (shape[1:], _F32):
+            raise GGUFError(f"{base.path}: {bias.name} is not {shape[1]} values of F32; the file is damaged")
+
+
+def plan_bake(
+    base: GGUFFile, program: MLPProgram, metadata: dict[str, Value], base_sha256: str | Sequence[str]
+) -> BakePlan:
     """Lay out the steered file: every tensor of the base, the MLPs widened, gate biases appended.
+
+    A split base gives a file split alike; keys about steering go to its first shard, what brings a shard of the base
+    back to that shard.
 
     Args:
         base: header of the unsteered file, see :func:`check_base`.
-        program: as many layers as the base has.
+        program: as many layers as the base has; where those differ in width, as wide as the widest.
         metadata: added under ``npti.``; floats may be patched later by :func:`record`.
-        base_sha256: of the base file, which :func:`strip` compares its result with.
+        base_sha256: of the base file, which :func:`strip` compares its result with; of each of its shards in turn.
+
+    Raises:
+        ModelError: the program is for neurons that a layer does not have.
     """
-    kinds = [base.require_tensor(f"{FFN_DOWN.format(layer)}.weight").type_id for layer in range(len(program.layers))]
-    blocks = {block_shape(kind, str(base.path))[0] for kind in kinds}  # each divides the largest
-    extra = program.extra_width(max(blocks | {_MINIMUM_BLOCK}))
+    digests = [base_sha256] if isinstance(base_sha256, str) else base_sha256
+    old = mlp_widths(base)
+    extras = _extras(base, program, old)
+    widths = [width + extra for width, extra in zip(old, extras, strict=True)]
     padded = MLPProgram(
         program.width,
-        tuple(
-            layer.padded(extra) if is_float(kind) else arrange(layer, extra, granule(kind), is_codebook(kind))
-            for layer, kind in zip(program.layers, kinds, strict=True)
-        ),
+        tuple(_placed(base, number, layer, extra) for number, (layer, extra) in enumerate(zip(program.layers, extras))),
     )
-    tensors = [_widened(tensor, program.width, extra) for tensor in base.tensors]
-    tensors += [
-        NewTensor(FFN_GATE.format(layer) + ".bias", (program.width + extra,), 0, 4 * (program.width + extra))
+    home = home_of(base)
+    names = {
+        FFN_GATE.format(layer): NewTensor(FFN_GATE.format(layer) + ".bias", (widths[layer],), _F32, 4 * widths[layer])
         for layer, one in enumerate(padded.layers)
         if one.off.size or one.gate_bias.any()
-    ]
-    added: dict[str, Value] = {
-        "npti.format": FORMAT,
-        _SHA256: base_sha256,
-        _WIDTH: program.width,
-        **{PREFIX + key: value for key, value in metadata.items()},
-        **_recovery(base),
     }
-    keys = _with_width(base, base.keys, program.width + extra)
-    keys += [(key, encode_value(value)) for key, value in added.items()]
-    header, placed = _lay_out(base, keys, tensors)
-    return BakePlan(base, padded, header, tuple(placed), extra, base_sha256)
+    new = {gate: bias for gate, bias in names.items() if bias.name not in base.by_name}
+    parts = []
+    for number, (part, digest) in enumerate(zip(base.parts, digests, strict=True)):
+        tensors = [layout.with_width(tensor, widths) for tensor in part.tensors]
+        tensors += [bias for gate, bias in new.items() if f"{gate}.weight" in part.by_name]
+        keys = layout.steered_keys(part, home, widths, len(base.tensors) + len(new))
+        added: dict[str, Value] = {layout.FORMAT_KEY: layout.FORMAT, layout.SHA256: digest}
+        if number == 0:
+            added |= {PREFIX + key: value for key, value in metadata.items()}
+        added |= _recovery(part, home, padded, old, keys, tensors)
+        keys += [(key, encode_value(value)) for key, value in added.items()]
+        header, placed = layout.header_of(part, keys, tensors)
+        parts.append(PartPlan(part, header, tuple(placed)))
+    return BakePlan(base, home, padded, tuple(old), tuple(parts), max(extras))
+
+
+def _placed(base: GGUFFile, number: int, layer: LayerProgram, extra: int) -> LayerProgram:
+    """A layer's units in the order in which their down columns are rounded best, filled up to ``extra``."""
+    if not extra or not layer.units:
+        return layer.padded(extra)
+    kind = base.require_tensor(FFN_DOWN.format(number) + ".weight").type_id
+    return layer.padded(extra) if is_float(kind) else arrange(layer, extra, granule(kind), is_codebook(kind))
+
+
+def _extras(base: GGUFFile, program: MLPProgram, widths: Sequence[int]) -> list[int]:
+    """Neurons to append to each layer: as many to all, unless the file has a width for each layer.
+
+    Raises:
+        ModelError: see :func:`plan_bake`.
+    """
+    blocks = {_MINIMUM_BLOCK}
+    for layer, (one, width) in enumerate(zip(program.layers, widths, strict=True)):
+        if max([*one.source.tolist(), *one.off.tolist()], default=-1) >= width:
+            raise ModelError(
+                f"{base.path}: layer {layer} has {width} neurons, and the rule steers one beyond; "
+                "it is for another model"
+            )
+        if width:
+            tensor = base.require_tensor(FFN_DOWN.format(layer) + ".weight")
+            blocks.add(block_shape(tensor.type_id, str(base.path))[0])
+    step = max(blocks)
+    if isinstance(base.get(f"{base.architecture}.feed_forward_length"), list) and base.architecture == "deci":
+        return [-(-one.units // step) * step for one in program.layers]
+    return [program.extra_width(step)] * len(widths)
 
 
 def write_bake(plan: BakePlan, path: Path) -> None:
@@ -149,7 +196,12 @@ def write_bake(plan: BakePlan, path: Path) -> None:
         raise DiskFullError(
             f"{path.absolute().parent}: the file needs {plan.nbytes / 1e6:.0f} MB but only {free / 1e6:.0f} MB are free"
         )
-    base = plan.base
+    for part, target in zip(plan.parts, [path], strict=True):
+        _write_part(plan, part, target)
+
+
+def _write_part(plan: BakePlan, part: PartPlan, path: Path) -> None:
+    base = part.base
     try:
         with (
             base.path.open("rb") as source,
@@ -159,7 +211,7 @@ def write_bake(plan: BakePlan, path: Path) -> None:
         ):
             pending: deque[Future[None]] = deque()
             # This thread computes what is new, the other one moves bytes, mostly inside the kernel.
-            for pieces, streamed in _batches(plan, source):
+            for pieces, streamed in _batches(plan, part, source):
                 pending.append(writer.submit(widen.write_pieces, copied, target, pieces))
                 while len(pending) > (0 if streamed else _AHEAD):
                     pending.popleft().result()
@@ -169,18 +221,18 @@ def write_bake(plan: BakePlan, path: Path) -> None:
         raise GGUFError(f"{base.path}: changed or ended while it was read ({error}); run the command again") from error
 
 
-def _batches(plan: BakePlan, source: BinaryIO) -> Iterator[tuple[Iterable[widen.Piece], bool]]:
+def _batches(plan: BakePlan, part: PartPlan, source: BinaryIO) -> Iterator[tuple[Iterable[widen.Piece], bool]]:
     """The file in pieces, and whether computing them reads from ``source`` while they are written.
 
     Tensors that are copied are gathered until there is one with something new, so that neighbours go in one call.
     """
-    batch: list[widen.Piece] = [plan.header]
+    batch: list[widen.Piece] = [part.header]
     position = 0
-    for tensor in plan.tensors:
+    for tensor in part.tensors:
         if tensor.offset > position:
             batch.append(bytes(tensor.offset - position))
         position = tensor.offset + tensor.nbytes
-        content = _content(source, plan, tensor)
+        content = _content(source, plan, part, tensor)
         if tensor.nbytes >= _AHEAD_BYTES:
             yield batch, False
             yield content, True
@@ -190,152 +242,88 @@ def _batches(plan: BakePlan, source: BinaryIO) -> Iterator[tuple[Iterable[widen.
         if not isinstance(batch[-1], widen.Range):
             yield batch, False
             batch = []
-    batch.append(bytes(plan.nbytes - len(plan.header) - position))
+    batch.append(bytes(part.nbytes - len(part.header) - position))
     yield batch, False
 
 
-def record(path: Path, values: dict[str, float]) -> None:
-    """Fill in float metadata that :func:`plan_bake` left as placeholders, such as the measured fidelity."""
-    patch_values(path, {PREFIX + key: value for key, value in values.items()})
-
-
-def strip(path: Path, out: Path, *, force: bool) -> str:
-    """Write the unsteered file that ``path`` was baked from, bit for bit.
-
-    Returns:
-        Its SHA-256, which was compared with the one recorded when it was baked.
-
-    Raises:
-        GGUFError: not a steered file, or the result is not the base, in which case nothing is written.
-        OutputError: ``out`` exists and ``force`` is not set.
-    """
-    steered = read_gguf(path)
-    expected = steered.get(_SHA256)
-    if steered.get("npti.format") != FORMAT or not isinstance(expected, str):
-        raise GGUFError(
-            f"{path}: was not made by this version of npti-export (no npti.base metadata); nothing to strip"
-        )
-    with atomic_output(out, force=force) as temporary:
-        with path.open("rb") as source, path.open("rb") as copied, temporary.open("wb", buffering=0) as target:
-            widen.write_pieces(copied, target, _base_pieces(steered, source))
-        found = sha256_file(temporary)
-        if found != expected:
-            raise GGUFError(
-                f"{path}: the base cannot be restored (sha256 {found[:12]}…, not {expected[:12]}…); it is damaged"
-            )
-    return found
-
-
-def _widened(tensor: TensorInfo, width: int, extra: int) -> NewTensor:
-    if tensor.name.endswith(("ffn_gate.weight", "ffn_up.weight")):
-        shape = (tensor.shape[0], width + extra)
-    elif tensor.name.endswith("ffn_down.weight"):
-        shape = (width + extra, tensor.shape[1])
-    else:
-        return NewTensor(tensor.name, tensor.shape, tensor.type_id, tensor.nbytes)
-    block, nbytes = block_shape(tensor.type_id, tensor.name)
-    return NewTensor(tensor.name, shape, tensor.type_id, shape[0] // block * nbytes * shape[1])
-
-
-def _content(source: BinaryIO, plan: BakePlan, tensor: NewTensor) -> Iterator[widen.Piece]:
-    old = plan.base.by_name.get(tensor.name)
+def _content(source: BinaryIO, plan: BakePlan, part: PartPlan, tensor: NewTensor) -> Iterator[widen.Piece]:
+    old = part.base.by_name.get(tensor.name)
+    found = layout.mlp_tensor(tensor.name)
+    if found is None:
+        assert old is not None
+        order = plan.home.steered_order(tensor.name)
+        return widen.copy(old) if order is None else widen.reorder_rows(source, old, order)
+    number, kind = found
+    layer = plan.program.layers[number]
     if old is None:
-        return iter([widen.gate_bias(plan.program.width, _layer(plan, tensor.name))])
-    if tensor.name.endswith("ffn_gate.weight"):
-        layer = _layer(plan, tensor.name)
+        return iter([widen.gate_bias(plan.widths[number], layer).data])
+    if kind.endswith("weight") and not layer.units:
+        return widen.copy(old)
+    if kind == "gate.weight":
         return widen.append_rows(source, old, layer.source, layer.gate_scale)
-    if tensor.name.endswith("ffn_up.weight"):
-        layer = _layer(plan, tensor.name)
+    if kind == "up.weight":
         return widen.append_rows(source, old, layer.source, layer.up_scale)
-    if tensor.name.endswith("ffn_down.weight"):
-        return widen.append_columns(source, old, _layer(plan, tensor.name))
-    return widen.copy(old)
+    if kind == "down.weight":
+        return widen.append_columns(source, old, layer)
+    values = widen.read_floats(source, old)
+    if kind == "gate.bias":
+        return iter([widen.gate_bias(plan.widths[number], layer, values).data])
+    return iter([widen.up_bias(layer, values).data])
 
 
-def _layer(plan: BakePlan, name: str) -> LayerProgram:
-    return plan.program.layers[int(name.split(".")[1])]
+def _recovery(
+    part: GGUFFile,
+    home: Home,
+    program: MLPProgram,
+    widths: Sequence[int],
+    keys: Sequence[layout.Entry],
+    tensors: Sequence[NewTensor],
+) -> dict[str, Value]:
+    """What strip cannot work out for itself from a steered file with these keys and tensors.
 
-
-def _lay_out(
-    like: GGUFFile, keys: Sequence[tuple[str, bytes]], tensors: Sequence[NewTensor]
-) -> tuple[bytes, list[NewTensor]]:
-    """Header bytes and placed tensors of a file without quirks, of the version and alignment of ``like``."""
-    placed = lay_out(tensors, like.alignment)
-    return encode_header(like.version, keys, placed, like.alignment), placed
-
-
-def _with_width(like: GGUFFile, entries: Iterable[KeyValue], width: int) -> list[tuple[str, bytes]]:
-    """The entries with another width of the MLPs."""
-    width_key = f"{like.architecture}.feed_forward_length"
-    return [(entry.key, encode_uint32(width) if entry.key == width_key else entry.raw) for entry in entries]
-
-
-def _recovery(base: GGUFFile) -> dict[str, Value]:
-    """What strip cannot work out for itself: a header with quirks, bytes between tensors that are not zero."""
-    header, _ = _lay_out(
-        base,
-        [(entry.key, entry.raw) for entry in base.keys],
-        [NewTensor(one.name, one.shape, one.type_id, one.nbytes) for one in base.tensors],
+    That is a header with quirks, bytes between tensors that are not zero, gate biases of neurons switched off.
+    """
+    count = len(part.tensors)
+    header, _ = layout.header_of(
+        part, layout.base_keys(keys, home), [layout.with_width(one, widths) for one in tensors[:count]]
     )
-    with base.path.open("rb") as stream:
-        original = stream.read(base.data_start)
+    with part.path.open("rb") as stream:
+        original = stream.read(part.data_start)
         gaps = []
-        position = base.data_start
-        for tensor in sorted(base.tensors, key=lambda one: one.offset):
+        position = part.data_start
+        for tensor in sorted(part.tensors, key=lambda one: one.offset):
             stream.seek(position)
             gaps.append(stream.read(tensor.offset - position))
             position = tensor.offset + tensor.nbytes
         stream.seek(position)
         gaps.append(stream.read())
-    result: dict[str, Value] = {"npti.base.bytes": base.size}
+        off = _switched_off(part, program, stream)
+    result: dict[str, Value] = {layout.BYTES: part.size, layout.TENSORS: count}
     if original != header:
-        result[_HEADER] = original
+        result[layout.HEADER] = original
     if any(gap.strip(b"\0") for gap in gaps):
-        result[_GAPS] = b"".join(gaps)
+        result[layout.GAPS] = b"".join(gaps)
+    if off:
+        result[layout.OFF_GATES] = off
     return result
 
 
-def _base_layout(steered: GGUFFile) -> tuple[bytes, list[TensorInfo]]:
-    """Header bytes and tensors (offsets from the start of the file) of the base of a steered file."""
-    stored = steered.get(_HEADER)
-    if stored is not None:
-        size = steered.require_int("npti.base.bytes")
-        return bytes(stored), list(parse_gguf(io.BytesIO(bytes(stored)), size, steered.path).tensors)
-    width = steered.require_int(_WIDTH)
-    if steered.require_int(f"{steered.architecture}.feed_forward_length") < width:
-        raise GGUFError(f"{steered.path}: is narrower than its base; it is damaged")
-    keys = _with_width(steered, (entry for entry in steered.keys if not entry.key.startswith(PREFIX)), width)
-    tensors = [_widened(one, width, 0) for one in steered.tensors if not one.name.endswith("ffn_gate.bias")]
-    header, placed = _lay_out(steered, keys, tensors)
-    return header, [
-        TensorInfo(one.name, one.shape, one.type_id, len(header) + one.offset, one.nbytes) for one in placed
-    ]
+def _switched_off(part: GGUFFile, program: MLPProgram, stream: BinaryIO) -> bytes:
+    """The base's own gate biases, float32, wherever the steered file has :data:`OFF_BIAS`."""
+    found = []
+    for tensor in part.tensors:
+        if tensor.name.endswith("ffn_gate.bias"):
+            old = widen.read_floats(stream, tensor)
+            off = old == OFF_BIAS
+            off[_layer(program, tensor.name).off] = True
+            found.append(old[off])
+    return np.concatenate(found).tobytes() if found else b""
 
 
-def _base_pieces(steered: GGUFFile, source: BinaryIO) -> Iterator[widen.Piece]:
-    """The whole base file in pieces: its header, its tensors in the order of the file, and what lies between them."""
-    header, tensors = _base_layout(steered)
-    gaps = memoryview(bytes(steered.get(_GAPS, [])))  # zeros where it is empty
-
-    def gap(length: int) -> bytes:
-        nonlocal gaps
-        data, gaps = bytes(gaps[:length]), gaps[length:]
-        return data.ljust(length, b"\0")
-
-    yield header
-    position = len(header)
-    for tensor in sorted(tensors, key=lambda one: one.offset):
-        if tensor.offset > position:
-            yield gap(tensor.offset - position)
-        yield from _narrowed(source, steered, tensor)
-        position = tensor.offset + tensor.nbytes
-    yield gap(int(steered.get("npti.base.bytes", position)) - position)
+def _layer(program: MLPProgram, name: str) -> LayerProgram:
+    return program.layers[int(name.split(".")[1])]
 
 
-def _narrowed(source: BinaryIO, steered: GGUFFile, tensor: TensorInfo) -> Iterator[widen.Piece]:
-    wide = steered.require_tensor(tensor.name)
-    if tensor.name.endswith(("ffn_gate.weight", "ffn_up.weight")):
-        return widen.keep_rows(wide, tensor.rows)
-    if tensor.name.endswith("ffn_down.weight"):
-        return widen.keep_columns(source, wide, tensor.row_bytes)
-    return widen.copy(wide)
+def record(path: Path, values: dict[str, float]) -> None:
+    """Fill in float metadata that :func:`plan_bake` left as placeholders, such as the measured fidelity."""
+    patch_values(path, {PREFIX + key: value for key, value in values.items()})

@@ -83,16 +83,42 @@ def _naming(stream: BinaryIO, tensor: TensorInfo) -> Iterator[None]:
         ) from error
 
 
-def gate_bias(width: int, program: LayerProgram) -> bytes:
-    """The gate bias of a widened layer, ``[width + units]`` float32."""
-    bias = np.zeros(width, np.float32)
+def reorder_rows(stream: BinaryIO, tensor: TensorInfo, order: Indices) -> Iterator[Piece]:
+    """Rows (of a vector: elements) in another order: in each group of ``len(order)`` row ``i`` is row ``order[i]``."""
+    count, group = tensor.shape[-1], len(order)
+    row_bytes = tensor.nbytes // count
+    per_chunk = max(1, CHUNK // (row_bytes * group)) * group
+    for start in range(0, count, per_chunk):
+        rows = min(per_chunk, count - start)
+        stream.seek(tensor.offset + start * row_bytes)
+        yield np.ascontiguousarray(_read(stream, rows * row_bytes).reshape(-1, group, row_bytes)[:, order]).data
+
+
+def gate_bias(width: int, program: LayerProgram, old: Floats | None = None) -> Floats:
+    """The gate bias of a widened layer, ``[width + units]`` float32; ``old`` is the base's, ``[width]``.
+
+    Unit ``u`` copies ``gate_scale[u]`` times a gate, so also times the gate's own bias.
+    """
+    bias = np.zeros(width, np.float32) if old is None else old.copy()
+    units = program.gate_bias if old is None else program.gate_bias + program.gate_scale * old[program.source]
     bias[program.off] = OFF_BIAS
-    return np.concatenate([bias, program.gate_bias]).tobytes()
+    return np.concatenate([bias, units]).astype(np.float32)
 
 
-def keep_rows(tensor: TensorInfo, rows: int) -> Iterator[Piece]:
-    """The first ``rows`` rows: undoes :func:`append_rows`."""
-    yield Range(tensor.offset, rows * tensor.row_bytes)
+def up_bias(program: LayerProgram, old: Floats) -> Floats:
+    """The up bias of a widened layer that had one, ``[width + units]`` float32."""
+    return np.concatenate([old, program.up_scale * old[program.source]])
+
+
+def read_floats(stream: BinaryIO, tensor: TensorInfo) -> Floats:
+    """A vector of float32, as a copy."""
+    stream.seek(tensor.offset)
+    return _read(stream, tensor.nbytes).view(np.float32).copy()
+
+
+def keep_bytes(tensor: TensorInfo, nbytes: int) -> Iterator[Piece]:
+    """The first bytes: undoes :func:`append_rows`."""
+    yield Range(tensor.offset, nbytes)
 
 
 def keep_columns(stream: BinaryIO, tensor: TensorInfo, row_bytes: int) -> Iterator[Piece]:

@@ -69,7 +69,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """The header of a GGUF file."""
+    """The header of a GGUF file.
+
+    Of a model split into several files (see :func:`npti_export.gguf.shards.read_model`) it has the path and the keys of
+    the first, the tensors of all, whose offsets count in their own file, and those files in ``shards``.
+    """
 
     path: Path
     version: int
@@ -78,6 +82,12 @@ class GGUFFile:
     alignment: int
     data_start: int
     size: int
+    shards: tuple[GGUFFile, ...] = ()
+
+    @property
+    def parts(self) -> tuple[GGUFFile, ...]:
+        """The files that it consists of, each with its own tensors."""
+        return self.shards or (self,)
 
     @cached_property
     def by_key(self) -> dict[str, KeyValue]:

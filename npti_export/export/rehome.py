@@ -1,0 +1,104 @@
+"""Write a family whose MLPs have no place for biases as one that has: qwen2 as llama.
+
+llama.cpp computes both alike but for the dimensions that its rotary embedding pairs: (j, j + d/2) of each head of size
+d in qwen2 (LLAMA_ROPE_TYPE_NEOX), (2j, 2j + 1) in llama (LLAMA_ROPE_TYPE_NORM). Scores are sums over dimensions, so
+reordering the rows of the q and k projections alike, and their biases, leaves them the same. Whole rows move, so
+quantised bytes are kept.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from npti_export.architectures import gguf_family
+from npti_export.compiler.program import Indices
+from npti_export.errors import ModelError
+from npti_export.gguf.reader import GGUFFile
+
+_REORDERED = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
+# Tensors of qwen2 files (src/models/qwen2.cpp of llama.cpp) that llama has a place for, too.
+_SHARED = re.compile(
+    r"(token_embd|output_norm|output)\.weight"
+    r"|blk\.\d+\.(attn_norm|attn_output|ffn_norm|ffn_gate|ffn_up|ffn_down)\.weight"
+    r"|blk\.\d+\.attn_[qkv]\.(weight|bias)"
+)
+
+
+@dataclass(frozen=True)
+class Home:
+    """How a steered file is called, and how its rows are ordered, as against its base.
+
+    Attributes:
+        base: ``general.architecture`` of the base.
+        steered: that of the steered file.
+        head: size of the heads whose q and k rows are reordered; 0 where nothing is.
+    """
+
+    base: str
+    steered: str
+    head: int = 0
+
+    def steered_key(self, key: str) -> str:
+        """A metadata key of the base, as the steered file has it."""
+        return _renamed(key, self.base, self.steered)
+
+    def base_key(self, key: str) -> str:
+        """A metadata key of the steered file, as the base has it."""
+        return _renamed(key, self.steered, self.base)
+
+    def steered_order(self, name: str) -> Indices | None:
+        """Row ``i`` of each head of the steered tensor is row ``order[i]`` of the base's; None where nothing moves."""
+        if not self.head or not _REORDERED.fullmatch(name):
+            return None
+        return np.arange(self.head, dtype=np.int64).reshape(2, -1).T.ravel()
+
+    def base_order(self, name: str) -> Indices | None:
+        """The inverse of :meth:`steered_order`."""
+        order = self.steered_order(name)
+        return None if order is None else np.argsort(order)
+
+
+def home_of(base: GGUFFile) -> Home:
+    """Where a steered file of ``base`` lives.
+
+    Raises:
+        ArchitectureError: a family that is not in the table.
+        ModelError: it must be re-homed, and holds something that its new home has no place for.
+    """
+    family = gguf_family(base.architecture, str(base.path))
+    if family.bake in (None, "itself"):
+        return Home(family.name, family.name)
+    assert family.bake is not None
+    home = Home(family.name, family.bake, head_size(base))
+    where = f"{base.path}: a steered {home.base} file is written as {home.steered}, "
+    for tensor in base.tensors:
+        if not _SHARED.fullmatch(tensor.name):
+            raise ModelError(f"{where}which has no place for the tensor {tensor.name}; take --format peft")
+        if _REORDERED.fullmatch(tensor.name) and tensor.shape[-1] % home.head:
+            raise ModelError(f"{where}but {tensor.name} is not made of heads of {home.head}; the file is damaged")
+    for entry in base.keys:
+        if entry.key.startswith(f"{home.steered}."):
+            raise ModelError(f"{where}but it has a key {entry.key} already; convert the model again")
+    rotated = base.get(f"{home.base}.rope.dimension_count", home.head)
+    if rotated != home.head or home.head % 2:
+        raise ModelError(f"{where}but it rotates {rotated} of {home.head} dimensions of a head; take --format peft")
+    return home
+
+
+def head_size(header: GGUFFile) -> int:
+    """Dimensions of an attention head: given, or a head's share of the residual stream, as llama.cpp has it.
+
+    Raises:
+        GGUFError: the keys are missing.
+    """
+    prefix = header.architecture
+    if f"{prefix}.attention.key_length" in header.by_key:
+        return header.require_int(f"{prefix}.attention.key_length")
+    return header.require_int(f"{prefix}.embedding_length") // header.require_int(f"{prefix}.attention.head_count")
+
+
+def _renamed(key: str, old: str, new: str) -> str:
+    return f"{new}.{key.removeprefix(old + '.')}" if key.startswith(f"{old}.") else key
