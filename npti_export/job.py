@@ -293,9 +293,31 @@ def _refuse_idle_options(job: Job, source: ModelSource) -> None:
             job.where == "response" and job.format != "peft"
         ),
     }
-    for message, given in idle.items():
+    for message, given in (idle | _idle_runtime_options(job, source)).items():
         if given:
             raise OutputError(message)
+
+
+def _idle_runtime_options(job: Job, source: ModelSource) -> dict[str, bool]:
+    settings = job.runtime
+    in_llamacpp = settings.engine_for(source) == "llama.cpp"
+    identifies_only = job.out is None and job.rule_from is None
+    measured_in_llamacpp = job.format in ("gguf", "control-vector") and not identifies_only
+    defaults = RuntimeSettings()
+    llamas = ("threads", "gpu_layers", "prompt_batch", "context")
+    return {
+        f"--dtype is for transformers, and llama.cpp runs {source.name}; leave it out, or add --runtime transformers": (
+            settings.dtype != "auto" and in_llamacpp
+        ),
+        f"--device is for transformers, and llama.cpp runs {source.name} (--gpu-layers); leave it out, or add "
+        "--runtime transformers": (
+            settings.device != "auto" and in_llamacpp and (identifies_only or measured_in_llamacpp)
+        ),
+        "--threads, --gpu-layers, --context and --prompt-batch are for llama.cpp, which runs nothing here": (
+            any(getattr(settings, name) != getattr(defaults, name) for name in llamas)
+            and not (in_llamacpp or measured_in_llamacpp)
+        ),
+    }
 
 
 def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:

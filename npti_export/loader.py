@@ -1,29 +1,74 @@
-"""Loading a model at the precision that each stage needs."""
+"""Loading a model in the runtime and at the precision that each stage needs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeVar
 
+from npti_export.errors import ModelError
 from npti_export.models import ModelSource
 from npti_export.progress import Progress
 
 if TYPE_CHECKING:
+    from npti_export.runtimes.base import Runtime
+    from npti_export.runtimes.llamacpp.context import Settings
+    from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
     from npti_export.runtimes.transformers import TransformersRuntime
+
+Engine = Literal["llama.cpp", "transformers"]
+Loaded = TypeVar("Loaded", "LlamaCppRuntime", "TransformersRuntime")
 
 _KEEP_BOTH_BYTES = 2 << 30  # below this float32 size, one load serves identification and verification
 
 
 @dataclass(frozen=True)
 class RuntimeSettings:
-    """Where and how a model runs; see :class:`npti_export.runtimes.transformers.TransformersRuntime`."""
+    """Where and how a model runs.
 
+    Attributes:
+        engine: ``auto`` takes llama.cpp for a GGUF, else transformers.
+        device: of transformers, see :class:`npti_export.runtimes.transformers.TransformersRuntime`, as the next two.
+        dtype: of identification.
+        trust_remote_code: whether to run code that comes with the model.
+        threads: of llama.cpp, see :class:`npti_export.runtimes.llamacpp.context.Settings`, as the next three.
+        gpu_layers: layers on the GPU.
+        prompt_batch: tokens processed at once.
+        context: cells of the KV cache.
+    """
+
+    engine: Engine | Literal["auto"] = "auto"
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    threads: int = 0
+    gpu_layers: int = -1
+    prompt_batch: int = 512
+    context: int = 0
+
+    @property
+    def llama(self) -> Settings:
+        """Those of llama.cpp."""
+        from npti_export.runtimes.llamacpp.context import Settings
+
+        return Settings(self.threads, self.gpu_layers, self.prompt_batch, self.context)
+
+    def engine_for(self, source: ModelSource) -> Engine:
+        """What runs a model.
+
+        Raises:
+            ModelError: the requested one cannot.
+        """
+        if self.engine == "llama.cpp" and source.kind != "gguf":
+            raise ModelError(
+                f"{source.name}: is a transformers model, and llama.cpp runs GGUF files; leave --runtime out, or give a "
+                ".gguf file as --model"
+            )
+        if self.engine != "auto":
+            return self.engine
+        return "llama.cpp" if source.kind == "gguf" else "transformers"
 
 
 @dataclass
@@ -43,14 +88,18 @@ class Timings:
 
 
 class Models:
-    """Loads a model once or twice: fast for identification, float32 for verification.
+    """Loads a model once or twice: fast for identification, in float32 torch for what is measured there.
 
     Args:
         source: the model.
         settings: where and how it runs.
         timings: told how long loading took, as ``load``.
         progress: told of each load.
-        verifies: whether float32 will be needed too.
+        verifies: whether float32 torch will be needed, too.
+        sequences: most that llama.cpp decodes together.
+
+    Raises:
+        ModelError: the requested runtime does not run this model.
     """
 
     def __init__(
@@ -61,32 +110,64 @@ class Models:
         progress: Progress,
         *,
         verifies: bool,
+        sequences: int = 1,
     ) -> None:
-        self._source, self._settings, self._timings, self._progress = source, settings, timings, progress
-        self._verifies = verifies
+        self.engine = settings.engine_for(source)
+        self._source, self.settings, self._timings, self._progress = source, settings, timings, progress
+        self._verifies, self._sequences = verifies, sequences
         self._exact: TransformersRuntime | None = None
         self._fast: TransformersRuntime | None = None
+        self._llama: LlamaCppRuntime | None = None
+
+    def __enter__(self) -> Models:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._llama is not None:
+            self._llama.close()
+            self._llama = None
 
     def dtype(self) -> str:
-        """The dtype identification computes in."""
+        """What identification computes in: a torch dtype, or ``ggml`` for llama.cpp's mixture."""
+        if self.engine == "llama.cpp":
+            return "ggml"
         from npti_export.runtimes.transformers import pick_dtype, usable_device
 
-        if self._settings.dtype != "auto":
-            return self._settings.dtype
-        return str(pick_dtype(usable_device(self._settings.device))).removeprefix("torch.")
+        if self.settings.dtype != "auto":
+            return self.settings.dtype
+        return str(pick_dtype(usable_device(self.settings.device))).removeprefix("torch.")
 
     def device(self) -> str:
-        """The kind of device: cpu, cuda or mps.
+        """The kind of device: cpu, cuda or mps; for llama.cpp cpu or gpu.
 
         Raises:
             ModelError: the requested one cannot be used here.
         """
+        if self.engine == "llama.cpp":
+            from npti_export.runtimes.llamacpp.library import llama
+
+            return "gpu" if self.settings.gpu_layers and llama().llama_supports_gpu_offload() else "cpu"
         from npti_export.runtimes.transformers import usable_device
 
-        return usable_device(self._settings.device).type
+        return usable_device(self.settings.device).type
 
-    def fast(self) -> TransformersRuntime:
-        """The model in the identification dtype."""
+    def fast(self) -> Runtime:
+        """The model as identification runs it."""
+        return self.llama() if self.engine == "llama.cpp" else self._fast_torch()
+
+    def llama(self) -> LlamaCppRuntime:
+        """A GGUF in llama.cpp."""
+        from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
+
+        if self._llama is None:
+            self._llama = self._loaded(
+                lambda: LlamaCppRuntime(
+                    self._source.path, self.settings.llama, sequences=self._sequences, source=self._source
+                )
+            )
+        return self._llama
+
+    def _fast_torch(self) -> TransformersRuntime:
         if self._fast is None:
             dtype = self.dtype()
             shape = self._source.shape
@@ -112,12 +193,17 @@ class Models:
     def _load(self, dtype: str) -> TransformersRuntime:
         from npti_export.runtimes.transformers import TransformersRuntime
 
-        settings = self._settings
-        self._progress.start(f"load {self._source.name}", 1)
-        with self._timings.measure("load"):
-            runtime = TransformersRuntime(
+        settings = self.settings
+        return self._loaded(
+            lambda: TransformersRuntime(
                 self._source, device=settings.device, dtype=dtype, trust_remote_code=settings.trust_remote_code
             )
+        )
+
+    def _loaded(self, load: Callable[[], Loaded]) -> Loaded:
+        self._progress.start(f"load {self._source.name}", 1)
+        with self._timings.measure("load"):
+            runtime = load()
         self._progress.advance(1)
         if runtime.uses_fallback_template:
             self._progress.note(f"{self._source.name} brings no chat template; using plain 'User: … Assistant:' turns")

@@ -25,8 +25,7 @@ from npti_export.runtimes.base import chat
 from npti_export.version import __version__
 
 if TYPE_CHECKING:
-    from npti_export.runtimes.transformers import TransformersRuntime
-    from npti_export.verify import Fidelity
+    from npti_export.verify import Fidelity, LayerErrors
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
@@ -49,8 +48,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 
             check_repository(job.push_to)
         with with_base(asked, progress, timings) as ready:
-            models = Models(ready.source, job.runtime, timings, progress, verifies=True)
-            with open_ending(ready, models) as ending:
+            with _models(ready, timings, progress, verifies=True) as models, open_ending(ready, models) as ending:
                 ending.check_output(job.out, force=job.force)
                 saved, profiles = _obtain_rule(ready, models, timings, progress)
                 report = _deliver(ready, saved, ending, models, timings, progress)
@@ -58,6 +56,11 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     report["seconds"] = {key: round(value, 3) for key, value in timings.seconds.items()}
     report["seconds"]["total"] = round(time.perf_counter() - started, 3)
     return report
+
+
+def _models(ready: Prepared, timings: Timings, progress: Progress, *, verifies: bool) -> Models:
+    sequences = ready.recipe.identify.batch_size
+    return Models(ready.source, ready.job.runtime, timings, progress, verifies=verifies, sequences=sequences)
 
 
 def open_ending(ready: Prepared, models: Models) -> Ending:
@@ -79,7 +82,7 @@ def open_ending(ready: Prepared, models: Models) -> Ending:
     from npti_export.endings.gguf import GGUFEnding
 
     assert ready.base is not None
-    return GGUFEnding(ready.base, ready.recipe)
+    return GGUFEnding(ready.base, ready.recipe, models.settings.llama)
 
 
 def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress: Progress) -> dict[str, NeuronProfile]:
@@ -163,22 +166,25 @@ def _deliver(
     out = ready.job.out
     assert out is not None
     with ending.output(out, force=ready.job.force) as temporary:
-        runtime = models.exact()  # first: a checkpoint is written from it, and its loading is not part of the writing
+        in_llamacpp = _runs_in_llamacpp(ready, models)
+        if not in_llamacpp:
+            models.exact()  # first: a checkpoint is written from it, and its loading is not part of the writing
         progress.start("write", 1)
         with timings.measure("write"):
             written = ending.write(saved, temporary)
         progress.advance(1)
         with timings.measure("verify"):
-            fidelity = measure_artifact(ready, runtime, saved, ending, temporary, progress)
+            fidelity, layers = measure_artifact(ready, models, saved, ending, temporary, progress)
         saved = replace(saved, about=replace(saved.about, fidelity=asdict(fidelity)))
         exact = ending.exact(temporary)
         fault = fidelity.fault(
             ready.recipe, exact=exact, base=ready.base.path.name if ready.base else ready.source.name
-        )
+        ) or (layers and layers.fault())
         with timings.measure("sample"):
             sample = None if fault else _sample(ready, ending, temporary, progress)
         limit = fidelity.limit(ready.recipe, exact=exact)
         report = _report(ready, saved, written, limit, sample)
+        report["layers"] = layers and asdict(layers)
         ending.finish(temporary, saved, report)
         if fault is not None:
             raise FidelityError(f"{out}: not delivered: {fault}; it is kept as {_set_aside(temporary, out)}")
@@ -187,14 +193,33 @@ def _deliver(
 
 
 def measure_artifact(
-    ready: Prepared, runtime: TransformersRuntime, saved: SavedRule, ending: Ending, path: Path, progress: Progress
-) -> Fidelity:
-    """Compare an artifact with its rule on held-out questions and the steered answers to them."""
+    ready: Prepared, models: Models, saved: SavedRule, ending: Ending, path: Path, progress: Progress
+) -> tuple[Fidelity, LayerErrors | None]:
+    """Compare an artifact with its rule on held-out questions and the steered answers to them.
+
+    What runs in llama.cpp is measured there, without torch, if the model is such a file itself; then each layer is
+    compared, too.
+    """
+    recipe = ready.recipe
+    questions = [chat(None, text) for text in held_out(ready.benches, recipe, recipe.verify.prompts)]
+    if _runs_in_llamacpp(ready, models):
+        from npti_export.verify_llamacpp import measure_file
+
+        base = models.llama()
+        artifact = ending.in_llamacpp(path, ready.source)
+        assert artifact is not None
+        with artifact:
+            prompts = [base.encode(question) for question in questions]
+            return measure_file(ready.source, base, artifact, saved.rule, prompts, recipe, progress)
     from npti_export.verify import measure
 
-    recipe = ready.recipe
-    prompts = [runtime.encode(chat(None, text)) for text in held_out(ready.benches, recipe, recipe.verify.prompts)]
-    return measure(runtime, saved.rule, ending.artifact(path), ending.base(), prompts, recipe, progress)
+    runtime = models.exact()
+    prompts = [runtime.encode(question) for question in questions]
+    return measure(runtime, saved.rule, ending.artifact(path), ending.base(), prompts, recipe, progress), None
+
+
+def _runs_in_llamacpp(ready: Prepared, models: Models) -> bool:
+    return ready.job.format in ("gguf", "control-vector") and models.engine == "llama.cpp"
 
 
 def _set_aside(temporary: Path, out: Path) -> Path:
@@ -279,8 +304,8 @@ def identify_only(job: Job, progress: Progress) -> tuple[NeuronProfile, dict[str
     """The ``identify`` command: one trait, both poles, and its profile written to ``job.save_profile``."""
     timings = Timings()
     with prepared(job) as ready:
-        models = Models(ready.source, job.runtime, timings, progress, verifies=False)
-        profiles = obtain_profiles(ready, models, timings, progress)
+        with _models(ready, timings, progress, verifies=False) as models:
+            profiles = obtain_profiles(ready, models, timings, progress)
     (profile,) = profiles.values()
     return profile, timings.seconds
 
@@ -294,12 +319,11 @@ def verify_artifact(job: Job, progress: Progress) -> dict[str, Any]:
     assert job.rule_from is not None
     timings = Timings()
     with prepared(job) as ready:
-        models = Models(ready.source, job.runtime, timings, progress, verifies=True)
         assert ready.saved is not None
-        with open_ending(ready, models) as ending:
-            fidelity = measure_artifact(ready, models.exact(), ready.saved, ending, job.rule_from, progress)
+        with _models(ready, timings, progress, verifies=True) as models, open_ending(ready, models) as ending:
+            fidelity, layers = measure_artifact(ready, models, ready.saved, ending, job.rule_from, progress)
             exact = ending.exact(job.rule_from)
-            fault = fidelity.fault(ready.recipe, exact=exact, base=ready.source.name)
+            fault = fidelity.fault(ready.recipe, exact=exact, base=ready.source.name) or (layers and layers.fault())
     return {
         "artifact": str(job.rule_from),
         "format": job.format,
@@ -307,6 +331,7 @@ def verify_artifact(job: Job, progress: Progress) -> dict[str, Any]:
         "model": ready.saved.about.model,
         "fidelity": asdict(fidelity),
         "limit": fidelity.limit(ready.recipe, exact=exact),
+        "layers": layers and asdict(layers),
         "fault": fault,
     }
 

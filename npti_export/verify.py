@@ -46,13 +46,21 @@ class Fidelity:
     max_logit_diff: float
     positions: int
 
-    def limit(self, recipe: Recipe, *, exact: bool) -> float:
-        """The largest acceptable ``kl_rule_artifact``; ``exact`` where its format rounds nothing that we add."""
+    def limit(self, recipe: Recipe, *, exact: bool | None) -> float:
+        """The largest acceptable ``kl_rule_artifact``.
+
+        Args:
+            recipe: its ``verify`` section.
+            exact: whether the artifact's format rounds nothing that we add; None for one that only approximates the
+                rule, and is acceptable if it is nearer to it than the unsteered file is.
+        """
+        if exact is None:
+            return self.kl_rule_base_file
         settings = recipe.verify
         limit = settings.kl_limit_float if exact else settings.kl_limit_quantised
         return max(limit, settings.kl_limit_floor_ratio * self.kl_runtime_floor)
 
-    def fault(self, recipe: Recipe, *, exact: bool, base: str) -> str | None:
+    def fault(self, recipe: Recipe, *, exact: bool | None, base: str) -> str | None:
         """Why the artifact must not be delivered, or None. A measure that is not a number is a fault, too.
 
         Args:
@@ -71,7 +79,7 @@ class Fidelity:
                 f"it does not do what the rule says: KL {self.kl_rule_artifact:.2g} is over the limit {limit:.2g} "
                 f"(runtime noise {self.kl_runtime_floor:.2g})"
             )
-        if not self.kl_rule_artifact <= 0.5 * self.kl_rule_base_file:
+        if exact is not None and not self.kl_rule_artifact <= 0.5 * self.kl_rule_base_file:
             return (
                 f"nothing proves that it does anything: it is KL {self.kl_rule_artifact:.2g} away from the rule, the "
                 f"unsteered file {self.kl_rule_base_file:.2g}; raise gamma or select more neurons"

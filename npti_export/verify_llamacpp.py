@@ -9,12 +9,8 @@ is not ours. Beside the distributions, each layer of the artifact is compared wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from npti_export.gguf.mlp import FileMLP, Floats
 from npti_export.gguf.reader import read_gguf
@@ -22,10 +18,8 @@ from npti_export.models import ModelSource
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
-from npti_export.runtimes.llamacpp.context import Context, Row, Settings
-from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
-from npti_export.runtimes.llamacpp.taps import See
-from npti_export.verify import Fidelity, LayerErrors, Logits, Tally
+from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime, SeeMLP
+from npti_export.verify import Fidelity, LayerErrors, Tally
 
 _LOGITS_BYTES = 96 << 20  # of one pass over several sequences; four of them are held
 _CHECKED_ROWS = 64  # of each pass, whose MLPs are compared layer by layer
@@ -33,22 +27,22 @@ _CHECKED_ROWS = 64  # of each pass, whose MLPs are compared layer by layer
 
 def measure_file(
     source: ModelSource,
-    artifact: Callable[[], LlamaCppRuntime],
+    base: LlamaCppRuntime,
+    artifact: LlamaCppRuntime,
     rule: SteeringRule,
     prompts: Sequence[tuple[int, ...]],
     recipe: Recipe,
-    settings: Settings,
     progress: Progress,
 ) -> tuple[Fidelity, LayerErrors]:
     """Compare rule, base and artifact on held-out prompts and the artifact's answers to them.
 
     Args:
         source: the unsteered file.
-        artifact: opens what was made of the rule.
+        base: that file, opened with its source.
+        artifact: what was made of the rule, opened with the base's source.
         rule: what it should do.
         prompts: token ids.
         recipe: its ``verify`` section.
-        settings: where llama.cpp computes.
         progress: told of each pass.
 
     Raises:
@@ -57,20 +51,16 @@ def measure_file(
     assert source.family is not None
     mlp = FileMLP(read_gguf(source.path), source.family)
     tally, layers = Tally(), _LayerSums(source.shape.layers)
-    with ExitStack() as stack:
-        steered = stack.enter_context(artifact())
-        base = stack.enter_context(LlamaCppRuntime(source.path, settings))
-        progress.start("verify", 1 + 4 * len(prompts))
-        sequences = _answers(steered, prompts, recipe)
-        progress.advance(1, sum(map(len, sequences)))
-        for some in _chunks(sequences, base.model.vocabulary_size):
-            tap = _Passes(source, mlp, some)
-            want = tap.replaced(base, rule)
-            plain = tap.replaced(base, None)
-            got = tap.watched(steered, rule, layers.add_artifact)
-            floor = tap.watched(base, None, layers.add_base)
-            tally.add(want, plain, got, floor)
-            progress.advance(4 * len(some), 4 * sum(map(len, some)))
+    progress.start("verify", 1 + 4 * len(prompts))
+    sequences = _answers(artifact, prompts, recipe)
+    progress.advance(1, sum(map(len, sequences)))
+    for some in _chunks(sequences, base.model.vocabulary_size):
+        want = base.run(some, _replaced(mlp, rule))
+        plain = base.run(some, _replaced(mlp, None))
+        got = artifact.run(some, _watched(mlp, rule, layers.add_artifact))
+        floor = base.run(some, _watched(mlp, None, layers.add_base))
+        tally.add(want, plain, got, floor)
+        progress.advance(4 * len(some), 4 * sum(map(len, some)))
     return tally.result(), layers.result()
 
 
@@ -95,62 +85,26 @@ def _chunks(sequences: Sequence[tuple[int, ...]], vocabulary: int) -> Iterator[l
         yield chunk
 
 
-class _Passes:
-    """Passes over the same sequences, with a hand on every MLP."""
+def _replaced(mlp: FileMLP, rule: SteeringRule | None) -> SeeMLP:
+    """Compute the MLPs here."""
 
-    def __init__(self, source: ModelSource, mlp: FileMLP, sequences: list[tuple[int, ...]]) -> None:
-        assert source.family is not None
-        self._family, self._layers, self._mlp, self._sequences = source.family, source.shape.layers, mlp, sequences
+    def replace(layer: int, x: Floats, y: Floats) -> bool:
+        y[:] = mlp(layer, x, rule)
+        return True
 
-    def replaced(self, runtime: LlamaCppRuntime, rule: SteeringRule | None) -> Logits:
-        """Logits with the MLPs computed here."""
+    return replace
 
-        def replace(layer: int, x: Floats, y: Floats) -> bool:
-            y[:] = self._mlp(layer, x, rule)
-            return True
 
-        return self._run(runtime, replace)
+def _watched(mlp: FileMLP, rule: SteeringRule | None, add: Callable[[int, Floats, Floats, Floats], None]) -> SeeMLP:
+    """Leave the MLPs; ``add`` gets layer, output, what it should be and what it would be unsteered, of some rows."""
 
-    def watched(
-        self, runtime: LlamaCppRuntime, rule: SteeringRule | None, add: Callable[[int, Floats, Floats, Floats], None]
-    ) -> Logits:
-        """Logits as they are; ``add`` gets layer, output, what it should be and what it would be unsteered."""
+    def watch(layer: int, x: Floats, y: Floats) -> bool:
+        some = np.linspace(0, len(x) - 1, min(_CHECKED_ROWS, len(x)), dtype=np.int64)
+        plain = mlp(layer, x[some])
+        add(layer, y[some], plain if rule is None else mlp(layer, x[some], rule), plain)
+        return False
 
-        def watch(layer: int, x: Floats, y: Floats) -> bool:
-            some = np.linspace(0, len(x) - 1, min(_CHECKED_ROWS, len(x)), dtype=np.int64)
-            plain = self._mlp(layer, x[some])
-            add(layer, y[some], plain if rule is None else self._mlp(layer, x[some], rule), plain)
-            return False
-
-        return self._run(runtime, watch)
-
-    def _run(self, runtime: LlamaCppRuntime, see: Callable[[int, Floats, Floats], bool]) -> Logits:
-        rows = [
-            Row(token, at, number, True) for number, tokens in enumerate(self._sequences) for at, token in enumerate(tokens)
-        ]
-        context = runtime.context(len(rows), len(self._sequences))
-        context.clear()
-        context.tap.nodes = self._nodes(see)
-        try:
-            return context.decode(rows).copy()
-        finally:
-            context.tap.nodes = {}
-
-    def _nodes(self, see: Callable[[int, Floats, Floats], bool]) -> dict[bytes, See]:
-        inputs: dict[int, Floats] = {}
-        nodes: dict[bytes, See] = {}
-        for layer in range(self._layers):
-
-            def keep(values: Floats, layer: int = layer) -> bool:
-                inputs[layer] = values.copy()  # its memory is used again before the MLP is through
-                return False
-
-            def compare(values: Floats, layer: int = layer) -> bool:
-                return see(layer, inputs.pop(layer), values)
-
-            nodes[f"{self._family.mlp_input}-{layer}".encode()] = keep
-            nodes[f"{self._family.mlp_output}-{layer}".encode()] = compare
-        return nodes
+    return watch
 
 
 class _LayerSums:
@@ -168,7 +122,7 @@ class _LayerSums:
     def result(self) -> LayerErrors:
         error, right, moved, floor, base = self._squares
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratios: list[npt.NDArray[np.float64]] = [np.sqrt(error / right), np.sqrt(moved / right), np.sqrt(floor / base)]
+            ratios = [np.sqrt(error / right), np.sqrt(moved / right), np.sqrt(floor / base)]
         return LayerErrors(*(tuple(np.nan_to_num(ratio, nan=0.0, posinf=np.inf).tolist()) for ratio in ratios))
 
 

@@ -5,7 +5,7 @@ import sys
 
 COMMAND = [sys.executable, "-c", "from npti_export.cli import main; main()"]
 # Small enough for a tiny random model, and no profile of a pole may come out empty.
-QUICK = ["--questions", "6", "--max-new-tokens", "8", "--batch-size", "4", "--dtype", "float32"]
+QUICK = ["--questions", "6", "--max-new-tokens", "8", "--batch-size", "4"]
 QUICK += ["--set", "select.at_least=20", "--set", "select.at_most=20", "--set", "verify.prompts=2"]
 QUICK += ["--set", "verify.answer_tokens=8"]
 

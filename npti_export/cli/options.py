@@ -33,13 +33,39 @@ def runtime_options(command: Command) -> Command:
     return _decorated(
         command,
         [
-            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps"),
+            click.option(
+                "--runtime",
+                "engine",
+                default="auto",
+                show_default=True,
+                type=click.Choice(["auto", "llama.cpp", "transformers"]),
+                help="What runs the model; auto takes llama.cpp for a GGUF",
+            ),
+            click.option("--threads", type=click.IntRange(1), metavar="N", help="llama.cpp: threads [default: all cores]"),
+            click.option(
+                "--gpu-layers", type=click.IntRange(-1), metavar="N", help="llama.cpp: layers on the GPU [default: all]"
+            ),
+            click.option(
+                "--context",
+                type=click.IntRange(256),
+                metavar="N",
+                help="llama.cpp: tokens in the KV cache, of all sequences together [default: as needed]",
+            ),
+            click.option(
+                "--prompt-batch",
+                type=click.IntRange(32),
+                metavar="N",
+                help="llama.cpp: tokens processed at once [default: 512]",
+            ),
+            click.option(
+                "--device", default="auto", show_default=True, help="transformers: auto, cpu, cuda, cuda:1, mps"
+            ),
             click.option(
                 "--dtype",
                 default="auto",
                 show_default=True,
                 type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-                help="Of identification; verification is always float32",
+                help="transformers: of identification; verification is always float32",
             ),
             click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model"),
         ],
@@ -72,6 +98,11 @@ def model_options(command: Command) -> Command:
             "--max-new-tokens", type=int, metavar="N", help="Longest answer while identifying [identify.max_new_tokens]"
         ),
         click.option("--batch-size", type=int, metavar="N", help="Sequences decoded together [identify.batch_size]"),
+        click.option(
+            "--until",
+            type=click.Choice(["stable", "all"]),
+            help="Ask until the selected neurons have settled, or every question [identify.until]",
+        ),
         click.option("--seed", type=int, metavar="N", help="Pairs questions with personas [identify.seed]"),
         click.option(
             "--bench",
@@ -94,6 +125,7 @@ def recipe_overrides(options: dict[str, Any]) -> tuple[str, ...]:
         "max_new_tokens": "identify.max_new_tokens",
         "batch_size": "identify.batch_size",
         "seed": "identify.seed",
+        "until": "identify.until",
     }
     values = [(key, options.pop(name, None)) for name, key in flags.items()]
     return (*options.pop("overrides"), *(f"{key}={value}" for key, value in values if value is not None))
@@ -116,8 +148,9 @@ def runtime_settings(options: dict[str, Any]) -> RuntimeSettings:
 
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options["device"]):
         raise ModelError(f"--device {options['device']!r}: give auto, cpu, mps, cuda or cuda:N")
-    names = ("device", "dtype", "trust_remote_code")
-    return RuntimeSettings(**{name: options.pop(name) for name in names})
+    names = ("engine", "device", "dtype", "trust_remote_code", "threads", "gpu_layers", "context", "prompt_batch")
+    given = {name: options.pop(name) for name in names}
+    return RuntimeSettings(**{name: value for name, value in given.items() if value is not None})
 
 
 class RichProgress:

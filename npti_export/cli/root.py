@@ -31,8 +31,8 @@ from npti_export.version import __version__
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(["gguf", "peft", "checkpoint"]),
-    help="GGUF, PEFT adapter or steered transformers checkpoint [default: gguf]",
+    type=click.Choice(["gguf", "peft", "checkpoint", "control-vector"]),
+    help="GGUF, PEFT adapter, steered transformers checkpoint, or control vector of llama.cpp [default: gguf]",
 )
 @click.option(
     "--from",
@@ -127,6 +127,7 @@ def _refuse_beside_from(context: click.Context) -> None:
         "max_new_tokens",
         "seed",
         "batch_size",
+        "until",
     ):
         if context.get_parameter_source(name) not in (default, None):
             flag = next(one.opts[0] for one in context.command.params if one.name == name)

@@ -11,10 +11,12 @@ from npti_export.rule_io import SavedRule
 from npti_export.runtimes.base import Message
 
 if TYPE_CHECKING:
+    from npti_export.models import ModelSource
+    from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
     from npti_export.verify import Opener
 
-Format = Literal["gguf", "peft", "checkpoint"]
-SAMPLE_TOKENS, SAMPLE_CONTEXT = 96, 2048
+Format = Literal["gguf", "peft", "checkpoint", "control-vector"]
+SAMPLE_TOKENS = 96
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,11 @@ class Ending(Protocol):
     def base(self) -> Opener | None:
         """Opens the unsteered model in that runtime; None where it is torch."""
 
-    def exact(self, path: Path) -> bool:
-        """Whether the artifact's format rounds nothing that we add."""
+    def in_llamacpp(self, path: Path, source: ModelSource) -> LlamaCppRuntime | None:
+        """The artifact opened by llama.cpp, if that is where it runs; ``source`` is the model that it was made of."""
+
+    def exact(self, path: Path) -> bool | None:
+        """Whether the artifact's format rounds nothing that we add; None where it only approximates the rule."""
 
     def answers(self, path: Path, messages: list[Message], repetition_penalty: float) -> dict[str, str]:
         """``base`` and ``steered``: greedy answers of the unsteered model and of the artifact."""

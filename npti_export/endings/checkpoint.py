@@ -108,6 +108,9 @@ class CheckpointEnding:
     def base(self) -> None:
         """Torch is the runtime."""
 
+    def in_llamacpp(self, path: Path, source: ModelSource) -> None:
+        """Torch is the runtime."""
+
     def exact(self, path: Path) -> bool:
         """Whether the MLPs are float32: 16 bits round biases and scaled rows."""
         weights = [weight for shard in directory_weights(path) for weight in shard]

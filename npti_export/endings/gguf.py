@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP
 from npti_export.compiler.exact import compile_exact
-from npti_export.endings.base import SAMPLE_CONTEXT, SAMPLE_TOKENS, Format, Written
+from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
 from npti_export.export.gguf import check_base, plan_bake, record, write_bake
 from npti_export.files import atomic_output, check_writable, sha256_file
 from npti_export.gguf.blocks import is_float
@@ -20,9 +20,11 @@ from npti_export.gguf.writer import Value
 from npti_export.recipe import Recipe
 from npti_export.rule_io import SavedRule, encode_rule
 from npti_export.runtimes.base import Message
-from npti_export.runtimes.llamacpp import LlamaCppRuntime, opener
+from npti_export.runtimes.llamacpp.context import Settings
+from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime, opener
 
 if TYPE_CHECKING:
+    from npti_export.models import ModelSource
     from npti_export.verify import Opener
 
 
@@ -32,6 +34,7 @@ class GGUFEnding:
     Args:
         base: header of the unsteered file.
         recipe: its ``compile`` section.
+        settings: where llama.cpp computes.
 
     Raises:
         ArchitectureError: llama.cpp loads no MLP biases for this family.
@@ -40,9 +43,9 @@ class GGUFEnding:
 
     format: Format = "gguf"
 
-    def __init__(self, base: GGUFFile, recipe: Recipe) -> None:
+    def __init__(self, base: GGUFFile, recipe: Recipe, settings: Settings | None = None) -> None:
         check_base(base)
-        self._base, self._recipe = base, recipe
+        self._base, self._recipe, self._settings = base, recipe, settings or Settings()
 
     def __enter__(self) -> GGUFEnding:
         self._pool = ThreadPoolExecutor(1)
@@ -70,11 +73,15 @@ class GGUFEnding:
 
     def artifact(self, path: Path) -> Opener:
         """See :class:`npti_export.endings.base.Ending`."""
-        return opener(path)
+        return opener(path, self._settings)
 
     def base(self) -> Opener:
         """See :class:`npti_export.endings.base.Ending`."""
-        return opener(self._base.path)
+        return opener(self._base.path, self._settings)
+
+    def in_llamacpp(self, path: Path, source: ModelSource) -> LlamaCppRuntime:
+        """See :class:`npti_export.endings.base.Ending`."""
+        return LlamaCppRuntime(path, self._settings, sequences=self._recipe.verify.prompts, source=source)
 
     def exact(self, path: Path) -> bool:
         """Float MLPs: their types round neither biases, which are F32, nor copies."""
@@ -87,7 +94,7 @@ class GGUFEnding:
         """See :class:`npti_export.endings.base.Ending`."""
         found = {}
         for name, file in (("base", self._base.path), ("steered", path)):
-            with LlamaCppRuntime(file, context=SAMPLE_CONTEXT, all_logits=False) as runtime:
+            with LlamaCppRuntime(file, self._settings) as runtime:
                 found[name] = runtime.answer(
                     messages, max_new_tokens=SAMPLE_TOKENS, repetition_penalty=repetition_penalty
                 )

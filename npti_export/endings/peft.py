@@ -16,6 +16,7 @@ from npti_export.rule_io import ADAPTER_WEIGHTS, SavedRule
 from npti_export.runtimes.base import Message
 
 if TYPE_CHECKING:
+    from npti_export.models import ModelSource
     from npti_export.runtimes.transformers import TransformersRuntime
     from npti_export.verify import Logits, LogitsOf, Opener
 
@@ -77,6 +78,9 @@ class PeftEnding:
         return opened
 
     def base(self) -> None:
+        """Torch is the runtime."""
+
+    def in_llamacpp(self, path: Path, source: ModelSource) -> None:
         """Torch is the runtime."""
 
     def exact(self, path: Path) -> bool:

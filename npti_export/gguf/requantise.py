@@ -20,7 +20,7 @@ from npti_export.gguf.blocks import block_shape, is_float, type_id_of, type_name
 from npti_export.gguf.reader import GGUFFile, read_gguf
 from npti_export.processes import ending, run_captured
 from npti_export.progress import Progress
-from npti_export.runtimes.llamacpp import usable_cores
+from npti_export.runtimes.llamacpp.library import usable_cores
 
 # name -> (llama_ftype, the ggml type that most of its tensors get)
 FILE_TYPES: dict[str, tuple[int, str]] = {

@@ -38,7 +38,7 @@ class GateCounter:
         self._counts = np.zeros((answers, layers, width), np.int32)
         self._tokens = np.zeros(answers, np.int64)
         self._group_of = np.zeros(answers, np.int64)
-        self._rows: list[tuple[_Group, slice, list[int]]] = []
+        self._rows: list[tuple[_Group, slice, slice]] = []  # group, rows of the pass, places in its buffer
 
     def begin(self, answers: Sequence[int], groups: Sequence[int]) -> None:
         """Expect a pass with one row for each of these answers, rows of a group next to each other."""
@@ -52,22 +52,26 @@ class GateCounter:
             if group.held + end - start > len(group.buffer[0]):
                 self._sum_up(group)
                 group.make_room(end - start)
-            self._rows.append((group, rows, list(answers[rows])))
+            self._rows.append((group, rows, slice(group.held, group.held + end - start)))
             group.owners += answers[rows]
             start = end
         np.add.at(self._tokens, list(answers), 1)
         self._group_of[list(answers)] = groups
 
-    def see(self, layer: int) -> See:
-        """What a tap does with the gate's pre-activation ``[rows, width]`` of a layer."""
+    def see(self, layer: int, first: int | None = None) -> See:
+        """What a tap does with the gate's pre-activation ``[rows, neurons]`` of a layer; ``first`` columns are the gate's.
 
-        def look(gate: Floats) -> bool:
+        A layer may have fewer neurons than the widest one; those that it lacks are never active.
+        """
+
+        def look(values: Floats) -> bool:
+            gate = values[:, :first]
+            width = gate.shape[1]
             bins = self._bins[gate.view(np.uint32) >> _DROPPED_BITS]
-            for group, rows, owners in self._rows:
-                count = len(owners)
-                end = len(group.owners)
-                group.buffer[layer, end - count : end] = bins[rows]
-                np.maximum(group.largest[layer], gate[rows].max(0), out=group.largest[layer])
+            for group, rows, place in self._rows:
+                group.buffer[layer, place, :width] = bins[rows]
+                largest = group.largest[layer, :width]
+                np.maximum(largest, gate[rows].max(0), out=largest)
             return False
 
         return look
@@ -86,13 +90,13 @@ class GateCounter:
         chosen = np.flatnonzero((self._group_of == index) & (self._tokens > 0))
         if not len(chosen):
             return ActivationStats.empty(*group.largest.shape)
-        if not np.isfinite(group.largest).all():
+        if np.isnan(group.largest).any() or np.isposinf(group.largest).any():
             raise ModelError("the model computes gates that are not numbers; the file is damaged")
         return ActivationStats(
             int(self._tokens[chosen].sum()),
             self._counts[chosen].sum(0, dtype=np.int64),
             group.histogram,
-            np.maximum(activate(group.largest, activation), 0).astype(np.float32),
+            activate(np.maximum(group.largest, 0), activation),
             Spread.of_answers(self._counts[chosen], self._tokens[chosen]),
         )
 
@@ -120,7 +124,7 @@ class _Group:
     def __init__(self, layers: int, width: int) -> None:
         self.histogram = np.zeros((layers, width, BIN_COUNT), np.int32)
         self.largest = np.full((layers, width), -np.inf, np.float32)  # of the pre-activation
-        self.buffer = np.empty((layers, _HELD_ROWS, width), np.uint8)
+        self.buffer = np.zeros((layers, _HELD_ROWS, width), np.uint8)
         self.owners: list[int] = []  # the answer of each held row
 
     @property
@@ -132,7 +136,7 @@ class _Group:
         """A buffer that holds at least so many rows."""
         layers, size, width = self.buffer.shape
         if rows > size:
-            self.buffer = np.empty((layers, rows, width), np.uint8)
+            self.buffer = np.zeros((layers, rows, width), np.uint8)
 
 
 @cache

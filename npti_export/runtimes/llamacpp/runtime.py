@@ -10,15 +10,21 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from npti_export.architectures import FFN_GATE, GGUFFamily
 from npti_export.errors import ModelError
+from npti_export.gguf.reader import read_gguf
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import Exchange, Message
 from npti_export.runtimes.llamacpp.chat import Chat
 from npti_export.runtimes.llamacpp.context import Context, Model, Row, Settings
 from npti_export.runtimes.llamacpp.counting import GateCounter
 from npti_export.runtimes.llamacpp.decoding import Beginnings, Decoder, Savings, Watch
+from npti_export.runtimes.llamacpp.taps import See
 from npti_export.stats import ActivationStats
 
+
+
+SeeMLP = Callable[[int, npt.NDArray[np.float32], npt.NDArray[np.float32]], bool]
 
 
 class LlamaCppRuntime:
@@ -29,7 +35,8 @@ class LlamaCppRuntime:
         path: the GGUF.
         settings: threads, GPU layers, batch, context.
         sequences: most sequences decoded together.
-        source: what the file is; needed where its neurons are looked at.
+        source: what the file is, or its base if it is steered; needed where its neurons are looked at.
+        control_vector: ``[layers - 1, hidden]``, added to the residual stream from the second layer on.
 
     Raises:
         ModelError: llama.cpp refuses the file.
@@ -42,13 +49,16 @@ class LlamaCppRuntime:
         *,
         sequences: int = 1,
         source: ModelSource | None = None,
+        control_vector: npt.NDArray[np.float32] | None = None,
     ) -> None:
+        self._control_vector = control_vector
         self.settings, self.source, self._sequences = settings or Settings(), source, sequences
         self.model = Model(path, self.settings)
         self.chat = Chat(self.model)
         self.uses_fallback_template = self.chat.uses_fallback
         self._beginnings = Beginnings()
         self._context: Context | None = None
+        self._gate_names: list[bytes] | None = None
 
     def __enter__(self) -> LlamaCppRuntime:
         return self
@@ -135,6 +145,23 @@ class LlamaCppRuntime:
         logits = context.decode([Row(token, at, 0, True) for at, token in enumerate(tokens)])
         return logits.copy()
 
+    def run(self, sequences: Sequence[Sequence[int]], see: SeeMLP) -> npt.NDArray[np.float32]:
+        """Logits ``[tokens, vocabulary]`` of several sequences, one behind the other, with a hand on every MLP.
+
+        Args:
+            sequences: token ids.
+            see: gets layer, input ``[rows, hidden]`` and output ``[rows, hidden]`` of each MLP, and says whether it
+                changed the output in place.
+        """
+        rows = [Row(token, at, number, True) for number, one in enumerate(sequences) for at, token in enumerate(one)]
+        context = self.context(len(rows), len(sequences))
+        context.clear()
+        context.tap.nodes = self._mlps(see)
+        try:
+            return context.decode(rows).copy()
+        finally:
+            context.tap.nodes = {}
+
     def answer(self, messages: Sequence[Message], *, max_new_tokens: int, repetition_penalty: float) -> str:
         """A greedy answer through the chat template inside the file."""
         prompts = [self.encode(messages)]
@@ -159,8 +186,15 @@ class LlamaCppRuntime:
                 held.close()
             self._context = None
             self._context = Context(self.model, limit or cells, sequences, self.settings)
+            if self._control_vector is not None:
+                self._context.set_control_vector(self._control_vector)
         assert self._context is not None
         return self._context
+
+    @property
+    def _family(self) -> GGUFFamily:
+        assert self._source.family is not None
+        return self._source.family
 
     @property
     def _source(self) -> ModelSource:
@@ -184,8 +218,29 @@ class LlamaCppRuntime:
         shape = self._source.shape
         return GateCounter(shape.layers, shape.width, self._source.activation, groups, answers)
 
-    def _gates(self, counter: GateCounter) -> dict[bytes, Callable[[npt.NDArray[np.float32]], bool]]:
-        return {f"ffn_gate-{layer}".encode(): counter.see(layer) for layer in range(self._source.shape.layers)}
+    def _gates(self, counter: GateCounter) -> dict[bytes, See]:
+        if self._gate_names is None:
+            family, tensors = self._family, read_gguf(self.model.path).by_name
+            biased = (f"{FFN_GATE.format(layer)}.bias" in tensors for layer in range(self._source.shape.layers))
+            self._gate_names = [f"{family.gate}{'_b' * has}-{layer}".encode() for layer, has in enumerate(biased)]
+        width = self._source.shape.width if self._family.fused else None
+        return {name: counter.see(layer, width) for layer, name in enumerate(self._gate_names)}
+
+    def _mlps(self, see: SeeMLP) -> dict[bytes, See]:
+        family, inputs = self._family, dict[int, npt.NDArray[np.float32]]()
+        nodes: dict[bytes, See] = {}
+        for layer in range(self._source.shape.layers):
+
+            def keep(values: npt.NDArray[np.float32], layer: int = layer) -> bool:
+                inputs[layer] = values.copy()  # its memory is used again before the MLP is through
+                return False
+
+            def hand_over(values: npt.NDArray[np.float32], layer: int = layer) -> bool:
+                return see(layer, inputs.pop(layer), values)
+
+            nodes[f"{family.mlp_input}-{layer}".encode()] = keep
+            nodes[f"{family.mlp_output}-{layer}".encode()] = hand_over
+        return nodes
 
 
 def opener(
