@@ -1,12 +1,15 @@
 """Baked files: bytes kept, rule reproduced in stock llama.cpp, base restored bit for bit."""
 
+import shutil
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import random_rule
+from gguf import GGUFReader
 from reference import ReferenceLlama, kl, open_gguf
-from tolerances import KL_TINY_FLOAT, KL_TINY_QUANTISED, KL_TINY_QUANTISED_OTHERS
+from tolerances import KL_TINY_FLOAT, KL_TINY_LAYOUT_ALONE, KL_TINY_QUANTISED, KL_TINY_QUANTISED_OTHERS
 
 from npti_export.compiler.exact import compile_exact
 from npti_export.errors import ArchitectureError, DiskFullError, GGUFError, ModelError, OutputError
@@ -72,18 +75,76 @@ def test_existing_blocks_are_byte_identical_and_strip_restores_the_file(make_tin
 def test_llama_cpp_runs_the_rule(make_tiny, tmp_path, kind):
     base, out = tiny_of(make_tiny, kind), tmp_path / "steered.gguf"
     rule = rule_for(base)
-    bake(base, out, rule)
+    bake(base, out, rule, units=5 if kind in ("F32", "F16", "BF16") else 4)
     reference = ReferenceLlama(base)
     want, plain = reference.logits(TOKENS, rule.shift, rule.clamp), reference.logits(TOKENS)
     effect, error = kl(want, plain), kl(want, llama_logits(out))
     floor = kl(plain, llama_logits(base))
-    assert effect > 0.1
+    assert effect > 0.03
     if kind in ("F32", "F16", "BF16"):
         assert error < max(KL_TINY_FLOAT, 2 * floor)
         assert effect > 1000 * error
     else:
         assert error < KL_TINY_QUANTISED.get(kind, KL_TINY_QUANTISED_OTHERS)
         assert effect > 4 * error
+
+
+def test_codebooks_without_room_for_corrections(make_tiny, tmp_path):
+    """Seven clamps of five units each fill the padding; their layout alone holds their columns together."""
+    base, out = tiny_of(make_tiny, "IQ2_XXS"), tmp_path / "steered.gguf"
+    rule = rule_for(base)
+    plan = bake(base, out, rule, units=5)
+    assert plan.program.layers[0].corrects is None
+    reference = ReferenceLlama(base)
+    want = reference.logits(TOKENS, rule.shift, rule.clamp)
+    error = kl(want, llama_logits(out))
+    assert error < KL_TINY_LAYOUT_ALONE
+    assert kl(want, reference.logits(TOKENS)) > 4 * error
+
+
+def test_types_may_differ_within_a_file_and_between_layers(make_tiny, tmp_path):
+    kinds = {
+        "blk.0.ffn_gate.weight": "IQ2_XS", "blk.0.ffn_up.weight": "Q6_K", "blk.0.ffn_down.weight": "Q8_0",
+        "blk.1.ffn_gate.weight": "MXFP4", "blk.1.ffn_up.weight": "TQ2_0", "blk.1.ffn_down.weight": "IQ1_M",
+        "blk.2.ffn_gate.weight": "F32", "blk.2.ffn_up.weight": "BF16", "blk.2.ffn_down.weight": "Q4_0",
+    }
+    base = make_tiny("Q5_1", hidden=256, width=512, layers=3, kinds=tuple(kinds.items()))
+    out = tmp_path / "s.gguf"
+    rule = rule_for(base)
+    plan = bake(base, out, rule, units=4)
+    assert plan.extra == 256  # IQ1_M's block, though every other layer would do with less
+    for tensor in GGUFReader(out).tensors:
+        assert tensor.tensor_type.name == kinds.get(tensor.name, tensor.tensor_type.name)
+    reference = ReferenceLlama(base)
+    want = reference.logits(TOKENS, rule.shift, rule.clamp)
+    error = kl(want, llama_logits(out))
+    assert error < KL_TINY_QUANTISED_OTHERS
+    assert kl(want, reference.logits(TOKENS)) > 4 * error
+    strip(out, tmp_path / "base.gguf", force=False)
+    assert (tmp_path / "base.gguf").read_bytes() == base.read_bytes()
+
+
+@pytest.mark.parametrize("stem", ["ffn_gate", "ffn_down"])
+def test_weights_that_are_not_finite(make_tiny, tmp_path, stem):
+    """In a quantised block they would make ggml abort the process."""
+    base = tmp_path / "nan.gguf"
+    shutil.copy(tiny_of(make_tiny, "IQ3_S"), base)
+    tensor = read_gguf(base).by_name[f"blk.0.{stem}.weight"]
+    with base.open("rb+") as stream:
+        for block in range(tensor.nbytes // 110):
+            stream.seek(tensor.offset + 110 * block)
+            stream.write(np.float16(np.nan).tobytes())
+    with pytest.raises(GGUFError, match=rf"nan.gguf: blk.0.{stem}.weight: .* not finite.*; the file is damaged or"):
+        bake(base, tmp_path / "s.gguf", rule_for(base))
+
+
+@pytest.mark.parametrize("stem", ["ffn_gate", "ffn_up", "ffn_down"])
+def test_a_scale_beside_a_weight_is_refused(tiny, stem):
+    """llama.cpp aborts where an NVFP4 gate has both a scale and a bias, and elsewhere multiplies the bias, too."""
+    header = read_gguf(tiny)
+    scale = replace(header.by_name["output_norm.weight"], name=f"blk.1.{stem}.scale")
+    with pytest.raises(ModelError, match=f"blk.1.{stem} has a scale beside it"):
+        check_base(replace(header, tensors=(*header.tensors, scale)))
 
 
 def test_a_rule_that_only_shifts_is_exact_in_float32(tiny, tmp_path):
@@ -206,8 +267,6 @@ def test_a_header_that_contradicts_its_tensors(tiny, tmp_path):
 def test_no_room_is_said_before_writing(tiny, tmp_path, monkeypatch):
     base = read_gguf(tiny)
     plan = plan_bake(base, compile_exact(rule_for(tiny), 4), {}, "0" * 64)
-    import shutil
-
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(DiskFullError, match=r"needs 0 MB|needs \d+ MB but only 0 MB"):
         write_bake(plan, tmp_path / "s.gguf")
@@ -226,8 +285,6 @@ def test_large_tensors_are_streamed_to_the_same_bytes(tiny, tmp_path, monkeypatc
 
 
 def test_a_base_cut_short_while_it_is_read(make_tiny, tmp_path):
-    import shutil
-
     base = tmp_path / "base.gguf"
     shutil.copy(make_tiny(), base)
     plan = plan_bake(read_gguf(base), compile_exact(rule_for(base), 4), {}, "0" * 64)
