@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npti_export.errors import ModelError, OutputError
-from npti_export.export.convert import Conversion, convert, find_converter, plan_conversion
+from npti_export.export.convert import (
+    Conversion,
+    check_family,
+    convert,
+    convertible,
+    find_converter,
+    plan_conversion,
+)
 from npti_export.export.gguf import check_base
 from npti_export.files import check_writable, translate_os_errors
 from npti_export.gguf.reader import GGUFFile
@@ -29,7 +36,7 @@ from npti_export.gguf.requantise import (
     quantised_name,
 )
 from npti_export.loader import Timings
-from npti_export.models import ModelSource, gguf_source, names_directory
+from npti_export.models import ModelSource, gguf_source
 from npti_export.progress import Progress
 
 
@@ -62,7 +69,7 @@ def check_request(model: str | None, base: Path | None, converter: Path | None, 
         parse_file_type(requantize)
     if base is not None and converter is not None:
         raise OutputError("--converter makes the GGUF to bake into, and --base brings one; give one of the two")
-    if base is None and names_directory(model):
+    if base is None and convertible(model):
         find_converter(converter)
 
 
@@ -88,6 +95,7 @@ def plan_base(
     """
     file_type = None if requantize is None else parse_file_type(requantize)
     if base is None:
+        check_family(source)  # before anyone is sent to fetch a converter
         command = find_converter(converter)
         conversion = plan_conversion(source, command, trust_remote_code=trust_remote_code)
         if file_type is None:

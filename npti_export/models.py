@@ -142,18 +142,27 @@ def resolve_model(spec: str | None) -> ModelSource:
     )
 
 
-def names_directory(spec: str | None) -> bool:
-    """Whether a ``--model`` is a transformers directory, here or on the hub, as far as its name tells."""
+def model_type_ahead(spec: str | None) -> str | None:
+    """The ``model_type`` of a ``--model`` that is a transformers directory, from its ``config.json`` alone.
+
+    Returns:
+        None for a GGUF, and for a directory that :func:`resolve_model` will refuse.
+
+    Raises:
+        ModelError: a repository that is not on the hub, or has no configuration.
+    """
     if spec is None:
-        return False
+        return None
     try:
         path = Path(spec).expanduser()
-        if path.exists():
-            return path.is_dir()
-    except (OSError, RuntimeError):
-        return False  # resolve_model says what is wrong with it
-    match = _HUB_ID.match(spec)
-    return match is not None and match["file"] is None and not spec.endswith(".gguf")
+        if not path.exists():
+            match = _HUB_ID.match(spec)
+            if match is None or match["file"] is not None or spec.endswith(".gguf"):
+                return None
+            path = _download(spec, "config.json").parent
+        return str(json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        return None
 
 
 def gguf_source(path: Path) -> ModelSource:

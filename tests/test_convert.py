@@ -18,7 +18,7 @@ from jobs import COMMAND, main_job, npti
 
 from npti_export.base_file import check_request, made_base, plan_base
 from npti_export.errors import ArchitectureError, DiskFullError, ModelError, OutputError
-from npti_export.export.convert import SCRIPT, VARIABLE, find_converter, float_name, plan_conversion
+from npti_export.export.convert import SCRIPT, VARIABLE, convertible, find_converter, float_name, plan_conversion
 from npti_export.gguf.reader import read_gguf
 from npti_export.loader import Timings
 from npti_export.models import gguf_source, resolve_model
@@ -189,7 +189,7 @@ def test_code_that_the_converter_would_run_needs_the_user_s_word(converter, mode
     assert planned(model, converter, trust=True).origin.outtype == "f32"
 
 
-def test_what_could_not_be_baked_is_refused_before_it_is_converted(converter, model):
+def test_what_could_not_be_baked_is_refused_before_it_is_converted(converter, model, no_converter):
     import torch
 
     config = json.loads((model / "config.json").read_text())
@@ -198,8 +198,9 @@ def test_what_could_not_be_baked_is_refused_before_it_is_converted(converter, mo
         ({"hidden_act": "gelu"}, ArchitectureError, "its activation is gelu"),
     ):
         (model / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(error, match=says):
-            planned(model, converter)
+        for named in (converter, None):  # nobody is sent for a converter in vain
+            with pytest.raises(error, match=says):
+                planned(model, named)
     (model / "config.json").write_text(json.dumps(config))
     from safetensors.torch import load_file, save_file
 
@@ -231,23 +232,37 @@ def test_a_converter_with_nothing_to_convert(converter, tiny):
         plan_base(gguf_source(tiny), read_gguf(tiny), converter=converter, requantize=None, trust_remote_code=False)
 
 
+def test_what_needs_a_converter(tiny, model):
+    assert convertible(str(model))
+    for other in (None, str(tiny), "org/name:file.gguf", "nowhere.gguf", str(model.parent), "~nobody/x"):
+        assert not convertible(other), other
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    assert not convertible(str(model))  # refused for that, whether or not there is a converter
+
+
 @pytest.mark.parametrize("model", ["here", "org/name"])
-def test_none_is_said_at_once_and_before_anything_is_downloaded(model, tiny_checkpoint, cli_environment, tmp_path):
+def test_none_is_said_at_once_and_before_weights_are_downloaded(model, tiny_checkpoint, cli_environment, tmp_path):
+    cached = tmp_path / "hub" / "models--org--name"  # of the repository, there is nothing but the configuration
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    shutil.copy(tiny_checkpoint / "config.json", cached / "snapshots" / ("0" * 40))
     if model == "here":
         model = tiny_checkpoint
-    environment = {**cli_environment, "PATH": "/nonexistent"}
+    environment = {**cli_environment, "PATH": "/nonexistent", "HF_HOME": str(tmp_path)}
     environment.pop(VARIABLE, None)
-    done = npti("--trait", "calm", "--model", model, "--out", "o.gguf", environment=environment, cwd=tmp_path)
+    program = "import atexit, sys; from npti_export.cli import main; "
+    program += "atexit.register(lambda: print('torch' in sys.modules)); main()"
+    arguments = ["--trait", "calm", "--model", str(model), "--out", "o.gguf"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert f"llama.cpp's {SCRIPT}, which was not found" in done.stderr
-    assert not any(tmp_path.iterdir())
-    program = "import sys; from npti_export.base_file import check_request; "
-    program += (
-        f"\ntry: check_request({str(model)!r}, None, None, None)\nexcept Exception as e: print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout == "False\n", done.stderr
+    assert done.stdout == "False\n"  # what takes seconds to import was not
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"]
 
 
 def test_the_whole_job_from_a_directory(converter, model, cli_environment, tmp_path):

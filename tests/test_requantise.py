@@ -19,9 +19,11 @@ from npti_export.gguf import requantise
 from npti_export.gguf.blocks import decode, type_name
 from npti_export.gguf.reader import read_gguf
 from npti_export.gguf.requantise import FILE_TYPES, check_float, parse_file_type, quantise_file, quantised_name
+from npti_export.job import Job, prepared, with_base
 from npti_export.loader import Timings
 from npti_export.models import gguf_source
 from npti_export.progress import Silent
+from npti_export.traits import parse_trait
 
 SIZES = {"hidden": 256, "width": 512}  # K-quants have blocks of 256
 
@@ -216,4 +218,18 @@ def test_bad_input(arguments, says, cli_environment, tmp_path):
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert says in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_base_is_quantised_for_baking_only_and_the_model_stays(half, make_tiny, tmp_path):
+    model = make_tiny(**SIZES)  # the same weights in F32
+    job = Job((parse_trait("calm"),), tmp_path / "o.gguf", model=str(model), base=half, requantize="Q8_0")
+    with prepared(job) as asked, with_base(asked, Silent(), Timings()) as ready:
+        assert ready.source == asked.source
+        assert ready.base.path.name == "tiny-Q8_0.gguf"
+        assert gguf_source(ready.base.path).fingerprint == ready.source.fingerprint
+    job = Job((parse_trait("calm"),), tmp_path / "o.gguf", model=str(half), requantize="Q8_0")
+    with prepared(job) as asked, with_base(asked, Silent(), Timings()) as ready:
+        assert ready.source.path == ready.base.path
+        assert ready.source.digest == sha256_file(ready.base.path)
     assert not any(tmp_path.iterdir())

@@ -15,9 +15,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from npti_export.architectures import ARCHITECTURES
 from npti_export.errors import ArchitectureError, ModelError
 from npti_export.gguf.requantise import refuse_full_disk
-from npti_export.models import ModelSource, weight_files
+from npti_export.models import ModelSource, model_type_ahead, weight_files
 from npti_export.processes import ending, run_captured
 from npti_export.progress import Progress
 
@@ -100,15 +101,21 @@ def _command(path: Path, named_by: str) -> tuple[str, ...]:
     return (sys.executable, str(path.absolute()))
 
 
-def plan_conversion(source: ModelSource, command: tuple[str, ...], *, trust_remote_code: bool) -> Conversion:
-    """Check a directory, and choose the type that keeps its weights as they are; reads headers only.
-
-    Weights in one 16-bit type stay in it, those in float32 or in a mixture become float32, of which both 16-bit types
-    are parts. For others (FP8 and the like) the converter chooses 16 bits by itself: ``auto``.
+def convertible(model: str | None) -> bool:
+    """Whether a ``--model`` is a directory that the converter could make a GGUF for us; its weights are not read.
 
     Raises:
-        ArchitectureError: no extra neurons can be baked into a GGUF of this family, or its activation is not SiLU.
-        ModelError: it has MLP biases, or brings code that the converter would run.
+        ModelError: a repository that is not on the hub, or has no configuration.
+    """
+    model_type = model_type_ahead(model)
+    return any(model_type in row.model_types for row in ARCHITECTURES if row.gguf is not None)
+
+
+def check_family(source: ModelSource) -> None:
+    """Raise unless a rule can be baked into the GGUF that a directory would become.
+
+    Raises:
+        ArchitectureError: llama.cpp loads no MLP biases for this family, or its activation is not SiLU.
     """
     source.check_compilable()
     if source.architecture.gguf is None:
@@ -116,6 +123,17 @@ def plan_conversion(source: ModelSource, command: tuple[str, ...], *, trust_remo
             f"{source.name}: llama.cpp loads no MLP biases for {source.model_type}, so no rule can be baked into its "
             "GGUF; take --format peft" + (" or checkpoint" if source.architecture.checkpoint else "")
         )
+
+
+def plan_conversion(source: ModelSource, command: tuple[str, ...], *, trust_remote_code: bool) -> Conversion:
+    """Check a directory, and choose the type that keeps its weights as they are; reads headers only.
+
+    Weights in one 16-bit type stay in it, those in float32 or in a mixture become float32, of which both 16-bit types
+    are parts. For others (FP8 and the like) the converter chooses 16 bits by itself: ``auto``.
+
+    Raises:
+        ModelError: it has MLP biases, or brings code that the converter would run.
+    """
     _refuse_code(source.path, trust_remote_code=trust_remote_code)
     kinds, elements = _matrices(source)
     known = {_OUTTYPE.get(kind, "auto") for kind in kinds}
