@@ -46,7 +46,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     with prepared(job) as ready:
         models = Models(ready.source, job.runtime, timings, progress, verifies=True)
         with open_ending(ready, models) as ending:
-            ending.check_output(job.out, force=job.force)
+            assert ready.job.out is not None
+            ending.check_output(ready.job.out, force=job.force)
             if job.push_to is not None:
                 from npti_export.export.hub import check_repository
 
@@ -269,7 +270,7 @@ def push(job: Job, report: dict[str, Any], progress: Progress) -> str:
     assert job.out is not None
     assert job.push_to is not None
     progress.start(f"push to {job.push_to}", 1)
-    url = upload(job.out, job.push_to, model_card(report), private=job.private)
+    url = upload(Path(report["artifact"]["path"]), job.push_to, model_card(report), private=job.private)
     progress.advance(1)
     return url
 
