@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -88,6 +88,41 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+@contextmanager
+def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside ``paths``; publish files of their names from it on success, none on any failure.
+
+    For files that belong together and are opened by the first one's name: that one is published last, and one that it
+    replaces is removed before any other, so that old and new ones never pass for one whole.
+    A caller may move the temporary folder elsewhere: then nothing is published.
+
+    Raises:
+        OutputError: see :func:`check_writable`.
+        DiskFullError: the disk filled up while writing.
+    """
+    for path in paths:
+        check_writable(path, force=force)
+    first, *others = paths
+    with translate_os_errors(first):
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(first), suffix=".partial", dir=first.absolute().parent))
+    published: list[Path] = []
+    try:
+        with translate_os_errors(first):
+            yield folder
+            if folder.exists():
+                if force:
+                    first.unlink(missing_ok=True)
+                for path in [*others, first]:
+                    _publish(folder / path.name, path, force=force)
+                    published.append(path)
+    except BaseException:
+        for path in published:
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_ours(directory: Path) -> bool:

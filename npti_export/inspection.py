@@ -8,7 +8,7 @@ from typing import Any
 from npti_export.errors import ModelError
 from npti_export.export.gguf import PREFIX
 from npti_export.gguf.blocks import type_name
-from npti_export.gguf.reader import read_gguf
+from npti_export.gguf.shards import read_model
 from npti_export.profile import SAFETENSORS_SUFFIXES
 from npti_export.rule_io import artifact_format, load_rule
 
@@ -49,7 +49,7 @@ def _directory(path: Path) -> dict[str, Any]:
 
 
 def _gguf(path: Path) -> dict[str, Any]:
-    header = read_gguf(path)
+    header = read_model(path)
     steering = {entry.key: entry.value for entry in header.keys if entry.key.startswith(PREFIX)}
     for key in ("npti.base.header", "npti.base.gaps", "npti.rule"):
         if key in steering:
@@ -63,6 +63,7 @@ def _gguf(path: Path) -> dict[str, Any]:
         "mlp width": header.get(f"{header.architecture}.feed_forward_length"),
         "tensor types": ", ".join(types),
         "bytes": header.size,
+        **({"files": len(header.shards)} if header.shards else {}),
         **steering,
     }
 

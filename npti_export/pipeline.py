@@ -49,7 +49,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             check_repository(job.push_to)
         with with_base(asked, progress, timings) as ready:
             with _models(ready, timings, progress, verifies=True) as models, open_ending(ready, models) as ending:
-                ending.check_output(job.out, force=job.force)
+                assert ready.job.out is not None
+                ending.check_output(ready.job.out, force=job.force)
                 saved, profiles = _obtain_rule(ready, models, timings, progress)
                 report = _deliver(ready, saved, ending, models, timings, progress)
     report["profiles"] = profiles
@@ -295,7 +296,7 @@ def push(job: Job, report: dict[str, Any], progress: Progress) -> str:
     assert job.out is not None
     assert job.push_to is not None
     progress.start(f"push to {job.push_to}", 1)
-    url = upload(job.out, job.push_to, model_card(report), private=job.private)
+    url = upload(Path(report["artifact"]["path"]), job.push_to, model_card(report), private=job.private)
     progress.advance(1)
     return url
 
@@ -303,9 +304,8 @@ def push(job: Job, report: dict[str, Any], progress: Progress) -> str:
 def identify_only(job: Job, progress: Progress) -> tuple[NeuronProfile, dict[str, float]]:
     """The ``identify`` command: one trait, both poles, and its profile written to ``job.save_profile``."""
     timings = Timings()
-    with prepared(job) as ready:
-        with _models(ready, timings, progress, verifies=False) as models:
-            profiles = obtain_profiles(ready, models, timings, progress)
+    with prepared(job) as ready, _models(ready, timings, progress, verifies=False) as models:
+        profiles = obtain_profiles(ready, models, timings, progress)
     (profile,) = profiles.values()
     return profile, timings.seconds
 

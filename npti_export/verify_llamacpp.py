@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from npti_export.gguf.mlp import FileMLP, Floats
-from npti_export.gguf.reader import read_gguf
+from npti_export.gguf.shards import read_model
 from npti_export.models import ModelSource
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
@@ -49,7 +49,7 @@ def measure_file(
         ModelError: llama.cpp cannot run one of the two files.
     """
     assert source.family is not None
-    mlp = FileMLP(read_gguf(source.path), source.family)
+    mlp = FileMLP(read_model(source.path), source.family)
     tally, layers = Tally(), _LayerSums(source.shape.layers)
     progress.start("verify", 1 + 4 * len(prompts))
     sequences = _answers(artifact, prompts, recipe)

@@ -57,10 +57,10 @@ LAYOUTS = {
 class TinyWriter:
     """Writes random tensors in one type, single ones in another by their names; the same seed gives the same model."""
 
-    def __init__(self, path, family, kind, seed, kinds=()):
+    def __init__(self, path, family, kind, seed, kinds=(), **split):
         from gguf import GGUFWriter
 
-        self.writer = GGUFWriter(path, family)
+        self.writer = GGUFWriter(path, family, **split)
         self.kind, self.kinds = kind, dict(kinds)
         self.rng = np.random.default_rng(seed)
 
@@ -161,15 +161,19 @@ def write_tiny(
     family="llama",
     biases=(),
     kinds=(),
+    split=0,
+    small_first_shard=False,
 ):
     """A random model of a family; MLP and attention weights in ``kind``, K-quants through ggml.
 
     ``kinds`` gives single tensors another type, by their names.
 
     ``width`` is a number or a tuple with one for each layer; ``biases`` names projections that get one, such as
-    ``ffn_gate``, whether or not llama.cpp loads them.
+    ``ffn_gate``, whether or not llama.cpp loads them; ``split`` is how many tensors go into a file, the first of which
+    is returned.
     """
-    tiny, layout = TinyWriter(path, family, kind, seed, kinds), LAYOUTS[family]
+    splits = {"split_max_tensors": split, "small_first_shard": small_first_shard} if split else {}
+    tiny, layout = TinyWriter(path, family, kind, seed, kinds, **splits), LAYOUTS[family]
     widths = width if isinstance(width, tuple) else (width,) * layers
     _add_keys(tiny, tokenizer, layout, hidden, list(width) if widths is width else width, layers, template, alignment)
 
@@ -197,4 +201,4 @@ def write_tiny(
     tiny.writer.write_kv_data_to_file()
     tiny.writer.write_tensors_to_file()
     tiny.writer.close()
-    return Path(path)
+    return next(Path(path).parent.glob(f"{Path(path).stem}-00001-of-*.gguf")) if split else Path(path)

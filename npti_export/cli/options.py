@@ -41,7 +41,9 @@ def runtime_options(command: Command) -> Command:
                 type=click.Choice(["auto", "llama.cpp", "transformers"]),
                 help="What runs the model; auto takes llama.cpp for a GGUF",
             ),
-            click.option("--threads", type=click.IntRange(1), metavar="N", help="llama.cpp: threads [default: all cores]"),
+            click.option(
+                "--threads", type=click.IntRange(1), metavar="N", help="llama.cpp: threads [default: all cores]"
+            ),
             click.option(
                 "--gpu-layers", type=click.IntRange(-1), metavar="N", help="llama.cpp: layers on the GPU [default: all]"
             ),

@@ -20,6 +20,10 @@ def strip(file: Path, out: Path, force: bool) -> None:
       npti-export strip model.gguf --out base.gguf
     """
     from npti_export.export.gguf import strip as strip_file
+    from npti_export.gguf.shards import read_model, shard_paths
 
     digest = strip_file(file, out, force=force)
-    click.echo(f"wrote {out}, the base file bit for bit (sha256 {digest})")
+    first, *others = shard_paths(out, len(read_model(file).parts))
+    click.echo(f"wrote {first}, the base file bit for bit (sha256 {digest})")
+    for path in others:
+        click.echo(f"wrote {path}, bit for bit")

@@ -27,13 +27,13 @@ class Written:
         nbytes: its size.
         extra_width: neurons appended to each layer.
         base_bytes: size of the unsteered file; None where there is no such file.
-        base_sha256: of that file.
+        base_sha256: of that file, or of each of the files that it is split into.
     """
 
     nbytes: int
     extra_width: int = 0
     base_bytes: int | None = None
-    base_sha256: str | None = None
+    base_sha256: str | dict[str, str] | None = None
 
 
 class Ending(Protocol):

@@ -25,7 +25,7 @@ from npti_export.export.checkpoint import (
 )
 from npti_export.export.gguf import check_base
 from npti_export.files import atomic_directory, check_directory_writable, sha256_file
-from npti_export.gguf.reader import read_gguf
+from npti_export.gguf.shards import read_model
 from npti_export.models import ModelSource, resolve_model, weight_files
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
@@ -59,7 +59,7 @@ class CheckpointEnding:
         self._source, self._exact, self._recipe, self._dtype = source, exact, recipe, dtype
         self._steered: TransformersRuntime | None = None
         if source.kind == "gguf":
-            check_base(read_gguf(source.path))
+            check_base(read_model(source.path))
             return
         self._config = _config(source.path)
         check_expressible(self._config, source.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +13,10 @@ from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP
 from npti_export.compiler.exact import compile_exact
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
 from npti_export.export.gguf import check_base, plan_bake, record, write_bake
-from npti_export.files import atomic_output, check_writable, sha256_file
+from npti_export.files import atomic_files, atomic_output, check_writable, sha256_file
 from npti_export.gguf.blocks import is_float
-from npti_export.gguf.reader import GGUFFile, read_gguf
+from npti_export.gguf.reader import GGUFFile
+from npti_export.gguf.shards import first_in, named_shards, read_model, shard_paths
 from npti_export.gguf.writer import Value
 from npti_export.recipe import Recipe
 from npti_export.rule_io import SavedRule, encode_rule
@@ -49,7 +50,8 @@ class GGUFEnding:
 
     def __enter__(self) -> GGUFEnding:
         self._pool = ThreadPoolExecutor(1)
-        self._sha256: Future[str] = self._pool.submit(sha256_file, self._base.path)  # while neurons are identified
+        # while neurons are identified
+        self._sha256 = [self._pool.submit(sha256_file, part.path) for part in self._base.parts]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -57,23 +59,29 @@ class GGUFEnding:
 
     def check_output(self, path: Path, *, force: bool) -> None:
         """See :class:`npti_export.endings.base.Ending`."""
-        check_writable(path, force=force, need_bytes=self._base.size)
+        for file in shard_paths(path, len(self._base.parts)):
+            check_writable(file, force=force, need_bytes=self._base.size)
 
     def output(self, path: Path, *, force: bool) -> AbstractContextManager[Path]:
-        """See :class:`npti_export.endings.base.Ending`."""
+        """A split model's temporary place is a folder, the artifact a file in it; see also the protocol."""
+        if self._base.shards:
+            paths = shard_paths(path, len(self._base.shards))
+            self._first = paths[0].name
+            return atomic_files(paths, force=force)
         return atomic_output(path, force=force)
 
     def write(self, saved: SavedRule, path: Path) -> Written:
         """See :class:`npti_export.endings.base.Ending`."""
         program = compile_exact(saved.rule, self._recipe.compile.clamp_units)
-        base_sha256 = self._sha256.result()
-        plan = plan_bake(self._base, program, self._metadata(saved), base_sha256)
-        write_bake(plan, path)
-        return Written(plan.nbytes, plan.extra, self._base.size, base_sha256)
+        digests = [future.result() for future in self._sha256]
+        plan = plan_bake(self._base, program, self._metadata(saved), digests)
+        write_bake(plan, path / self._first if self._base.shards else path)
+        named = {part.path.name: digest for part, digest in zip(self._base.parts, digests, strict=True)}
+        return Written(plan.nbytes, plan.extra, self._base.size, named if self._base.shards else digests[0])
 
     def artifact(self, path: Path) -> Opener:
         """See :class:`npti_export.endings.base.Ending`."""
-        return opener(path, self._settings)
+        return opener(_file(path), self._settings)
 
     def base(self) -> Opener:
         """See :class:`npti_export.endings.base.Ending`."""
@@ -81,19 +89,19 @@ class GGUFEnding:
 
     def in_llamacpp(self, path: Path, source: ModelSource) -> LlamaCppRuntime:
         """See :class:`npti_export.endings.base.Ending`."""
-        return LlamaCppRuntime(path, self._settings, sequences=self._recipe.verify.prompts, source=source)
+        return LlamaCppRuntime(_file(path), self._settings, sequences=self._recipe.verify.prompts, source=source)
 
     def exact(self, path: Path) -> bool:
         """Float MLPs: their types round neither biases, which are F32, nor copies."""
-        header = read_gguf(path)
+        header = read_model(_file(path))
         layers = range(header.require_int(f"{header.architecture}.block_count"))
         names = [f"{stem.format(layer)}.weight" for stem in (FFN_GATE, FFN_UP, FFN_DOWN) for layer in layers]
-        return all(is_float(header.require_tensor(name).type_id) for name in names)
+        return all(is_float(header.by_name[name].type_id) for name in names if name in header.by_name)
 
     def answers(self, path: Path, messages: list[Message], repetition_penalty: float) -> dict[str, str]:
         """See :class:`npti_export.endings.base.Ending`."""
         found = {}
-        for name, file in (("base", self._base.path), ("steered", path)):
+        for name, file in (("base", self._base.path), ("steered", _file(path))):
             with LlamaCppRuntime(file, self._settings) as runtime:
                 found[name] = runtime.answer(
                     messages, max_new_tokens=SAMPLE_TOKENS, repetition_penalty=repetition_penalty
@@ -102,11 +110,13 @@ class GGUFEnding:
 
     def finish(self, path: Path, saved: SavedRule, report: dict[str, Any]) -> None:
         """A file has no card beside it; its metadata say the same."""
-        record(path, {f"fidelity.{name}": value for name, value in saved.about.fidelity.items()})
+        record(_file(path), {f"fidelity.{name}": value for name, value in saved.about.fidelity.items()})
 
-    def digest(self, path: Path) -> str:
+    def digest(self, path: Path) -> str | dict[str, str]:
         """See :class:`npti_export.endings.base.Ending`."""
-        return sha256_file(path)
+        if not path.is_dir():
+            return sha256_file(path)
+        return {file.name: sha256_file(file) for file in named_shards(first_in(path))}
 
     def _metadata(self, saved: SavedRule) -> dict[str, Value]:
         from npti_export.verify import Fidelity
@@ -126,6 +136,11 @@ class GGUFEnding:
             "rule": encode_rule(saved.rule),
             **placeholders,
         }
+
+
+def _file(path: Path) -> Path:
+    """The file that llama.cpp is given: ``path``, or the first one of a split model in a temporary folder."""
+    return first_in(path) if path.is_dir() else path
 
 
 def _ascii_name(path: Path) -> str:

@@ -23,6 +23,7 @@ from npti_export.export.strip import strip
 from npti_export.gguf.blocks import block_shape, is_float, supports_widening, type_name
 from npti_export.gguf.columns import granule, is_codebook
 from npti_export.gguf.reader import GGUFFile, mlp_widths
+from npti_export.gguf.shards import shard_paths
 from npti_export.gguf.writer import NewTensor, Value, encode_value, patch_values
 
 __all__ = ("PREFIX", "BakePlan", "check_base", "plan_bake", "record", "strip", "write_bake")
@@ -44,6 +45,8 @@ class PartPlan:
     @property
     def nbytes(self) -> int:
         """Size of the file."""
+        if not self.tensors:
+            return len(self.header)
         last = self.tensors[-1]
         return len(self.header) + -(-(last.offset + last.nbytes) // self.base.alignment) * self.base.alignment
 
@@ -185,7 +188,9 @@ def _extras(base: GGUFFile, program: MLPProgram, widths: Sequence[int]) -> list[
 
 
 def write_bake(plan: BakePlan, path: Path) -> None:
-    """Write a planned file to ``path``, streaming; memory is bounded by the batches ahead, whatever the model's size.
+    """Write a planned file to ``path`` (of a split model: the first one), streaming.
+
+    Memory is bounded by the batches ahead, whatever the model's size.
 
     Raises:
         DiskFullError: known before the first byte.
@@ -196,7 +201,7 @@ def write_bake(plan: BakePlan, path: Path) -> None:
         raise DiskFullError(
             f"{path.absolute().parent}: the file needs {plan.nbytes / 1e6:.0f} MB but only {free / 1e6:.0f} MB are free"
         )
-    for part, target in zip(plan.parts, [path], strict=True):
+    for part, target in zip(plan.parts, shard_paths(path, len(plan.parts)), strict=True):
         _write_part(plan, part, target)
 
 
@@ -299,7 +304,7 @@ def _recovery(
         gaps.append(stream.read())
         off = _switched_off(part, program, stream)
     result: dict[str, Value] = {layout.BYTES: part.size, layout.TENSORS: count}
-    if original != header:
+    if original != header[: part.size]:  # a shard without tensors may end before its padding
         result[layout.HEADER] = original
     if any(gap.strip(b"\0") for gap in gaps):
         result[layout.GAPS] = b"".join(gaps)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npti_export.errors import HubError
+from npti_export.gguf.shards import named_shards
 from npti_export.version import __version__
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def push(path: Path, repository: str, card: str, *, private: bool = False) -> st
     and kept otherwise.
 
     Args:
-        path: a directory, or a file that is uploaded under its own name.
+        path: a directory, or a file that is uploaded under its own name; the first of a split model stands for all.
         repository: ``owner/name``.
         card: the model card; not used for a directory that has a README.md.
         private: create the repository as private. Otherwise it is what the owner's settings say, mostly public.
@@ -119,8 +120,9 @@ def _additions(path: Path, card: str) -> list[CommitOperationAdd]:
     if path.is_dir():
         files = {one.relative_to(path).as_posix(): one for one in sorted(path.rglob("*")) if one.is_file()}
     else:
-        path.stat()  # CommitOperationAdd has an error of its own for a missing file
-        files = {path.name: path}
+        files = {one.name: one for one in named_shards(path)}
+        for one in files.values():
+            one.stat()  # CommitOperationAdd has an error of its own for a missing file
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=one) for name, one in files.items()]
     if _CARD not in files:
         additions.append(CommitOperationAdd(path_in_repo=_CARD, path_or_fileobj=card.encode()))

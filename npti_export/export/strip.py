@@ -14,28 +14,40 @@ from npti_export.compiler.program import OFF_BIAS
 from npti_export.errors import GGUFError
 from npti_export.export import layout, widen
 from npti_export.export.rehome import Home
-from npti_export.files import atomic_output, sha256_file
-from npti_export.gguf.reader import GGUFFile, TensorInfo, mlp_widths, parse_gguf, read_gguf
+from npti_export.files import atomic_files, atomic_output, sha256_file
+from npti_export.gguf.reader import GGUFFile, TensorInfo, mlp_widths, parse_gguf
+from npti_export.gguf.shards import read_model, shard_paths
 
 
 def strip(path: Path, out: Path, *, force: bool) -> str:
     """Write the unsteered file that ``path`` was baked from, bit for bit.
 
+    Args:
+        path: the steered file, or the first one of a split model.
+        out: the result; of a split model see :func:`npti_export.gguf.shards.shard_paths`.
+        force: replace what is there.
+
     Returns:
-        Its SHA-256, which was compared with the one recorded when it was baked.
+        The SHA-256 of the (first) file; each file's was compared with the one recorded when it was baked.
 
     Raises:
         GGUFError: not a steered file, or the result is not the base, in which case nothing is written.
         OutputError: ``out`` exists and ``force`` is not set.
     """
-    steered = read_gguf(path)
-    if steered.get(layout.FORMAT_KEY) != layout.FORMAT:
+    steered = read_model(path)
+    if any(part.get(layout.FORMAT_KEY) != layout.FORMAT for part in steered.parts):
         raise GGUFError(
             f"{path}: was not made by this version of npti-export (no npti.base metadata); nothing to strip"
         )
-    plan = _Base(steered, layout.steered_home(steered), layout.base_widths(steered, mlp_widths(steered)))
-    with atomic_output(out, force=force) as temporary:
-        return _write(plan, temporary)
+    home, widths = layout.steered_home(steered), layout.base_widths(steered, mlp_widths(steered))
+    plans = [_Base(part, home, widths) for part in steered.parts]
+    if not steered.shards:
+        with atomic_output(out, force=force) as temporary:
+            return _write(plans[0], temporary)
+    paths = shard_paths(out, len(plans))
+    with atomic_files(paths, force=force) as folder:
+        digests = [_write(plan, folder / file.name) for plan, file in zip(plans, paths, strict=True)]
+    return digests[0]
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ def _layout(plan: _Base) -> tuple[bytes, list[TensorInfo]]:
         size = steered.require_int(layout.BYTES)
         return bytes(stored), list(parse_gguf(io.BytesIO(bytes(stored)), size, steered.path).tensors)
     keys = layout.base_keys(((entry.key, entry.raw) for entry in steered.keys), plan.home)
-    kept = steered.tensors[: steered.require_int(layout.TENSORS)]
+    kept = steered.tensors[: int(steered.get(layout.TENSORS, len(steered.tensors)))]
     header, placed = layout.header_of(steered, keys, [layout.with_width(one, plan.widths) for one in kept])
     return header, [
         TensorInfo(one.name, one.shape, one.type_id, len(header) + one.offset, one.nbytes) for one in placed
@@ -86,7 +98,7 @@ def _pieces(plan: _Base, source: BinaryIO) -> Iterator[widen.Piece]:
         data, gaps = bytes(gaps[:length]), gaps[length:]
         return data.ljust(length, b"\0")
 
-    yield header
+    yield header[: plan.steered.require_int(layout.BYTES)]
     position = len(header)
     for tensor in sorted(tensors, key=lambda one: one.offset):
         if tensor.offset > position:
@@ -96,7 +108,7 @@ def _pieces(plan: _Base, source: BinaryIO) -> Iterator[widen.Piece]:
         else:
             yield from _narrowed(source, plan, tensor)
         position = tensor.offset + tensor.nbytes
-    yield gap(int(plan.steered.get(layout.BYTES, position)) - position)
+    yield gap(max(0, plan.steered.require_int(layout.BYTES) - position))
 
 
 def _narrowed(source: BinaryIO, plan: _Base, tensor: TensorInfo) -> Iterator[widen.Piece]:

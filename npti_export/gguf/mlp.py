@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +10,7 @@ import numpy.typing as npt
 from npti_export.activations import activate
 from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, GGUFFamily
 from npti_export.gguf.blocks import decode
-from npti_export.gguf.reader import GGUFFile, TensorInfo
+from npti_export.gguf.reader import GGUFFile, TensorInfo, mlp_widths
 from npti_export.rule import SteeringRule
 
 Floats = npt.NDArray[np.float32]
@@ -31,8 +30,7 @@ class FileMLP:
 
     def __init__(self, header: GGUFFile, family: GGUFFamily) -> None:
         self._header, self._family = header, family
-        layers = header.require_int(f"{header.architecture}.block_count")
-        weights = sum(self._down(layer).row_length * self._down(layer).rows * 3 for layer in range(layers))
+        weights = 3 * sum(mlp_widths(header)) * header.require_int(f"{header.architecture}.embedding_length")
         self._keeps = 4 * weights <= _KEPT_BYTES
         self._kept: dict[int, list[tuple[slice, Floats, Floats, Floats]]] = {}
 
@@ -72,32 +70,28 @@ class FileMLP:
         fused = self._family.fused  # then the gate's rows come first in the up projection
         gate = up if fused else self._header.require_tensor(FFN_GATE.format(layer) + ".weight")
         width = down.row_length
-        with self._header.path.open("rb") as stream:
-            columns = _rows(stream, down, 0, down.rows)
-            for start in range(0, width, _NEURONS):
-                end = min(start + _NEURONS, width)
-                shift = width if fused else 0
-                cut = slice(start * down.row_bytes // width, end * down.row_bytes // width)
-                yield (
-                    slice(start, end),
-                    decode(_rows(stream, gate, start, end), gate.type_id),
-                    decode(_rows(stream, up, shift + start, shift + end), up.type_id),
-                    decode(columns[:, cut], down.type_id),
-                )
+        columns = self._rows(down, 0, down.rows)
+        for start in range(0, width, _NEURONS):
+            end = min(start + _NEURONS, width)
+            shift = width if fused else 0
+            cut = slice(start * down.row_bytes // width, end * down.row_bytes // width)
+            yield (
+                slice(start, end),
+                decode(self._rows(gate, start, end), gate.type_id),
+                decode(self._rows(up, shift + start, shift + end), up.type_id),
+                decode(columns[:, cut], down.type_id),
+            )
 
     def _down(self, layer: int) -> TensorInfo:
         return self._header.require_tensor(FFN_DOWN.format(layer) + ".weight")
 
     def _bias(self, stem: str) -> Floats | None:
         tensor = self._header.by_name.get(stem + ".bias")
-        if tensor is None:
-            return None
-        with self._header.path.open("rb") as stream:
-            return decode(_rows(stream, tensor, 0, 1), tensor.type_id)[0]
+        return None if tensor is None else decode(self._rows(tensor, 0, 1), tensor.type_id)[0]
 
-
-def _rows(stream: BinaryIO, tensor: TensorInfo, start: int, end: int) -> npt.NDArray[np.uint8]:
-    """Encoded rows ``[end - start, row bytes]``."""
-    stream.seek(tensor.offset + start * tensor.row_bytes)
-    data = stream.read((end - start) * tensor.row_bytes)
-    return np.frombuffer(data, np.uint8).reshape(end - start, tensor.row_bytes)
+    def _rows(self, tensor: TensorInfo, start: int, end: int) -> npt.NDArray[np.uint8]:
+        """Encoded rows ``[end - start, row bytes]``."""
+        with self._header.holder(tensor.name).path.open("rb") as stream:
+            stream.seek(tensor.offset + start * tensor.row_bytes)
+            data = stream.read((end - start) * tensor.row_bytes)
+        return np.frombuffer(data, np.uint8).reshape(end - start, tensor.row_bytes)

@@ -89,6 +89,15 @@ class GGUFFile:
         """The files that it consists of, each with its own tensors."""
         return self.shards or (self,)
 
+    def holder(self, name: str) -> GGUFFile:
+        """The file of the model that has a tensor.
+
+        Raises:
+            GGUFError: none has.
+        """
+        self.require_tensor(name)
+        return next(part for part in self.parts if name in part.by_name)
+
     @cached_property
     def by_key(self) -> dict[str, KeyValue]:
         """Metadata entries by key."""

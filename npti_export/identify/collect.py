@@ -169,7 +169,9 @@ def _cache_key(source: ModelSource, bench: TraitBench, recipe: Recipe, dtype: st
 
 def _place(source: ModelSource) -> list[Any]:
     # A directory's files are what a model is made of; a changed one, weights or chat template, is another model.
-    files = [source.path] if source.path.is_file() else sorted(path for path in source.path.iterdir() if path.is_file())
+    files = list(source.shards or [source.path])
+    if source.path.is_dir():
+        files = sorted(path for path in source.path.iterdir() if path.is_file())
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return [str(source.path.resolve()), stats]
 

@@ -342,6 +342,7 @@ def _load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> t
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
+    source.check_readable_by_transformers()
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.path)}
     if source.kind == "gguf":
         # An absolute name: a bare one is looked for in the working directory first.

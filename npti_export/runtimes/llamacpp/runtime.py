@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from npti_export.architectures import FFN_GATE, GGUFFamily
 from npti_export.errors import ModelError
-from npti_export.gguf.reader import read_gguf
+from npti_export.gguf.shards import read_model
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import Exchange, Message
 from npti_export.runtimes.llamacpp.chat import Chat
@@ -21,8 +21,6 @@ from npti_export.runtimes.llamacpp.counting import GateCounter
 from npti_export.runtimes.llamacpp.decoding import Beginnings, Decoder, Savings, Watch
 from npti_export.runtimes.llamacpp.taps import See
 from npti_export.stats import ActivationStats
-
-
 
 SeeMLP = Callable[[int, npt.NDArray[np.float32], npt.NDArray[np.float32]], bool]
 
@@ -212,7 +210,9 @@ class LlamaCppRuntime:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, penalty: float, watch: Watch | None = None
     ) -> Decoder:
         context = self.context(*self._room(prompts, max_new_tokens))
-        return Decoder(context, self.chat.is_end, self._beginnings, penalty=penalty, max_new_tokens=max_new_tokens, watch=watch)
+        return Decoder(
+            context, self.chat.is_end, self._beginnings, penalty=penalty, max_new_tokens=max_new_tokens, watch=watch
+        )
 
     def _counter(self, groups: int, answers: int) -> GateCounter:
         shape = self._source.shape
@@ -220,7 +220,7 @@ class LlamaCppRuntime:
 
     def _gates(self, counter: GateCounter) -> dict[bytes, See]:
         if self._gate_names is None:
-            family, tensors = self._family, read_gguf(self.model.path).by_name
+            family, tensors = self._family, read_model(self.model.path).by_name
             biased = (f"{FFN_GATE.format(layer)}.bias" in tensors for layer in range(self._source.shape.layers))
             self._gate_names = [f"{family.gate}{'_b' * has}-{layer}".encode() for layer, has in enumerate(biased)]
         width = self._source.shape.width if self._family.fused else None
