@@ -16,7 +16,7 @@ from npti_export.errors import ArchitectureError, DiskFullError, GGUFError, Mode
 from npti_export.export.gguf import check_base, plan_bake, record, strip, write_bake
 from npti_export.files import sha256_file
 from npti_export.gguf.reader import read_gguf
-from npti_export.runtimes.llamacpp import LlamaCppRuntime
+from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 # K- and I-quants have blocks of 256; the others are tried on the narrow model.
 NARROW = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"]
