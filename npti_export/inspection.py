@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from npti_export.errors import ModelError
+from npti_export.export.control_vector import ARCHITECTURE
 from npti_export.export.gguf import PREFIX
 from npti_export.gguf.blocks import type_name
 from npti_export.gguf.shards import read_model
@@ -54,6 +55,8 @@ def _gguf(path: Path) -> dict[str, Any]:
     for key in ("npti.base.header", "npti.base.gaps", "npti.rule"):
         if key in steering:
             steering[key] = f"{len(steering[key])} bytes"
+    if header.get("general.architecture") == ARCHITECTURE:
+        return {"kind": "control vector", "for": header.get(f"{ARCHITECTURE}.model_hint"), **steering}
     types = sorted({type_name(tensor.type_id) for tensor in header.tensors})
     return {
         "kind": "steered GGUF" if steering else "GGUF, not steered by npti-export",
