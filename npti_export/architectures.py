@@ -182,6 +182,12 @@ def gguf_family(architecture: str, where: str) -> GGUFFamily:
     )
 
 
+def converted_family(model_type: str | None) -> GGUFFamily | None:
+    """The family of the GGUF that llama.cpp's converter makes of a transformers model; None where it is not known."""
+    name = "llama" if model_type == "mistral" else model_type  # the converter writes Mistral models as llama
+    return next((row for row in GGUF_FAMILIES if row.model_type == name), None)
+
+
 def check_bakeable(family: GGUFFamily, where: str) -> None:
     """Raise if no steered GGUF of this family can be made.
 
