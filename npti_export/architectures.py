@@ -182,10 +182,13 @@ def gguf_family(architecture: str, where: str) -> GGUFFamily:
     )
 
 
-def converted_family(model_type: str | None) -> GGUFFamily | None:
-    """The family of the GGUF that llama.cpp's converter makes of a transformers model; None where it is not known."""
-    name = "llama" if model_type == "mistral" else model_type  # the converter writes Mistral models as llama
-    return next((row for row in GGUF_FAMILIES if row.model_type == name), None)
+_CONVERTED_AS = {"mistral": "llama"}  # where llama.cpp's converter gives the file another family's name
+
+
+def bakes_once_converted(model_type: str | None) -> bool:
+    """Whether the GGUF that llama.cpp's converter makes of a ``model_type`` is of a family that can be baked."""
+    name = _CONVERTED_AS.get(model_type or "", model_type)
+    return any(row.model_type == name and row.bake is not None for row in GGUF_FAMILIES)
 
 
 def check_bakeable(family: GGUFFamily, where: str) -> None:

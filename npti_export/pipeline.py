@@ -47,12 +47,15 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             from npti_export.export.hub import check_repository
 
             check_repository(job.push_to)
-        with with_base(asked, progress, timings) as ready:
-            with _models(ready, timings, progress, verifies=True) as models, open_ending(ready, models) as ending:
-                assert ready.job.out is not None
-                ending.check_output(ready.job.out, force=job.force)
-                saved, profiles = _obtain_rule(ready, models, timings, progress)
-                report = _deliver(ready, saved, ending, models, timings, progress)
+        with (
+            with_base(asked, progress, timings) as ready,
+            _models(ready, timings, progress, verifies=True) as models,
+            open_ending(ready, models) as ending,
+        ):
+            assert ready.job.out is not None
+            ending.check_output(ready.job.out, force=job.force)
+            saved, profiles = _obtain_rule(ready, models, timings, progress)
+            report = _deliver(ready, saved, ending, models, timings, progress)
     report["profiles"] = profiles
     report["seconds"] = {key: round(value, 3) for key, value in timings.seconds.items()}
     report["seconds"]["total"] = round(time.perf_counter() - started, 3)
