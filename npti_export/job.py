@@ -16,7 +16,7 @@ from npti_export.export.control_vector import is_control_vector
 from npti_export.export.gguf import strip
 from npti_export.files import check_writable, sha256_file
 from npti_export.gguf.reader import GGUFFile
-from npti_export.gguf.shards import read_model, shard_paths
+from npti_export.gguf.shards import named_shards, read_model, shard_paths
 from npti_export.loader import RuntimeSettings, Timings
 from npti_export.models import ModelSource, gguf_source, resolve_model
 from npti_export.profile import NeuronProfile
@@ -144,7 +144,7 @@ def _prepare(job: Job, saved: SavedRule | None, traits: tuple[TraitSpec, ...], s
         paths = shard_paths(job.out, len(base.shards))
         others = [path for path in outputs if path != job.out]
         job = replace(job, out=paths[0])
-        _refuse_shared_paths(job, source, [*others, *paths], [part.path for part in base.shards])
+        _refuse_shared_paths(job, source, [*others, *paths])
     recipe = _recipe(job, saved, source)
     if saved is not None and saved.where == "response" and job.format != "peft" and job.where is None:
         raise OutputError(
@@ -327,13 +327,12 @@ def _idle_runtime_options(job: Job, source: ModelSource) -> dict[str, bool]:
     }
 
 
-def _refuse_shared_paths(
-    job: Job, source: ModelSource, outputs: Sequence[Path], more_inputs: Sequence[Path] = ()
-) -> None:
+def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:
     """No output may replace an input, or another output, whatever --force says."""
     resolved = [path.resolve() for path in outputs]
     given = [path for path in (job.base, job.rule_from, job.bench, job.converter) if path is not None]
-    inputs = {path.resolve() for path in [source.path, *source.shards, *job.profiles, *given, *more_inputs]}
+    parts = [part for path in given for part in named_shards(path)]
+    inputs = {path.resolve() for path in [source.path, *source.shards, *job.profiles, *parts]}
     for path, place in zip(outputs, resolved, strict=True):
         if any(one.is_relative_to(place) for one in inputs):
             raise OutputError(f"{path}: is an input of this very job, or holds one; choose another name for the output")
