@@ -47,7 +47,8 @@ def identify(
 
     Search questions are answered once as each pole, in batches, until the neurons have settled or all are asked;
     after each batch the statistics are saved under a key of everything that they depend on, so that a killed run goes
-    on where it stopped and a finished one is not repeated.
+    on where it stopped and a finished one is not repeated. When to stop is not part of the key: a run that is to ask
+    more questions goes on from one that asked fewer, and one that could do with fewer takes all answers that are there.
 
     Args:
         load_runtime: gives the model; not called where nothing is left to do.
@@ -86,15 +87,9 @@ def identify(
             f"stopped after {asked} of {len(questions)} questions: the neurons selected now should overlap by "
             f"{overlap:.0%} with those from all (--until all asks the rest)"
         )
-    origin = {
-        "recipe": json.loads(recipe.to_json()),
-        "bench": bench.digest,
-        "questions": asked,
-        "questions_available": len(questions),
-        "expected_overlap": round(overlap, 4),
-        "dtype": dtype,
-        "key": key,
-    }
+    counts = {"questions": asked, "questions_available": len(questions), "expected_overlap": round(overlap, 4)}
+    recorded = {"recipe": json.loads(recipe.to_json()), "bench": bench.digest, "dtype": dtype, "key": key}
+    origin: dict[str, object] = recorded | counts
     return profile_from_stats(bench.trait, stats["+"], stats["-"], source, recipe.rule.percentile, origin)
 
 
@@ -160,7 +155,7 @@ def _cache_key(source: ModelSource, bench: TraitBench, recipe: Recipe, dtype: st
         "model": [source.fingerprint, *place],
         "bench": bench.digest,
         "prompt": recipe.prompt.model_dump(),
-        "identify": recipe.identify.model_dump(),
+        "identify": recipe.identify.model_dump(exclude={"until", "overlap", "floor"}),
         "dtype": dtype,
         "device": device,
     }
