@@ -224,16 +224,16 @@ def test_every_float32_lands_in_its_bin(activation):
 
 
 def test_not_a_number_is_not_counted_in_silence():
-    counter = GateCounter(1, 4, "silu", 1, 2)
+    counter = GateCounter(1, 4, "silu", 1, 2, "x.gguf")
     for bad in (np.nan, np.inf):
         counter.begin([0, 1], [0, 0])
         assert counter.see(0)(np.array([[1, 2, 3, 4], [1, bad, 3, 4]], np.float32)) is False
-        with pytest.raises(ModelError, match="gates that are not numbers"):
+        with pytest.raises(ModelError, match="x.gguf: computes gates that are not numbers"):
             counter.results("silu")
 
 
 def test_counted_by_hand():
-    counter = GateCounter(1, 3, "silu", 2, 3)
+    counter = GateCounter(1, 3, "silu", 2, 3, "x.gguf")
     passes = [([0, 2], [0, 1]), ([0, 2], [0, 1]), ([1, 2], [0, 1])]
     gates = [[[1, -1, 0], [2, 2, -2]], [[3, -1, 0], [-2, 2, -2]], [[-1, 5, 1e-3], [1, 1, -1]]]
     for (answers, groups), values in zip(passes, gates, strict=True):

@@ -93,3 +93,9 @@ LOG_BIN = 2.5e-4
 # Signs and rates of gates in llama.cpp's arithmetic with Q4_1 weights against float32: measured 99.3% and 0.9993.
 SIGNS_QUANTISED = 0.99
 RATES_CORRELATION = 0.999
+
+# One MLP in float32 against float64, relative to its largest output: sums of a few hundred products.
+MLP_FLOAT32 = 5e-6
+
+# The same distance measured in llama.cpp (its own attention) and in torch, on answers that differ a little.
+KL_TWO_MEASURES = 2.0

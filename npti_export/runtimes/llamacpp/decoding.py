@@ -184,5 +184,5 @@ class Decoder:
             logits[seen] = np.where(values < 0, values * self._penalty, values / self._penalty)
         token = int(logits.argmax())
         if not np.isfinite(logits[token]):
-            raise ModelError("the model computes logits that are not numbers; the file is damaged")
+            raise ModelError(f"{self._context.model.path}: computes logits that are not numbers; get the file again")
         answer.response.append(token)

@@ -227,7 +227,7 @@ class LlamaCppRuntime:
 
     def _counter(self, groups: int, answers: int) -> GateCounter:
         shape = self._source.shape
-        return GateCounter(shape.layers, shape.width, self._source.activation, groups, answers)
+        return GateCounter(shape.layers, shape.width, self._source.activation, groups, answers, self.model.path)
 
     def _gates(self, counter: GateCounter) -> dict[bytes, See]:
         if self._gate_names is None:
