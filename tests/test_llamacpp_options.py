@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from jobs import QUICK, main_job, npti
+from tolerances import GATE_LLAMACPP, QUANTILE_BIN
 
 from npti_export.files import sha256_file
 from npti_export.models import gguf_source
@@ -38,7 +39,8 @@ def test_options_do_what_they_say_and_change_nothing_else(tiny, cli_environment,
         assert np.abs(one.p_plus - plain.p_plus).max() < 0.1  # a sign or two of some thirty
         rates = np.corrcoef(one.p_plus.ravel(), plain.p_plus.ravel())[0, 1]
         assert rates > 0.999
-        np.testing.assert_allclose(one.a95_plus, plain.a95_plus, atol=0.1)
+        # one token that falls on the other side of a bin's edge moves a quantile by a bin
+        np.testing.assert_allclose(one.a95_plus, plain.a95_plus, rtol=2 * QUANTILE_BIN, atol=GATE_LLAMACPP)
     assert np.abs(plain.delta).max() > 0.1
 
 

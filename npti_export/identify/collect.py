@@ -71,17 +71,20 @@ def identify(
     state = None if cache is None else cache / "identify" / f"{bench.trait}-{key}.safetensors"
     stats, done = _resume(state, source, progress)
     asked = min(done * per_batch, len(questions))
+    overlap = _overlap(stats, recipe, asked, len(questions))
+    runtime = load_runtime() if overlap < settings.overlap else None  # before the bar of the questions begins
     progress.start(f"identify {bench.trait}", len(questions))
     progress.advance(asked)
-    while (overlap := _overlap(stats, recipe, asked, len(questions))) < settings.overlap:
+    while runtime is not None and overlap < settings.overlap:
         batch = questions[asked : asked + per_batch]
-        fresh = _run_batch(load_runtime(), bench, batch, asked, recipe)
+        fresh = _run_batch(runtime, bench, batch, asked, recipe)
         stats = {sign: stats[sign] + fresh[sign] for sign in SIGNS}
         asked += len(batch)
         done += 1
         if state is not None:
             _save(state, stats, done)
         progress.advance(len(batch), sum(one.tokens for one in fresh.values()))
+        overlap = _overlap(stats, recipe, asked, len(questions))
     if asked < len(questions):
         progress.note(
             f"stopped after {asked} of {len(questions)} questions: the neurons selected now should overlap by "

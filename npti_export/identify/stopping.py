@@ -20,8 +20,9 @@ def expected_overlap(
 
     The ``delta`` of the questions to come is drawn for every neuron, the selection made again from all, and the two
     sets compared; the mean of the Jaccard indices, of the pole where it is smaller. What is to come is not simply like
-    what was seen: a neuron ranks high partly by luck. So its true ``delta`` has the prior ``N(0, tau^2)``, with
-    ``tau^2`` what the variance of all observed deltas exceeds the mean squared standard error by (empirical Bayes).
+    what was seen: a neuron ranks high partly by luck. So its true ``delta`` has the prior ``N(m, tau^2)``, ``m`` the
+    mean of all observed deltas, ``tau^2`` what their variance exceeds the mean squared standard error by (empirical
+    Bayes).
 
     Args:
         plus: of the ``+`` answers to the first ``asked`` questions.
@@ -43,11 +44,13 @@ def expected_overlap(
     prior = max(float(delta.var() - squared_error.mean()), 1e-12)
     shrink = prior / (prior + squared_error)
     spread = np.sqrt(shrink * squared_error + squared_error * asked / rest)
+    # the mean: answers of one pole may be longer, or of another kind, for all neurons alike
+    expected = delta.mean() + shrink * (delta - delta.mean())
     now = {sign: _chosen(delta, sign, select) for sign in SIGNS}
     found: dict[str, list[float]] = {sign: [] for sign in SIGNS}
     random = np.random.default_rng(0)
     for _ in range(_DRAWS):
-        coming = shrink * delta + spread * random.standard_normal(len(delta))
+        coming = expected + spread * random.standard_normal(len(delta))
         final = (asked * delta + rest * coming) / total
         for sign in SIGNS:
             found[sign].append(jaccard(now[sign], _chosen(final, sign, select)))
