@@ -183,7 +183,9 @@ class LlamaCppRuntime:
             if held is not None:
                 held.close()
             self._context = None
-            self._context = Context(self.model, limit or cells, sequences, self.settings)
+            self._context = Context(
+                self.model, limit or cells, sequences, self.settings, listens=self.source is not None
+            )
             if self._control_vector is not None:
                 self._context.set_control_vector(self._control_vector)
         assert self._context is not None
