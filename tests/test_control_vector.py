@@ -27,11 +27,9 @@ def test_mean_effect_against_torch(tiny, tiny_runtime):
     rule = random_rule(3, 96, per_layer=(6, 6))
     sums, count = np.zeros((3, 64)), 0
     for exchange in EXCHANGES:
-        inputs, outputs = [], []
+        seen = []
         hooks = [
-            layer.mlp.register_forward_hook(
-                lambda _m, args, out: (inputs.append(args[0]), outputs.append(out)) and None
-            )
+            layer.mlp.register_forward_hook(lambda _m, args, out: seen.append((args[0], out)))
             for layer in tiny_runtime.layers
         ]
         with torch.inference_mode(), steered(tiny_runtime.activations, rule):
@@ -40,14 +38,15 @@ def test_mean_effect_against_torch(tiny, tiny_runtime):
             hook.remove()
         with torch.inference_mode():
             for number, layer in enumerate(tiny_runtime.layers):
-                change = outputs[number] - layer.mlp(inputs[number])
+                x, y = seen[number]
+                change = y - layer.mlp(x)
                 sums[number] += change[0, len(exchange.prompt) :].double().sum(0).numpy()
         count += len(exchange.response)
     with LlamaCppRuntime(tiny, source=gguf_source(tiny)) as runtime:
         found = mean_effect(runtime, rule, EXCHANGES)
     np.testing.assert_allclose(found, sums / count, atol=tolerances.KV_FLOAT16)
     assert np.abs(found[:2]).max() > 0.05  # there was something to average
-    assert not found[2].any()  # the layer that the rule leaves alone
+    assert np.abs(found[2]).max() < tolerances.FLOAT32  # the layer that the rule leaves alone
 
 
 def test_the_second_layer_takes_the_firsts_share():
