@@ -78,8 +78,8 @@ class PairSpread:
         """Squared standard error of ``delta = p+ - p-``, ``[layers, width]``, for questions drawn at random.
 
         The variance of a difference of ratios, linearised (Cochran, Sampling Techniques, chapter 6): with the residual
-        ``e = (a+ - p+ t+) / T+ - (a- - p- t-) / T-`` of each of ``n`` questions it is ``n / (n - 1) * sum e^2``. Infinite
-        for fewer than two questions.
+        ``e = (a+ - p+ t+) / T+ - (a- - p- t-) / T-`` of each of ``n`` questions it is ``n / (n - 1) * sum e^2``.
+        Infinite for fewer than two questions.
         """
         p, q = plus.probability(), minus.probability()
         if self.pairs < 2:

@@ -29,7 +29,7 @@ def test_mean_effect_against_torch(tiny, tiny_runtime):
     for exchange in EXCHANGES:
         seen = []
         hooks = [
-            layer.mlp.register_forward_hook(lambda _m, args, out: seen.append((args[0], out)))
+            layer.mlp.register_forward_hook(lambda _m, args, out, seen=seen: seen.append((args[0], out)))
             for layer in tiny_runtime.layers
         ]
         with torch.inference_mode(), steered(tiny_runtime.activations, rule):

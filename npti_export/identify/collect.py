@@ -86,16 +86,18 @@ def identify(
         overlap = _overlap(stats, recipe, asked, len(questions))
     if asked < len(questions):
         progress.note(_stopped(asked, len(questions), overlap))
-    origin = {
+    origin = _origin(recipe, bench, asked, len(questions), overlap) | {"dtype": dtype, "key": key}
+    return profile_from_stats(bench.trait, stats.plus, stats.minus, source, recipe.rule.percentile, origin)
+
+
+def _origin(recipe: Recipe, bench: TraitBench, asked: int, total: int, overlap: float) -> dict[str, Any]:
+    return {
         "recipe": json.loads(recipe.to_json()),
         "bench": bench.digest,
         "questions": asked,
-        "questions_available": len(questions),
+        "questions_available": total,
         "expected_overlap": round(overlap, 4),
-        "dtype": dtype,
-        "key": key,
     }
-    return profile_from_stats(bench.trait, stats.plus, stats.minus, source, recipe.rule.percentile, origin)
 
 
 def _stopped(asked: int, total: int, overlap: float) -> str:
