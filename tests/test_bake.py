@@ -104,9 +104,15 @@ def test_codebooks_without_room_for_corrections(make_tiny, tmp_path):
 
 def test_types_may_differ_within_a_file_and_between_layers(make_tiny, tmp_path):
     kinds = {
-        "blk.0.ffn_gate.weight": "IQ2_XS", "blk.0.ffn_up.weight": "Q6_K", "blk.0.ffn_down.weight": "Q8_0",
-        "blk.1.ffn_gate.weight": "MXFP4", "blk.1.ffn_up.weight": "TQ2_0", "blk.1.ffn_down.weight": "IQ1_M",
-        "blk.2.ffn_gate.weight": "F32", "blk.2.ffn_up.weight": "BF16", "blk.2.ffn_down.weight": "Q4_0",
+        "blk.0.ffn_gate.weight": "IQ2_XS",
+        "blk.0.ffn_up.weight": "Q6_K",
+        "blk.0.ffn_down.weight": "Q8_0",
+        "blk.1.ffn_gate.weight": "MXFP4",
+        "blk.1.ffn_up.weight": "TQ2_0",
+        "blk.1.ffn_down.weight": "IQ1_M",
+        "blk.2.ffn_gate.weight": "F32",
+        "blk.2.ffn_up.weight": "BF16",
+        "blk.2.ffn_down.weight": "Q4_0",
     }
     base = make_tiny("Q5_1", hidden=256, width=512, layers=3, kinds=tuple(kinds.items()))
     out = tmp_path / "s.gguf"
