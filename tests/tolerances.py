@@ -22,9 +22,11 @@ KL_TINY_QUANTISED_OTHERS = 2e-2
 # The same where there is no room for corrections, in the coarsest codebook: measured 0.023, in plain order 0.31.
 KL_TINY_LAYOUT_ALONE = 5e-2
 
-# New columns of random weights against what they should be, relative: measured without corrections, with them.
-# Corrections leave the square of the type's own error, and more where they share a superblock with what they correct.
+# New columns of random weights against what they should be, relative: without corrections, with them. A quarter above
+# what was measured, for other processors: without, a type's own error of values that were in it before; with, its
+# square, and more where corrections share a superblock with what they correct.
 COLUMNS = {
+<<<<<<< HEAD
     "Q4_0": (0.08, 0.01),
     "Q4_1": (0.08, 0.01),
     "Q5_0": (0.05, 0.005),
@@ -50,6 +52,33 @@ COLUMNS = {
     "Q1_0": (0.12, 0.08),
     "MXFP4": (0.15, 0.02),
     "NVFP4": (0.12, 0.02),
+=======
+    "Q4_0": (0.064, 0.0035),
+    "Q4_1": (0.05, 0.0024),
+    "Q5_0": (0.034, 0.001),
+    "Q5_1": (0.025, 0.0005),
+    "Q8_0": (0.0047, 3.8e-05),
+    "Q2_K": (0.17, 0.083),
+    "Q3_K": (0.087, 0.017),
+    "Q4_K": (0.053, 0.01),
+    "Q5_K": (0.027, 0.01),
+    "Q6_K": (0.013, 0.0035),
+    "IQ4_NL": (0.067, 0.0039),
+    "IQ4_XS": (0.068, 0.01),
+    "IQ3_S": (0.14, 0.042),
+    "IQ3_XXS": (0.23, 0.05),
+    "IQ2_S": (0.24, 0.083),
+    "IQ2_XS": (0.35, 0.11),
+    "IQ2_XXS": (0.4, 0.14),
+    "IQ1_S": (0.46, 0.19),
+    "IQ1_M": (0.5, 0.32),
+    "TQ1_0": (0.087, 0.029),
+    "TQ2_0": (0.087, 0.029),
+    "Q2_0": (0.14, 0.049),
+    "Q1_0": (0.071, 0.038),
+    "MXFP4": (0.021, 3.8e-05),
+    "NVFP4": (0.084, 0.0041),
+>>>>>>> quants
 }
 
 # Width of a histogram bin, 2^(1/10): a quantile inside one cannot be off by more; 1% is promised where bins are full.

@@ -10,12 +10,15 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from npti_export.errors import ModelError
+from npti_export.gguf.blocks import type_name
+from npti_export.gguf.reader import read_gguf
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import FALLBACK_TEMPLATE, Exchange, Message
 from npti_export.stats import BIN_COUNT, EDGES, ActivationStats, AnswerCounts
@@ -360,9 +363,22 @@ def _load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> t
                 **where, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # these libraries raise anything, tokenizers a bare Exception, on a damaged file
+        if source.kind == "gguf" and source.path.is_file():
+            _check_types(source.path)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source.path}: transformers cannot load it: {reason}") from error
     return model, tokenizer
+
+
+def _check_types(path: Path) -> None:
+    """Raise, with a mend, where the reason is a type that gguf-py 0.19, transformers' reader, cannot decode."""
+    for tensor in read_gguf(path).tensors:
+        name = type_name(tensor.type_id)
+        if name in ("Q1_0", "Q2_0"):
+            raise ModelError(
+                f"{path}: {tensor.name} is {name}, which transformers cannot load; give the model's transformers "
+                "directory or hub id as --model and this file as --base"
+            )
 
 
 @contextmanager
