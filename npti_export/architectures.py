@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from npti_export.errors import ArchitectureError
+from npti_export.errors import ArchitectureError, shortened
 
 _TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
 _FOUR_NORMS = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -78,7 +78,7 @@ def by_model_type(model_type: str, where: str) -> Architecture:
         if model_type in row.model_types:
             return row
     known = ", ".join(name for row in ARCHITECTURES for name in row.model_types)
-    raise ArchitectureError(f"{where}: architecture {model_type!r} is not supported; supported are {known}")
+    raise ArchitectureError(f"{where}: architecture {shortened(model_type)} is not supported; supported are {known}")
 
 
 def by_gguf_name(architecture: str, where: str) -> Architecture:
@@ -92,6 +92,6 @@ def by_gguf_name(architecture: str, where: str) -> Architecture:
             return row
     known = ", ".join(sorted({row.gguf for row in ARCHITECTURES if row.gguf}))
     raise ArchitectureError(
-        f"{where}: GGUF architecture {architecture!r} cannot be baked; supported are {known} "
+        f"{where}: GGUF architecture {shortened(architecture)} cannot be baked; supported are {known} "
         "(SmolLM2, Llama, Mistral, TinyLlama, Yi and others are stored as llama)"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -146,12 +147,10 @@ def gguf_source(path: Path) -> ModelSource:
         header.require_int(f"{prefix}.feed_forward_length"),
         header.require_int(f"{prefix}.embedding_length"),
     )
-    name = header.get("general.name") or path.stem
+    name = header.text("general.name") or path.stem
     identity = fingerprint(_gguf_norms(header, row, shape))
-    license_id = header.get("general.license")
-    return ModelSource(
-        str(name), "gguf", path, row, "llama", shape, "silu", identity, license=str(license_id) if license_id else None
-    )
+    license_id = header.text("general.license") or None
+    return ModelSource(name, "gguf", path, row, "llama", shape, "silu", identity, license=license_id)
 
 
 def _directory_source(path: Path, name: str) -> ModelSource:
@@ -191,15 +190,23 @@ def _card_license(path: Path) -> str | None:
 
 
 def _gguf_norms(header: GGUFFile, row: Architecture, shape: ModelShape) -> Iterator[npt.NDArray[np.float32]]:
-    names = [f"blk.{layer}.{norm}.weight" for layer in range(shape.layers) for norm in row.gguf_norms]
+    names = (f"blk.{layer}.{norm}.weight" for layer in range(shape.layers) for norm in row.gguf_norms)
     with header.path.open("rb") as stream:
-        for name in [*names, "output_norm.weight"]:
+        for name in itertools.chain(names, ["output_norm.weight"]):  # lazily: the number of layers may be a lie
             tensor = header.require_tensor(name)
             if tensor.type_id not in (0, 1):  # F32, F16
                 raise GGUFError(f"{header.path}: norm {name} is quantised, which llama.cpp never does")
+            if tensor.shape != (shape.hidden,):
+                raise GGUFError(
+                    f"{header.path}: {name} is {tensor.shape}, not ({shape.hidden},) as its embedding length says; "
+                    "the file is damaged"
+                )
             stream.seek(tensor.offset)
             kind = np.float32 if tensor.type_id == 0 else np.float16
-            yield np.frombuffer(stream.read(tensor.nbytes), dtype=kind).astype(np.float32)
+            weights = np.frombuffer(stream.read(tensor.nbytes), dtype=kind).astype(np.float32)
+            if not np.isfinite(weights).all():
+                raise GGUFError(f"{header.path}: {name} holds values that are not finite; download the file again")
+            yield weights
 
 
 def weight_files(directory: Path) -> dict[Path, set[str] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,8 @@ from npti_export.errors import DiskFullError, GGUFError, ModelError
 from npti_export.export import widen
 from npti_export.files import atomic_output, sha256_file
 from npti_export.gguf.blocks import block_shape, supports_widening, type_name
-from npti_export.gguf.reader import GGUFFile, KeyValue, TensorInfo, parse_gguf, read_gguf
+from npti_export.gguf.cursor import UINT32
+from npti_export.gguf.reader import GGUFFile, KeyValue, TensorInfo, align, parse_gguf, read_gguf
 from npti_export.gguf.writer import (
     NewTensor,
     Value,
@@ -36,6 +38,7 @@ _HEADER = "npti.base.header"
 _GAPS = "npti.base.gaps"
 _AHEAD = 8  # batches computed ahead of the writing
 _AHEAD_BYTES = 16 << 20  # larger ones are computed chunk by chunk as they are written, so that memory stays bounded
+_MOST_GAPS = 16 << 20  # bytes of a base that belong to no tensor, beyond what alignment takes
 _MINIMUM_BLOCK = 32  # n_ff must be a multiple of it in llama.cpp's kernels
 
 
@@ -71,7 +74,10 @@ def check_base(base: GGUFFile) -> None:
     hidden = base.require_int(f"{base.architecture}.embedding_length")
     width = base.require_int(f"{base.architecture}.feed_forward_length")
     shapes = {FFN_GATE: (hidden, width), FFN_UP: (hidden, width), FFN_DOWN: (width, hidden)}
-    if base.get(f"{base.architecture}.expert_count", 0):
+    if base.by_key[f"{base.architecture}.feed_forward_length"].kind != UINT32:
+        raise GGUFError(f"{base.path}: {base.architecture}.feed_forward_length is not a uint32; the file is damaged")
+    experts = base.by_key.get(f"{base.architecture}.expert_count")
+    if experts is not None and (experts.array is not None or experts.value != 0):
         raise ModelError(f"{base.path}: is a mixture of experts, which cannot be baked yet; take a dense model")
     for layer in range(base.require_int(f"{base.architecture}.block_count")):
         for stem in (FFN_GATE, FFN_UP, FFN_DOWN):
@@ -87,6 +93,30 @@ def check_base(base: GGUFFile) -> None:
                     f"{base.path}: {tensor.name} is {type_name(tensor.type_id)}, which cannot be widened; "
                     "take a Q4_0 to Q8_0, K-quant, IQ4, F16, BF16 or F32 file of the model"
                 )
+    _check_rest(base)
+
+
+def _check_rest(base: GGUFFile) -> None:
+    """No MLP that belongs to no layer, and not more between the tensors than the steered file could carry.
+
+    Raises:
+        GGUFError: see above.
+    """
+    layers = base.require_int(f"{base.architecture}.block_count")
+    mlps = {f"{stem.format(layer)}.weight" for stem in (FFN_GATE, FFN_UP, FFN_DOWN) for layer in range(layers)}
+    used = base.data_start
+    for tensor in base.tensors:
+        used += align(tensor.nbytes, base.alignment)
+        if _is_mlp(tensor.name) and tensor.name not in mlps:
+            raise GGUFError(f"{base.path}: {tensor.name} belongs to none of the {layers} layers; the file is damaged")
+    if base.size > used + _MOST_GAPS:
+        raise GGUFError(
+            f"{base.path}: {(base.size - used) >> 20} MB of it belong to no tensor; it is damaged, download it again"
+        )
+
+
+def _is_mlp(name: str) -> bool:
+    return name.endswith(("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight", "ffn_gate.bias"))
 
 
 def plan_bake(base: GGUFFile, program: MLPProgram, metadata: dict[str, Value], base_sha256: str) -> BakePlan:
@@ -164,7 +194,7 @@ def _batches(plan: BakePlan, source: BinaryIO) -> Iterator[tuple[Iterable[widen.
     position = 0
     for tensor in plan.tensors:
         if tensor.offset > position:
-            batch.append(bytes(tensor.offset - position))
+            batch += widen.zeros(tensor.offset - position)
         position = tensor.offset + tensor.nbytes
         content = _content(source, plan, tensor)
         if tensor.nbytes >= _AHEAD_BYTES:
@@ -176,7 +206,7 @@ def _batches(plan: BakePlan, source: BinaryIO) -> Iterator[tuple[Iterable[widen.
         if not isinstance(batch[-1], widen.Range):
             yield batch, False
             batch = []
-    batch.append(bytes(plan.nbytes - len(plan.header) - position))
+    batch += widen.zeros(plan.nbytes - len(plan.header) - position)
     yield batch, False
 
 
@@ -196,14 +226,18 @@ def strip(path: Path, out: Path, *, force: bool) -> str:
         OutputError: ``out`` exists and ``force`` is not set.
     """
     steered = read_gguf(path)
-    expected = steered.get(_SHA256)
-    if steered.get("npti.format") != FORMAT or not isinstance(expected, str):
+    expected, version = steered.text(_SHA256), steered.by_key.get("npti.format")
+    if version is None or version.array or version.value != FORMAT or not re.fullmatch("[0-9a-f]{64}", expected or ""):
         raise GGUFError(
             f"{path}: was not made by this version of npti-export (no npti.base metadata); nothing to strip"
         )
+    assert expected is not None
     with atomic_output(out, force=force) as temporary:
-        with path.open("rb") as source, path.open("rb") as copied, temporary.open("wb", buffering=0) as target:
-            widen.write_pieces(copied, target, _base_pieces(steered, source))
+        try:
+            with path.open("rb") as source, path.open("rb") as copied, temporary.open("wb", buffering=0) as target:
+                widen.write_pieces(copied, target, _base_pieces(steered, source))
+        except EOFError as error:
+            raise GGUFError(f"{path}: changed or ended while it was read ({error}); it may be damaged") from error
         found = sha256_file(temporary)
         if found != expected:
             raise GGUFError(
@@ -265,32 +299,54 @@ def _recovery(base: GGUFFile) -> dict[str, Value]:
     )
     with base.path.open("rb") as stream:
         original = stream.read(base.data_start)
-        gaps = []
-        position = base.data_start
-        for tensor in sorted(base.tensors, key=lambda one: one.offset):
-            stream.seek(position)
-            gaps.append(stream.read(tensor.offset - position))
-            position = tensor.offset + tensor.nbytes
-        stream.seek(position)
-        gaps.append(stream.read())
+    gaps = _gaps(base)
     result: dict[str, Value] = {"npti.base.bytes": base.size}
     if original != header:
         result[_HEADER] = original
-    if any(gap.strip(b"\0") for gap in gaps):
-        result[_GAPS] = b"".join(gaps)
+    if gaps:
+        result[_GAPS] = gaps
     return result
+
+
+def _gaps(base: GGUFFile) -> bytes:
+    """What lies between the tensors and after the last, all of it in a row; nothing where it is all zeros.
+
+    Raises:
+        GGUFError: more than the metadata of a file can carry.
+    """
+    kept, length, blank = bytearray(), 0, True
+    position = base.data_start
+    ends = [(one.offset, one.offset + one.nbytes) for one in sorted(base.tensors, key=lambda one: one.offset)]
+    with base.path.open("rb") as stream:
+        for start, end in [*ends, (base.size, base.size)]:
+            stream.seek(position)
+            while position < start and (chunk := stream.read(min(widen.CHUNK, start - position))):
+                length, position = length + len(chunk), position + len(chunk)
+                if any(chunk) and blank:
+                    kept, blank = bytearray(length - len(chunk)), False
+                if not blank:
+                    kept += chunk
+                if len(kept) > _MOST_GAPS:
+                    raise GGUFError(f"{base.path}: more than {_MOST_GAPS >> 20} MB lie between tensors; it is damaged")
+            position = end
+    return bytes(kept)
 
 
 def _base_layout(steered: GGUFFile) -> tuple[bytes, list[TensorInfo]]:
     """Header bytes and tensors (offsets from the start of the file) of the base of a steered file."""
-    stored = steered.get(_HEADER)
+    stored = steered.data(_HEADER)
     if stored is not None:
-        size = steered.require_int("npti.base.bytes")
-        return bytes(stored), list(parse_gguf(io.BytesIO(bytes(stored)), size, steered.path).tensors)
+        return stored, list(parse_gguf(io.BytesIO(stored), _base_bytes(steered), steered.path).tensors)
     width = steered.require_int(_WIDTH)
     if steered.require_int(f"{steered.architecture}.feed_forward_length") < width:
         raise GGUFError(f"{steered.path}: is narrower than its base; it is damaged")
     keys = _with_width(steered, (entry for entry in steered.keys if not entry.key.startswith(PREFIX)), width)
+    for one in steered.tensors:
+        if not _is_mlp(one.name) or one.name.endswith("bias"):
+            continue
+        block, _ = block_shape(one.type_id, one.name)
+        if len(one.shape) != 2 or (one.name.endswith("ffn_down.weight") and width % block):
+            raise GGUFError(f"{steered.path}: {one.name} cannot have held {width} neurons; the file is damaged")
     tensors = [_widened(one, width, 0) for one in steered.tensors if not one.name.endswith("ffn_gate.bias")]
     header, placed = _lay_out(steered, keys, tensors)
     return header, [
@@ -301,25 +357,34 @@ def _base_layout(steered: GGUFFile) -> tuple[bytes, list[TensorInfo]]:
 def _base_pieces(steered: GGUFFile, source: BinaryIO) -> Iterator[widen.Piece]:
     """The whole base file in pieces: its header, its tensors in the order of the file, and what lies between them."""
     header, tensors = _base_layout(steered)
-    gaps = memoryview(bytes(steered.get(_GAPS, [])))  # zeros where it is empty
+    gaps = memoryview(steered.data(_GAPS) or b"")  # zeros where it is empty
 
-    def gap(length: int) -> bytes:
+    def gap(length: int) -> Iterator[widen.Piece]:
         nonlocal gaps
-        data, gaps = bytes(gaps[:length]), gaps[length:]
-        return data.ljust(length, b"\0")
+        data, gaps = gaps[:length], gaps[length:]
+        yield data
+        yield from widen.zeros(length - len(data))
 
     yield header
     position = len(header)
     for tensor in sorted(tensors, key=lambda one: one.offset):
         if tensor.offset > position:
-            yield gap(tensor.offset - position)
+            yield from gap(tensor.offset - position)
         yield from _narrowed(source, steered, tensor)
         position = tensor.offset + tensor.nbytes
-    yield gap(int(steered.get("npti.base.bytes", position)) - position)
+    if _base_bytes(steered) > position:
+        yield from gap(_base_bytes(steered) - position)
+
+
+def _base_bytes(steered: GGUFFile) -> int:
+    """Size of the base, which :func:`check_base` saw to be not much more than what is left of it."""
+    return steered.require_int("npti.base.bytes", most=steered.size + _MOST_GAPS)
 
 
 def _narrowed(source: BinaryIO, steered: GGUFFile, tensor: TensorInfo) -> Iterator[widen.Piece]:
     wide = steered.require_tensor(tensor.name)
+    if wide.type_id != tensor.type_id or wide.nbytes < tensor.nbytes:
+        raise GGUFError(f"{steered.path}: {tensor.name} is smaller than in its base; the file is damaged")
     if tensor.name.endswith(("ffn_gate.weight", "ffn_up.weight")):
         return widen.keep_rows(wide, tensor.rows)
     if tensor.name.endswith("ffn_down.weight"):

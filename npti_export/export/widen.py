@@ -11,10 +11,12 @@ from typing import BinaryIO
 import numpy as np
 
 from npti_export.compiler.program import OFF_BIAS, Floats, Indices, LayerProgram
+from npti_export.errors import GGUFError
 from npti_export.gguf.blocks import Bytes, decode_columns, quantise, scale_rows
 from npti_export.gguf.reader import TensorInfo
 
 CHUNK = 4 << 20  # bytes read at once
+_ZEROS = memoryview(bytes(1 << 20))
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ Piece = Range | Data
 def copy(tensor: TensorInfo) -> Iterator[Piece]:
     """The tensor's bytes."""
     yield Range(tensor.offset, tensor.nbytes)
+
+
+def zeros(count: int) -> Iterator[Piece]:
+    """So many zero bytes, from one small block: there may be many gaps, each as long as the alignment."""
+    for start in range(0, count, len(_ZEROS)):
+        yield _ZEROS[: count - start]
 
 
 def append_rows(stream: BinaryIO, tensor: TensorInfo, source: Indices, factors: Floats) -> Iterator[Piece]:
@@ -54,7 +62,10 @@ def append_rows(stream: BinaryIO, tensor: TensorInfo, source: Indices, factors: 
 def append_columns(stream: BinaryIO, tensor: TensorInfo, source: Indices) -> Iterator[Piece]:
     """A down projection: each row's bytes, then new blocks with its columns ``source``, in the tensor's own type."""
     for rows in _row_chunks(stream, tensor):
-        added = quantise(decode_columns(rows, source, tensor.type_id), tensor.type_id)
+        columns = decode_columns(rows, source, tensor.type_id)
+        if not np.isfinite(columns).all():  # some of ggml's quantisers end the process over these
+            raise GGUFError(f"{stream.name}: {tensor.name} holds values that are not finite; download the file again")
+        added = quantise(columns, tensor.type_id)
         yield np.concatenate([rows, added], axis=1).data
 
 
@@ -101,7 +112,7 @@ def write_pieces(source: BinaryIO, target: BinaryIO, pieces: Iterable[Piece]) ->
     for piece in _joined(pieces):
         if isinstance(piece, Range):
             _copy_range(source, target, piece)
-        else:
+        elif piece:
             _write_all(target, memoryview(piece).cast("B"))
 
 

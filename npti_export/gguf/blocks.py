@@ -154,6 +154,8 @@ def quantise(values: Floats, type_id: int) -> Bytes:
     block, nbytes = _sizes()[type_id]
     rows, length = values.shape
     result = np.empty((rows, length // block * nbytes), dtype=np.uint8)
+    if not result.size:
+        return result  # ggml divides by the row length
     # size_t ggml_quantize_chunk(type, src, dst, start, nrows, n_per_row, imatrix), ggml.h
     written = _ggml().ggml_quantize_chunk(type_id, values.ctypes.data, result.ctypes.data, 0, rows, length, None)
     if written != result.nbytes:
