@@ -19,7 +19,7 @@ from npti_export.models import ModelSource, gguf_source, resolve_model
 from npti_export.profile import NeuronProfile
 from npti_export.profile_io import load_profile, profile_files
 from npti_export.recipe import Recipe, recipe_from_json, select_recipe
-from npti_export.rule_io import SavedRule, Where, load_rule
+from npti_export.rule_io import SavedRule, Where, base_name, load_rule
 from npti_export.traits import TraitSpec, parse_trait
 
 _AFTER_THE_RULE = ("compile.", "verify.")  # what a recipe still says of an artifact whose rule is there
@@ -184,8 +184,7 @@ def _source(job: Job, saved: SavedRule | None) -> Iterator[ModelSource]:
     assert job.rule_from is not None
     if job.rule_from.is_file():
         with tempfile.TemporaryDirectory(prefix="npti-") as folder:
-            named = read_gguf(job.rule_from).get("npti.base.name")
-            base = Path(folder) / (Path(str(named)).name or job.rule_from.name)
+            base = Path(folder) / base_name(read_gguf(job.rule_from))
             strip(job.rule_from, base, force=False)
             yield gguf_source(base)
         return

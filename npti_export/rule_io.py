@@ -213,6 +213,19 @@ def rule_of_gguf(header: GGUFFile) -> SavedRule:
     return SavedRule(decode_rule(stored, str(header.path)), provenance)
 
 
+def base_name(header: GGUFFile) -> str:
+    """What the base of a steered GGUF was called: a file's name, without folders.
+
+    Raises:
+        AdapterError: what is recorded is no name of a file.
+    """
+    recorded = header.text("npti.base.name") or header.path.name
+    name = Path(recorded).name
+    if not name.isprintable() or name in ("", ".."):
+        raise AdapterError(f"{header.path}: npti.base.name is {shortened(recorded)}, no file's name; it is damaged")
+    return name
+
+
 def save_checkpoint_rule(saved: SavedRule, directory: Path) -> None:
     """Put the rule beside a steered checkpoint."""
     packed = base64.b64encode(encode_rule(saved.rule)).decode("ascii")

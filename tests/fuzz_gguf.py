@@ -26,7 +26,6 @@ from pathlib import Path
 
 import fuzz_mutations
 import fuzz_seeds
-import numpy as np
 from conftest import random_rule
 
 from npti_export.compiler.exact import compile_exact
@@ -36,7 +35,7 @@ from npti_export.files import sha256_file
 from npti_export.gguf.reader import read_gguf
 from npti_export.inspection import inspect_file
 from npti_export.models import gguf_source
-from npti_export.rule_io import load_rule
+from npti_export.rule_io import base_name, load_rule
 
 MEMORY = 256  # MB that a case may take beyond the process as it stands before the first
 SECONDS = 5.0  # that a case may take
@@ -88,7 +87,7 @@ TARGETS = {
     "read": lambda path, folder: read_gguf(path),
     "source": lambda path, folder: gguf_source(path),
     "inspect": lambda path, folder: json.dumps(inspect_file(path)),
-    "rule": lambda path, folder: load_rule(path),
+    "rule": lambda path, folder: (load_rule(path), base_name(read_gguf(path))),
     "bake": bake,
     "strip": lambda path, folder: strip(path, folder / "stripped.gguf", force=True),
 }
@@ -212,8 +211,10 @@ def start_child(seed, start, also, memory):
     return process, lines
 
 
-def campaign(seed, seconds, cases=None, start=0, also=None, save=None, memory=MEMORY, silence=SILENCE):
+def campaign(seed, seconds, cases=None, start=0, also=None, save=None, memory=MEMORY, silence=SILENCE, patience=60.0):
     """Run cases from ``start`` on for so many seconds, or so many of them, whichever ends first.
+
+    A child may be silent for ``silence`` seconds, and ``patience`` more before its first answer, as it has to import.
 
     Returns:
         A :class:`Tally`; a child that hung, crashed or was ended by the system counts as one fault of its case.
@@ -227,7 +228,7 @@ def campaign(seed, seconds, cases=None, start=0, also=None, save=None, memory=ME
     try:
         while (cases is None or number < start + cases) and time.monotonic() < end:
             try:  # the first answer takes the imports, too
-                line = lines.get(timeout=silence + 60 * first)
+                line = lines.get(timeout=silence + patience * first)
                 why = "crashed"
             except queue.Empty:
                 line, why = None, f"hung for {silence} s"
@@ -285,5 +286,4 @@ def main():
 
 
 if __name__ == "__main__":
-    np.seterr(all="ignore")
     sys.exit(main())

@@ -336,6 +336,10 @@ def _base_layout(steered: GGUFFile) -> tuple[bytes, list[TensorInfo]]:
     """Header bytes and tensors (offsets from the start of the file) of the base of a steered file."""
     stored = steered.data(_HEADER)
     if stored is not None:
+        if _base_bytes(steered) < len(stored):
+            raise GGUFError(
+                f"{steered.path}: npti.base.bytes is {_base_bytes(steered)}, less than {_HEADER} is long; it is damaged"
+            )
         return stored, list(parse_gguf(io.BytesIO(stored), _base_bytes(steered), steered.path).tensors)
     width = steered.require_int(_WIDTH)
     if steered.require_int(f"{steered.architecture}.feed_forward_length") < width:
