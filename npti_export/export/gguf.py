@@ -16,10 +16,11 @@ from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, by_gguf_name
 from npti_export.compiler.program import LayerProgram, MLPProgram
 from npti_export.errors import DiskFullError, GGUFError, ModelError
 from npti_export.export import widen
+from npti_export.export.rest import MOST_GAPS, check_rest, gaps_of, is_mlp
 from npti_export.files import atomic_output, sha256_file
 from npti_export.gguf.blocks import block_shape, supports_widening, type_name
 from npti_export.gguf.cursor import UINT32
-from npti_export.gguf.reader import GGUFFile, KeyValue, TensorInfo, align, parse_gguf, read_gguf
+from npti_export.gguf.reader import GGUFFile, KeyValue, TensorInfo, parse_gguf, read_gguf
 from npti_export.gguf.writer import (
     NewTensor,
     Value,
@@ -38,7 +39,6 @@ _HEADER = "npti.base.header"
 _GAPS = "npti.base.gaps"
 _AHEAD = 8  # batches computed ahead of the writing
 _AHEAD_BYTES = 16 << 20  # larger ones are computed chunk by chunk as they are written, so that memory stays bounded
-_MOST_GAPS = 16 << 20  # bytes of a base that belong to no tensor, beyond what alignment takes
 _MINIMUM_BLOCK = 32  # n_ff must be a multiple of it in llama.cpp's kernels
 
 
@@ -93,30 +93,7 @@ def check_base(base: GGUFFile) -> None:
                     f"{base.path}: {tensor.name} is {type_name(tensor.type_id)}, which cannot be widened; "
                     "take a Q4_0 to Q8_0, K-quant, IQ4, F16, BF16 or F32 file of the model"
                 )
-    _check_rest(base)
-
-
-def _check_rest(base: GGUFFile) -> None:
-    """No MLP that belongs to no layer, and not more between the tensors than the steered file could carry.
-
-    Raises:
-        GGUFError: see above.
-    """
-    layers = base.require_int(f"{base.architecture}.block_count")
-    mlps = {f"{stem.format(layer)}.weight" for stem in (FFN_GATE, FFN_UP, FFN_DOWN) for layer in range(layers)}
-    used = base.data_start
-    for tensor in base.tensors:
-        used += align(tensor.nbytes, base.alignment)
-        if _is_mlp(tensor.name) and tensor.name not in mlps:
-            raise GGUFError(f"{base.path}: {tensor.name} belongs to none of the {layers} layers; the file is damaged")
-    if base.size > used + _MOST_GAPS:
-        raise GGUFError(
-            f"{base.path}: {(base.size - used) >> 20} MB of it belong to no tensor; it is damaged, download it again"
-        )
-
-
-def _is_mlp(name: str) -> bool:
-    return name.endswith(("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight", "ffn_gate.bias"))
+    check_rest(base)
 
 
 def plan_bake(base: GGUFFile, program: MLPProgram, metadata: dict[str, Value], base_sha256: str) -> BakePlan:
@@ -299,37 +276,13 @@ def _recovery(base: GGUFFile) -> dict[str, Value]:
     )
     with base.path.open("rb") as stream:
         original = stream.read(base.data_start)
-    gaps = _gaps(base)
+    gaps = gaps_of(base)
     result: dict[str, Value] = {"npti.base.bytes": base.size}
     if original != header:
         result[_HEADER] = original
     if gaps:
         result[_GAPS] = gaps
     return result
-
-
-def _gaps(base: GGUFFile) -> bytes:
-    """What lies between the tensors and after the last, all of it in a row; nothing where it is all zeros.
-
-    Raises:
-        GGUFError: more than the metadata of a file can carry.
-    """
-    kept, length, blank = bytearray(), 0, True
-    position = base.data_start
-    ends = [(one.offset, one.offset + one.nbytes) for one in sorted(base.tensors, key=lambda one: one.offset)]
-    with base.path.open("rb") as stream:
-        for start, end in [*ends, (base.size, base.size)]:
-            stream.seek(position)
-            while position < start and (chunk := stream.read(min(widen.CHUNK, start - position))):
-                length, position = length + len(chunk), position + len(chunk)
-                if any(chunk) and blank:
-                    kept, blank = bytearray(length - len(chunk)), False
-                if not blank:
-                    kept += chunk
-                if len(kept) > _MOST_GAPS:
-                    raise GGUFError(f"{base.path}: more than {_MOST_GAPS >> 20} MB lie between tensors; it is damaged")
-            position = end
-    return bytes(kept)
 
 
 def _base_layout(steered: GGUFFile) -> tuple[bytes, list[TensorInfo]]:
@@ -346,7 +299,7 @@ def _base_layout(steered: GGUFFile) -> tuple[bytes, list[TensorInfo]]:
         raise GGUFError(f"{steered.path}: is narrower than its base; it is damaged")
     keys = _with_width(steered, (entry for entry in steered.keys if not entry.key.startswith(PREFIX)), width)
     for one in steered.tensors:
-        if not _is_mlp(one.name) or one.name.endswith("bias"):
+        if not is_mlp(one.name) or one.name.endswith("bias"):
             continue
         block, _ = block_shape(one.type_id, one.name)
         if len(one.shape) != 2 or (one.name.endswith("ffn_down.weight") and width % block):
@@ -382,7 +335,7 @@ def _base_pieces(steered: GGUFFile, source: BinaryIO) -> Iterator[widen.Piece]:
 
 def _base_bytes(steered: GGUFFile) -> int:
     """Size of the base, which :func:`check_base` saw to be not much more than what is left of it."""
-    return steered.require_int("npti.base.bytes", most=steered.size + _MOST_GAPS)
+    return steered.require_int("npti.base.bytes", most=steered.size + MOST_GAPS)
 
 
 def _narrowed(source: BinaryIO, steered: GGUFFile, tensor: TensorInfo) -> Iterator[widen.Piece]:
