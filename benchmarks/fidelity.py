@@ -20,7 +20,7 @@ from npti_export.gguf.reader import read_gguf
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.rule import build_rule
-from npti_export.runtimes.llamacpp import opener
+from npti_export.runtimes.llamacpp.runtime import opener
 from npti_export.runtimes.transformers import TransformersRuntime
 from npti_export.traits import TraitSpec
 from npti_export.verify import measure

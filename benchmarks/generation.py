@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from npti_export.gguf.reader import read_gguf
-from npti_export.runtimes.llamacpp import LlamaCppRuntime
+from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 
 def tokens_per_second(runtime, count=96):

@@ -23,8 +23,10 @@ def activate(gate: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.float32
     """
     if name in SILU:
         with np.errstate(over="ignore"):  # exp(1000) is infinite, and the quotient the -0 that it should be
-            return gate / (1 + np.exp(-gate))
+            a: npt.NDArray[np.float32] = gate / (1 + np.exp(-gate))
+            return a
     if name in _GELU_TANH:
         inner = np.float32(np.sqrt(2 / np.pi)) * gate * (1 + np.float32(0.044715) * gate * gate)
-        return np.float32(0.5) * gate * (1 + np.tanh(inner))
+        half: npt.NDArray[np.float32] = np.float32(0.5) * gate
+        return half + half * np.tanh(inner)
     raise ArchitectureError(f"activation {name!r} is not known here; --runtime transformers knows it")

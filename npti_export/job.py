@@ -10,12 +10,13 @@ from pathlib import Path
 
 from npti_export.base_file import BasePlan, check_request, made_base, plan_base
 from npti_export.bench import TraitBench, load_bench
-from npti_export.endings.base import Format
+from npti_export.endings.base import SINGLE_FILES, Format
 from npti_export.errors import AdapterError, ModelError, OutputError, ProfileError, RecipeError
+from npti_export.export.control_vector import is_control_vector
 from npti_export.export.gguf import strip
 from npti_export.files import check_writable, sha256_file
 from npti_export.gguf.reader import GGUFFile
-from npti_export.gguf.shards import read_model, shard_paths
+from npti_export.gguf.shards import named_shards, read_model, shard_paths
 from npti_export.loader import RuntimeSettings, Timings
 from npti_export.models import ModelSource, gguf_source, resolve_model
 from npti_export.profile import NeuronProfile
@@ -143,7 +144,7 @@ def _prepare(job: Job, saved: SavedRule | None, traits: tuple[TraitSpec, ...], s
         paths = shard_paths(job.out, len(base.shards))
         others = [path for path in outputs if path != job.out]
         job = replace(job, out=paths[0])
-        _refuse_shared_paths(job, source, [*others, *paths], [part.path for part in base.shards])
+        _refuse_shared_paths(job, source, [*others, *paths])
     recipe = _recipe(job, saved, source)
     if saved is not None and saved.where == "response" and job.format != "peft" and job.where is None:
         raise OutputError(
@@ -200,11 +201,11 @@ def _check_outputs(job: Job, traits: Sequence[str]) -> list[Path]:
         if len(traits) > 1:
             raise ProfileError("--save-profile takes one trait; save several with npti-export identify, one by one")
         files += profile_files(job.save_profile, traits[0])
-    if job.out is not None and job.format == "gguf":
+    if job.out is not None and job.format in SINGLE_FILES:
         files.append(job.out)
     for path in files:
         check_writable(path, force=job.force)
-    return files if job.out is None or job.format == "gguf" else [*files, job.out]
+    return files if job.out is None or job.format in SINGLE_FILES else [*files, job.out]
 
 
 @contextmanager
@@ -220,7 +221,7 @@ def _source(job: Job, saved: SavedRule | None) -> Iterator[ModelSource]:
         yield source
         return
     assert job.rule_from is not None
-    if job.rule_from.is_file():
+    if job.rule_from.is_file() and not is_control_vector(job.rule_from):
         with tempfile.TemporaryDirectory(prefix="npti-") as folder:
             steered = read_model(job.rule_from)
             base = Path(folder) / base_name(steered)
@@ -231,7 +232,7 @@ def _source(job: Job, saved: SavedRule | None) -> Iterator[ModelSource]:
 
 
 def _recorded_source(saved: SavedRule) -> ModelSource:
-    """The model that an adapter or checkpoint names: the embedded default, or a place or hub id."""
+    """The model that an adapter, checkpoint or control vector names: the embedded default, or a place or hub id."""
     default = resolve_model(None)
     if default.fingerprint == saved.about.fingerprint.float32:
         return default
@@ -308,7 +309,7 @@ def _idle_runtime_options(job: Job, source: ModelSource) -> dict[str, bool]:
     settings = job.runtime
     in_llamacpp = settings.engine_for(source) == "llama.cpp"
     identifies_only = job.out is None and job.rule_from is None
-    measured_in_llamacpp = job.format in ("gguf", "control-vector") and not identifies_only
+    measured_in_llamacpp = job.format in SINGLE_FILES and not identifies_only
     defaults = RuntimeSettings()
     llamas = ("threads", "gpu_layers", "prompt_batch", "context")
     return {
@@ -326,13 +327,12 @@ def _idle_runtime_options(job: Job, source: ModelSource) -> dict[str, bool]:
     }
 
 
-def _refuse_shared_paths(
-    job: Job, source: ModelSource, outputs: Sequence[Path], more_inputs: Sequence[Path] = ()
-) -> None:
+def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:
     """No output may replace an input, or another output, whatever --force says."""
     resolved = [path.resolve() for path in outputs]
     given = [path for path in (job.base, job.rule_from, job.bench, job.converter) if path is not None]
-    inputs = {path.resolve() for path in [source.path, *source.shards, *job.profiles, *given, *more_inputs]}
+    parts = [part for path in given for part in named_shards(path)]
+    inputs = {path.resolve() for path in [source.path, *source.shards, *job.profiles, *parts]}
     for path, place in zip(outputs, resolved, strict=True):
         if any(one.is_relative_to(place) for one in inputs):
             raise OutputError(f"{path}: is an input of this very job, or holds one; choose another name for the output")

@@ -63,8 +63,8 @@ class RuntimeSettings:
         """
         if self.engine == "llama.cpp" and source.kind != "gguf":
             raise ModelError(
-                f"{source.name}: is a transformers model, and llama.cpp runs GGUF files; leave --runtime out, or give a "
-                ".gguf file as --model"
+                f"{source.name}: is a transformers model, and llama.cpp runs GGUF files; leave --runtime out, or give "
+                "a .gguf file as --model"
             )
         if self.engine != "auto":
             return self.engine

@@ -97,13 +97,13 @@ class ModelSource:
         if self.shards:
             raise ModelError(
                 f"{self.path}: is split into {len(self.shards)} files, which transformers cannot read; take "
-                "--runtime llamacpp, merge them by llama-gguf-split --merge, or name the transformers model by --model "
-                "and this file by --base"
+                "--runtime llama.cpp, merge them by llama-gguf-split --merge, or name the transformers model by "
+                "--model and this file by --base"
             )
         if self.kind == "gguf" and "blk.0.ffn_gate.bias" in read_model(self.path).by_name:
             raise ModelError(
                 f"{self.path}: its MLPs have biases, which transformers does not read from a GGUF; take "
-                "--runtime llamacpp, or name the transformers model by --model and this file by --base"
+                "--runtime llama.cpp, or name the transformers model by --model and this file by --base"
             )
 
     def check_compilable(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npti_export.endings.base import Ending, Written
+from npti_export.endings.base import SINGLE_FILES, Ending, Written
 from npti_export.errors import FidelityError, ModelError, NptiError
 from npti_export.identify.collect import identify
 from npti_export.job import Job, Prepared, held_out, prepared, with_base
@@ -47,12 +47,15 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             from npti_export.export.hub import check_repository
 
             check_repository(job.push_to)
-        with with_base(asked, progress, timings) as ready:
-            with _models(ready, timings, progress, verifies=True) as models, open_ending(ready, models) as ending:
-                assert ready.job.out is not None
-                ending.check_output(ready.job.out, force=job.force)
-                saved, profiles = _obtain_rule(ready, models, timings, progress)
-                report = _deliver(ready, saved, ending, models, timings, progress)
+        with (
+            with_base(asked, progress, timings) as ready,
+            _models(ready, timings, progress, verifies=True) as models,
+            open_ending(ready, models) as ending,
+        ):
+            assert ready.job.out is not None
+            ending.check_output(ready.job.out, force=job.force)
+            saved, profiles = _obtain_rule(ready, models, timings, progress)
+            report = _deliver(ready, saved, ending, models, timings, progress)
     report["profiles"] = profiles
     report["seconds"] = {key: round(value, 3) for key, value in timings.seconds.items()}
     report["seconds"]["total"] = round(time.perf_counter() - started, 3)
@@ -75,6 +78,10 @@ def open_ending(ready: Prepared, models: Models) -> Ending:
         from npti_export.endings.peft import PeftEnding
 
         return PeftEnding(models.exact, identity_checked=job.out is not None or not job.any_model)
+    if job.format == "control-vector":
+        from npti_export.endings.control_vector import ControlVectorEnding
+
+        return ControlVectorEnding(ready.source, ready.recipe, models.settings.llama, lambda: _asked(ready))
     ready.source.check_compilable()
     if job.format == "checkpoint":
         from npti_export.endings.checkpoint import CheckpointEnding
@@ -84,6 +91,14 @@ def open_ending(ready: Prepared, models: Models) -> Ending:
 
     assert ready.base is not None
     return GGUFEnding(ready.base, ready.recipe, models.settings.llama)
+
+
+def _asked(ready: Prepared) -> list[str]:
+    """Search questions of all traits, as the user would send them."""
+    count = ready.recipe.verify.prompts
+    pools = [bench.search(0, ready.recipe.identify.seed)[:count] for bench in ready.benches.values()]
+    mixed = [question.text for turn in zip(*pools, strict=False) for question in turn]
+    return [ready.recipe.prompt.user.replace("{question}", text) for text in mixed[:count]]
 
 
 def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress: Progress) -> dict[str, NeuronProfile]:
@@ -156,7 +171,7 @@ def _identity(ready: Prepared) -> dict[str, Any]:
 
 
 def _keeps_places(job: Job) -> bool:
-    """Adapters and checkpoints say where on this machine their base is, as PEFT does, unless they leave it."""
+    """What needs its base says where on this machine that is, as PEFT does, unless it leaves it."""
     return job.format != "gguf" and job.push_to is None
 
 
@@ -211,7 +226,8 @@ def measure_artifact(
         assert artifact is not None
         with artifact:
             prompts = [base.encode(question) for question in questions]
-            return measure_file(ready.source, base, artifact, saved.rule, prompts, recipe, progress)
+            fidelity, layers = measure_file(ready.source, base, artifact, saved.rule, prompts, recipe, progress)
+            return fidelity, layers if ready.job.format == "gguf" else None
     from npti_export.verify import measure
 
     runtime = models.exact()
@@ -220,7 +236,7 @@ def measure_artifact(
 
 
 def _runs_in_llamacpp(ready: Prepared, models: Models) -> bool:
-    return ready.job.format in ("gguf", "control-vector") and models.engine == "llama.cpp"
+    return ready.job.format in SINGLE_FILES and models.engine == "llama.cpp"
 
 
 def _set_aside(temporary: Path, out: Path) -> Path:

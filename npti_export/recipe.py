@@ -52,9 +52,7 @@ class IdentifySection(_Section):
     batch_size: int = Field(ge=1, le=4096, description="Sequences decoded together")
     max_new_tokens: int = Field(ge=2, le=65536, description="Longest answer, in tokens")
     repetition_penalty: float = Field(gt=0, le=10, description="Divides the logits of tokens seen before")
-    until: Literal["stable", "all"] = Field(
-        description="Stop once the selected neurons have settled, or ask everything"
-    )
+    until: Literal["stable", "all"] = Field(description="Stop once the selected neurons have settled, or ask all")
     overlap: float = Field(gt=0, le=1, description="Settled: expected overlap with the selection from all questions")
     floor: int = Field(ge=2, description="Questions asked in any case")
 

@@ -158,7 +158,7 @@ def decode_rule(data: bytes, where: str) -> SteeringRule:
         raise AdapterError(f"{where}: its steering rule is damaged ({reason}); make the file again") from error
 
 
-def artifact_format(path: Path) -> Literal["gguf", "peft", "checkpoint"]:
+def artifact_format(path: Path) -> Literal["gguf", "peft", "checkpoint", "control-vector"]:
     """What kind of artifact a path is.
 
     Raises:
@@ -173,8 +173,9 @@ def artifact_format(path: Path) -> Literal["gguf", "peft", "checkpoint"]:
     if not path.is_file():
         raise AdapterError(f"{path}: there is no such file or directory")
     with path.open("rb") as stream:
-        if stream.read(4) == b"GGUF":
-            return "gguf"
+        found = stream.read(4) == b"GGUF"
+    if found:
+        return "control-vector" if read_gguf(path).text("general.architecture") == "controlvector" else "gguf"
     raise AdapterError(
         f"{path}: holds no rule; give an adapter directory, a steered checkpoint directory or a steered GGUF "
         "(a profile becomes one with --profile and --trait)"
@@ -182,7 +183,7 @@ def artifact_format(path: Path) -> Literal["gguf", "peft", "checkpoint"]:
 
 
 def load_rule(path: Path) -> SavedRule:
-    """The rule inside an adapter directory, a steered checkpoint directory or a steered GGUF.
+    """The rule inside an adapter directory, a steered checkpoint directory, a steered GGUF or a control vector of ours.
 
     Raises:
         AdapterError: holds no rule, or a damaged one.

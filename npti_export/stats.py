@@ -113,8 +113,8 @@ class ActivationStats:
         """Squared standard error of :meth:`probability`, ``[layers, width]``, for answers drawn at random.
 
         The variance of a ratio of sums over answers (linearised, Cochran, Sampling Techniques, 6.4): with active
-        tokens ``a`` and tokens ``t`` of ``n`` answers, ``n / (n - 1) * sum (a - p t)^2 / (sum t)^2``. Infinite for fewer
-        than two answers.
+        tokens ``a`` and tokens ``t`` of ``n`` answers, ``n / (n - 1) * sum (a - p t)^2 / (sum t)^2``. Infinite for
+        fewer than two answers.
         """
         spread, p = self.spread, self.probability()
         if spread.answers < 2:
@@ -174,7 +174,8 @@ def load_stats(path: Path) -> tuple[dict[str, ActivationStats], dict[str, object
             for name, (tokens, answers, squared) in record["sizes"].items():
                 read = {field: tensors.get_tensor(f"{name}.{field}") for field in (*_FIELDS, *_SPREAD_FIELDS)}
                 spread = Spread(int(answers), int(squared), *(read[field] for field in _SPREAD_FIELDS))
-                stats[name] = ActivationStats(int(tokens), *(read[field] for field in _FIELDS), spread)
+                active, histogram, largest = (read[field] for field in _FIELDS)
+                stats[name] = ActivationStats(int(tokens), active, histogram, largest, spread)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ProfileError(f"{path}: damaged statistics; delete the file and run again") from error
     return stats, record["progress"]

@@ -106,8 +106,8 @@ class LayerErrors:
         for layer, (error, moved, floor) in enumerate(zip(self.error, self.moved, self.floor, strict=True)):
             if not error <= 2 * floor + _HALF * moved:
                 return (
-                    f"layer {layer} does not do what the rule says: its output is off by {error:.2g} of its size, where "
-                    f"the rule changes {moved:.2g} and the runtime's own noise is {floor:.2g}"
+                    f"layer {layer} does not do what the rule says: its output is off by {error:.2g} of its size, "
+                    f"where the rule changes {moved:.2g} and the runtime's own noise is {floor:.2g}"
                 )
         return None
 

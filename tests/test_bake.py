@@ -16,7 +16,6 @@ from npti_export.errors import ArchitectureError, DiskFullError, GGUFError, Mode
 from npti_export.export.gguf import check_base, plan_bake, record, strip, write_bake
 from npti_export.files import sha256_file
 from npti_export.gguf.reader import read_gguf
-from npti_export.runtimes.llamacpp import LlamaCppRuntime
 
 # K- and I-quants have blocks of 256; the others are tried on the narrow model.
 NARROW = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"]
@@ -45,8 +44,12 @@ def rule_for(path, seed=0):
 
 
 def llama_logits(path):
-    with LlamaCppRuntime(path, context=64) as runtime:
-        return runtime.logits(TOKENS)
+    """Of stock llama.cpp, as anybody would load the file; of a split model, its first file."""
+    from llama_cpp import Llama
+
+    llama = Llama(str(path), n_ctx=64, n_batch=64, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+    llama.eval(TOKENS)
+    return llama.scores[: len(TOKENS)].copy()
 
 
 @pytest.mark.parametrize("kind", NARROW + WIDE)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_rule
-from jobs import QUICK, npti
+from jobs import QUICK, main_job, npti
 from reference import ReferenceLlama, kl
 from test_bake import TOKENS, llama_logits
 from tolerances import KL_TINY_FLOAT
@@ -216,3 +216,21 @@ def test_the_main_job_on_a_split_base(split, tiny_checkpoint, cli_environment, t
     done = run("--from", files[0].name, *common, "--out", "again.gguf")
     assert done.returncode == 0, done.stderr
     assert np.array_equal(llama_logits(files[0]), llama_logits(tmp_path / "again-00001-of-00005.gguf"))
+
+
+@pytest.mark.parametrize("sizes", [{"family": "qwen2", "split": 8}, {"biases": ("ffn_gate", "ffn_up")}], ids=str)
+def test_the_main_job_inside_llama_cpp(make_tiny, cli_environment, tmp_path, sizes):
+    """A split qwen2 file, and one with MLP biases, which transformers reads neither of: identified, baked, verified."""
+    model = make_tiny(**sizes)
+    done = npti(*main_job(model, "s.gguf", "--report", "r.json"), environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    out = tmp_path / report["artifact"]["path"]
+    assert report["fidelity"]["kl_rule_artifact"] < report["fidelity"]["limit"]
+    assert kl(llama_logits(model), llama_logits(out)) > 1e-3
+    strip(out, tmp_path / "b.gguf", force=False)
+    for was, now in zip(named_shards(model), shard_paths(tmp_path / "b.gguf", len(named_shards(model))), strict=True):
+        assert now.read_bytes() == was.read_bytes()
+    second = named_shards(out)[-1]
+    again = npti("--from", out, "--out", second, "--force", environment=cli_environment, cwd=tmp_path)
+    assert (again.returncode, "an input of this very job" in again.stderr) == (2, True), again.stderr

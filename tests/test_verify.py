@@ -13,7 +13,7 @@ from npti_export.identify.collect import contrast_prompts
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.runtimes.base import chat
-from npti_export.runtimes.llamacpp import opener
+from npti_export.runtimes.llamacpp.runtime import opener
 from npti_export.steer import steered
 from npti_export.verify import Fidelity, kl_divergence, measure
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from npti_export.verify import Opener
 
 Format = Literal["gguf", "peft", "checkpoint", "control-vector"]
+SINGLE_FILES = ("gguf", "control-vector")  # the others are directories
 SAMPLE_TOKENS = 96
 
 

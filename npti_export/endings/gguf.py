@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +11,13 @@ from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP
 from npti_export.compiler.exact import compile_exact
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
 from npti_export.export.gguf import check_base, plan_bake, record, write_bake
+from npti_export.export.metadata import steering_metadata
 from npti_export.files import atomic_files, atomic_output, check_writable, sha256_file
 from npti_export.gguf.blocks import is_float
 from npti_export.gguf.reader import GGUFFile, layer_count
 from npti_export.gguf.shards import first_in, named_shards, read_model, shard_paths
-from npti_export.gguf.writer import Value
 from npti_export.recipe import Recipe
-from npti_export.rule_io import SavedRule, encode_rule
+from npti_export.rule_io import SavedRule
 from npti_export.runtimes.base import Message
 from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime, opener
@@ -74,7 +72,7 @@ class GGUFEnding:
         """See :class:`npti_export.endings.base.Ending`."""
         program = compile_exact(saved.rule, self._recipe.compile.clamp_units)
         digests = [future.result() for future in self._sha256]
-        plan = plan_bake(self._base, program, self._metadata(saved), digests)
+        plan = plan_bake(self._base, program, steering_metadata(saved, self._base.path), digests)
         write_bake(plan, path / self._first if self._base.shards else path)
         named = {part.path.name: digest for part, digest in zip(self._base.parts, digests, strict=True)}
         return Written(plan.nbytes, plan.extra, self._base.size, named if self._base.shards else digests[0])
@@ -118,31 +116,7 @@ class GGUFEnding:
             return sha256_file(path)
         return {file.name: sha256_file(file) for file in named_shards(first_in(path))}
 
-    def _metadata(self, saved: SavedRule) -> dict[str, Value]:
-        from npti_export.verify import Fidelity
-
-        about = replace(saved.about, recipe="", fidelity={})
-        placeholders: dict[str, Value] = {f"fidelity.{name}": float("nan") for name in Fidelity.__dataclass_fields__}
-        return {
-            "version": about.version,
-            "trait": about.trait,
-            **({} if about.gamma is None else {"gamma": about.gamma}),
-            "recipe": saved.about.recipe,
-            "model.fingerprint": about.fingerprint.float32,
-            "base.name": _ascii_name(self._base.path),
-            "neurons.shift": saved.rule.shifted,
-            "neurons.clamp": saved.rule.clamped,
-            "provenance": json.dumps(about.to_dict(), sort_keys=True, ensure_ascii=False),
-            "rule": encode_rule(saved.rule),
-            **placeholders,
-        }
-
 
 def _file(path: Path) -> Path:
     """The file that llama.cpp is given: ``path``, or the first one of a split model in a temporary folder."""
     return first_in(path) if path.is_dir() else path
-
-
-def _ascii_name(path: Path) -> str:
-    """A file's name with what is not ASCII escaped, fit for metadata whatever bytes the file system holds."""
-    return path.name.encode("ascii", "backslashreplace").decode("ascii")

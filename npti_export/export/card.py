@@ -11,12 +11,22 @@ from npti_export.traits import EVERYDAY, TraitSpec, parse_trait
 
 # How the Hub files a model under its base. It takes every GGUF for a mere quantisation, which promises the base's
 # behaviour in fewer bits; this one behaves differently and changes no type, so it is a fine-tune to whoever looks.
-_RELATION = {"peft": "adapter", "checkpoint": "finetune", "gguf": "finetune"}
+_RELATION = {"peft": "adapter", "checkpoint": "finetune", "gguf": "finetune", "control-vector": "adapter"}
 
 # Names from the Hub's list of libraries; llama.cpp itself is not on it, only its Python binding.
-_LIBRARY = {"peft": "peft", "checkpoint": "transformers", "gguf": "llama-cpp-python"}
+_LIBRARY = {
+    "peft": "peft",
+    "checkpoint": "transformers",
+    "gguf": "llama-cpp-python",
+    "control-vector": "llama-cpp-python",
+}
 
-_NOUN = {"peft": "PEFT adapter", "checkpoint": "transformers checkpoint", "gguf": "GGUF file"}
+_NOUN = {
+    "peft": "PEFT adapter",
+    "checkpoint": "transformers checkpoint",
+    "gguf": "GGUF file",
+    "control-vector": "control vector of llama.cpp",
+}
 
 # What the Hub accepts as a licence; it refuses a card with any other.
 _LICENSES = """
@@ -77,6 +87,11 @@ def _what(report: dict[str, Any], traits: list[TraitSpec]) -> str:
     poles = "\n".join(f"- {_pole(spec)}" for spec in traits)
     if kind == "peft":
         how = "The adapter does this to the activations while the model runs; no weight of the base model is changed."
+    elif kind == "control-vector":
+        how = (
+            "Of this, the file holds the constant part: what the rule adds to the residual stream of each layer on "
+            "average, whatever the token. How near that comes to the rule itself is measured below."
+        )
     elif neurons["extra_width"]:
         how = (
             f"This is written into the weights: each MLP has {neurons['extra_width']} neurons more than the base "
@@ -103,7 +118,12 @@ def _pole(spec: TraitSpec) -> str:
 
 
 def _loading(report: dict[str, Any]) -> str:
-    text = {"peft": _load_peft, "checkpoint": _load_checkpoint, "gguf": _load_gguf}[report["artifact"]["format"]]
+    text = {
+        "peft": _load_peft,
+        "checkpoint": _load_checkpoint,
+        "gguf": _load_gguf,
+        "control-vector": _load_control_vector,
+    }[report["artifact"]["format"]]
     return "## How to load it\n\n" + text(report)
 
 
@@ -132,6 +152,17 @@ files:
 
 ```python
 attached = npti_export.attach(model, "path/to/the/folder", strength=0.5)  # until attached.detach()
+```"""
+
+
+def _load_control_vector(report: dict[str, Any]) -> str:
+    name = PurePath(report["artifact"]["path"]).name
+    return f"""\
+With the GGUF of the base model that it was made for (another quantisation of it will do):
+
+```
+llama-server -m base.gguf --control-vector {name}
+llama-cli -m base.gguf --control-vector-scaled {name}:0.5
 ```"""
 
 

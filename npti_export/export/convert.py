@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from npti_export.architectures import ARCHITECTURES
+from npti_export.architectures import bakes_once_converted
 from npti_export.errors import ArchitectureError, ModelError
 from npti_export.gguf.requantise import refuse_full_disk
 from npti_export.models import ModelSource, model_type_ahead, weight_files
@@ -107,8 +107,7 @@ def convertible(model: str | None) -> bool:
     Raises:
         ModelError: a repository that is not on the hub, or has no configuration.
     """
-    model_type = model_type_ahead(model)
-    return any(model_type in row.model_types for row in ARCHITECTURES if row.gguf is not None)
+    return bakes_once_converted(model_type_ahead(model))
 
 
 def check_family(source: ModelSource) -> None:
@@ -118,7 +117,7 @@ def check_family(source: ModelSource) -> None:
         ArchitectureError: llama.cpp loads no MLP biases for this family, or its activation is not SiLU.
     """
     source.check_compilable()
-    if source.architecture.gguf is None:
+    if not bakes_once_converted(source.model_type):
         raise ArchitectureError(
             f"{source.name}: llama.cpp loads no MLP biases for {source.model_type}, so no rule can be baked into its "
             "GGUF; take --format peft" + (" or checkpoint" if source.architecture.checkpoint else "")

@@ -136,10 +136,7 @@ def plan_bake(
     widths = [width + extra for width, extra in zip(old, extras, strict=True)]
     padded = MLPProgram(
         program.width,
-        tuple(
-            _placed(base, number, layer, extra)
-            for number, (layer, extra) in enumerate(zip(program.layers, extras, strict=True))
-        ),
+        tuple(_placed(base, number, *one) for number, one in enumerate(zip(program.layers, extras, strict=True))),
     )
     home = home_of(base)
     names = {

@@ -35,7 +35,7 @@ class FileMLP:
         self._kept: dict[int, list[tuple[slice, Floats, Floats, Floats]]] = {}
 
     def __call__(self, layer: int, x: Floats, rule: SteeringRule | None = None) -> Floats:
-        """The MLP's output ``[rows, hidden]`` for its input ``x`` ``[rows, hidden]``, the down projection's bias included.
+        """The MLP's output ``[rows, hidden]`` for its input ``x`` ``[rows, hidden]``, its biases included.
 
         The rule is what the paper says, written out: ``a = where(clamp, min(a, 0), a) + shift``.
         """

@@ -17,7 +17,8 @@ from pathlib import Path
 from npti_export.errors import DiskFullError, ModelError
 from npti_export.gguf import quantiser
 from npti_export.gguf.blocks import block_shape, is_float, type_id_of, type_name
-from npti_export.gguf.reader import GGUFFile, read_gguf
+from npti_export.gguf.reader import GGUFFile
+from npti_export.gguf.shards import read_model
 from npti_export.processes import ending, run_captured
 from npti_export.progress import Progress
 from npti_export.runtimes.llamacpp.library import usable_cores
@@ -125,7 +126,7 @@ def quantise_file(source: Path, target: Path, file_type: str, progress: Progress
         ModelError: llama.cpp refused; its own last lines are in the message.
         DiskFullError: the disk filled up.
     """
-    progress.start(f"quantise to {file_type}", len(read_gguf(source).tensors))
+    progress.start(f"quantise to {file_type}", len(read_model(source).tensors))
 
     def on_line(line: str) -> None:
         if _STEP.match(line):

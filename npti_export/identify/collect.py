@@ -83,8 +83,8 @@ def identify(
         progress.advance(len(batch), sum(one.tokens for one in fresh.values()))
     if asked < len(questions):
         progress.note(
-            f"stopped after {asked} of {len(questions)} questions: the neurons selected now should overlap by {overlap:.0%} "
-            "with those from all (--until all asks the rest)"
+            f"stopped after {asked} of {len(questions)} questions: the neurons selected now should overlap by "
+            f"{overlap:.0%} with those from all (--until all asks the rest)"
         )
     origin = {
         "recipe": json.loads(recipe.to_json()),

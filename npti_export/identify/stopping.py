@@ -20,8 +20,8 @@ def expected_overlap(
 
     The ``delta`` of the questions to come is drawn for every neuron, the selection made again from all, and the two
     sets compared; the mean of the Jaccard indices, of the pole where it is smaller. What is to come is not simply like
-    what was seen: a neuron ranks high partly by luck. So its true ``delta`` has the prior ``N(0, tau^2)``, with ``tau^2``
-    what the variance of all observed deltas exceeds the mean squared standard error by (empirical Bayes).
+    what was seen: a neuron ranks high partly by luck. So its true ``delta`` has the prior ``N(0, tau^2)``, with
+    ``tau^2`` what the variance of all observed deltas exceeds the mean squared standard error by (empirical Bayes).
 
     Args:
         plus: of the ``+`` answers to the first ``asked`` questions.

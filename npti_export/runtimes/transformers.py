@@ -143,7 +143,7 @@ class TransformersRuntime:
         repetition_penalty: float,
         shared: Sequence[int] | None = None,  # noqa: ARG002  a padded batch computes every row in full
     ) -> list[ActivationStats]:
-        """See :class:`Runtime`: generation in batches, then a teacher-forced pass, in which more is computed at once."""
+        """See :class:`Runtime`: generation in batches, then a teacher-forced pass, where more is computed at once."""
         answers = self.generate(prompts, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
         return [
             self.activation_stats([answer for answer, one in zip(answers, groups, strict=True) if one == group])

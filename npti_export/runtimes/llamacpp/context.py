@@ -167,7 +167,7 @@ class Context:
         address = ctypes.cast(lib.llama_get_logits(self._pointer), ctypes.c_void_p).value
         assert address is not None
         flat = (ctypes.c_float * (count * size)).from_address(address)
-        logits = np.frombuffer(flat, np.float32).reshape(count, size)
+        logits = np.ctypeslib.as_array(flat).reshape(count, size)
         return logits if len(rows) < self.batch else logits.copy()  # a full piece may be followed by another
 
     def clear(self) -> None:

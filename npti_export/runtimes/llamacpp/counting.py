@@ -59,7 +59,7 @@ class GateCounter:
         self._group_of[list(answers)] = groups
 
     def see(self, layer: int, first: int | None = None) -> See:
-        """What a tap does with the gate's pre-activation ``[rows, neurons]`` of a layer; ``first`` columns are the gate's.
+        """What a tap does with a layer's pre-activations ``[rows, neurons]``; the ``first`` columns are the gate's.
 
         A layer may have fewer neurons than the widest one; those that it lacks are never active.
         """

@@ -123,8 +123,11 @@ class Decoder:
         """
         self._watch(())
         # The last token is always computed, since its logits are wanted.
-        lengths = [min(length, len(prompt) - 1) for prompt, length in zip(prompts, shared or [0] * len(prompts))]
-        waiting = deque(_Answer(index, tuple(p), n) for index, (p, n) in enumerate(zip(prompts, lengths, strict=True)))
+        lengths = shared or [0] * len(prompts)
+        waiting = deque(
+            _Answer(index, tuple(prompt), min(length, len(prompt) - 1))
+            for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+        )
         self._beginnings.prepare(self._context, (answer.prompt[: answer.shared] for answer in waiting))
         free = list(range(self._context.sequences))
         active: list[_Answer] = []

@@ -236,7 +236,8 @@ class LlamaCppRuntime:
                 return False
 
             def hand_over(values: npt.NDArray[np.float32], layer: int = layer) -> bool:
-                return see(layer, inputs.pop(layer), values)
+                # With a control vector, the sum with the residual stream bears the same name, and comes later.
+                return layer in inputs and see(layer, inputs.pop(layer), values)
 
             nodes[f"{family.mlp_input}-{layer}".encode()] = keep
             nodes[f"{family.mlp_output}-{layer}".encode()] = hand_over

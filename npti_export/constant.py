@@ -1,0 +1,82 @@
+"""The constant part of a rule: what it adds to the residual stream on average, whatever the token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.errors import ModelError
+from npti_export.gguf.mlp import FileMLP
+from npti_export.gguf.reader import GGUFFile
+from npti_export.gguf.shards import read_model
+from npti_export.rule import SteeringRule
+from npti_export.runtimes.base import Exchange
+from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
+
+Floats = npt.NDArray[np.float32]
+_EPSILON = 1e-6  # where a file does not say
+
+
+def mean_effect(runtime: LlamaCppRuntime, rule: SteeringRule, exchanges: Sequence[Exchange]) -> Floats:
+    """Mean change of each layer's contribution to the residual stream over response tokens, ``[layers, hidden]``.
+
+    The model runs steered (the MLPs computed in numpy by the rule), and each layer is asked what it would have
+    contributed without the rule on the same input.
+
+    Args:
+        runtime: the unsteered file, opened with its source.
+        rule: what is averaged.
+        exchanges: prompts and answers of the unsteered model.
+
+    Raises:
+        ModelError: no response token.
+    """
+    source = runtime.source
+    assert source is not None
+    assert source.family is not None
+    header = read_model(source.path)
+    mlp = FileMLP(header, source.family)
+    sums = np.zeros((source.shape.layers, source.shape.hidden))
+    count = 0
+    for exchange in exchanges:
+        counted = np.arange(len(exchange.tokens)) >= len(exchange.prompt)
+        seen = dict.fromkeys(range(source.shape.layers), 0)
+
+        def see(
+            layer: int, x: Floats, y: Floats, counted: npt.NDArray[np.bool_] = counted, seen: dict[int, int] = seen
+        ) -> bool:
+            rows = counted[seen[layer] : seen[layer] + len(x)]
+            seen[layer] += len(x)
+            y[:] = mlp(layer, x, rule)
+            if rows.any():
+                change = _contribution(header, layer, y[rows]) - _contribution(header, layer, mlp(layer, x[rows]))
+                sums[layer] += change.sum(0)
+            return True
+
+        runtime.run([exchange.tokens], see)
+        count += int(counted.sum())
+    if not count:
+        raise ModelError(f"{source.name}: answered every question with nothing; there is nothing to average over")
+    return (sums / count).astype(np.float32)
+
+
+def as_directions(effect: Floats) -> Floats:
+    """``[layers - 1, hidden]`` of a control vector, which has none for the first layer: the second one's takes both."""
+    directions = effect[1:].copy()
+    directions[0] += effect[0]
+    return directions
+
+
+def _contribution(header: GGUFFile, layer: int, y: Floats) -> Floats:
+    """What an MLP's output ``[rows, hidden]`` adds to the residual stream, after the family's norm or scale."""
+    architecture = header.architecture
+    norm = header.by_name.get(f"blk.{layer}.post_ffw_norm.weight")
+    if norm is not None:
+        with header.holder(norm.name).path.open("rb") as stream:
+            stream.seek(norm.offset)
+            weight = np.frombuffer(stream.read(norm.nbytes), np.float32 if norm.type_id == 0 else np.float16)
+        epsilon = float(header.get(f"{architecture}.attention.layer_norm_rms_epsilon", _EPSILON))
+        y = y / np.sqrt(np.square(y).mean(-1, keepdims=True) + epsilon) * weight
+    return y * np.float32(header.get(f"{architecture}.residual_scale", 1.0))

@@ -1,0 +1,80 @@
+"""Control vectors in llama.cpp's format: one direction a layer, added to the residual stream behind it.
+
+Keys and names after llama.cpp's tools/cvector-generator and common_control_vector_load: ``general.architecture`` is
+``controlvector``, tensors are ``direction.N``, F32 with one dimension, N from 1 on: there is none for the first layer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.errors import GGUFError
+from npti_export.gguf.reader import DEFAULT_ALIGNMENT, GGUFFile, read_gguf
+from npti_export.gguf.writer import NewTensor, Value, encode_header, encode_uint32, encode_value, lay_out
+
+ARCHITECTURE = "controlvector"
+_VERSION, _F32 = 3, 0
+Floats = npt.NDArray[np.float32]
+
+
+def write_control_vector(path: Path, directions: Floats, model: str, metadata: dict[str, Value]) -> int:
+    """Write ``directions`` ``[layers - 1, hidden]``, for the second layer on.
+
+    Args:
+        path: the file.
+        directions: finite float32.
+        model: the model's ``general.architecture``.
+        metadata: added under ``npti.``.
+
+    Returns:
+        Its size in bytes.
+    """
+    layers, hidden = directions.shape
+    keys = [
+        ("general.architecture", encode_value(ARCHITECTURE)),
+        (f"{ARCHITECTURE}.model_hint", encode_value(model)),
+        (f"{ARCHITECTURE}.layer_count", encode_uint32(layers)),
+        *((f"npti.{key}", encode_value(value)) for key, value in metadata.items()),
+    ]
+    tensors = [NewTensor(f"direction.{layer + 1}", (hidden,), _F32, 4 * hidden) for layer in range(layers)]
+    placed = lay_out(tensors, DEFAULT_ALIGNMENT)
+    data = bytearray(placed[-1].offset + -(-4 * hidden // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT)
+    for tensor, direction in zip(placed, directions.astype("<f4"), strict=True):
+        data[tensor.offset : tensor.offset + tensor.nbytes] = direction.tobytes()
+    return path.write_bytes(encode_header(_VERSION, keys, placed, DEFAULT_ALIGNMENT) + data)
+
+
+def is_control_vector(path: Path) -> bool:
+    """Whether a GGUF is one."""
+    return read_gguf(path).text("general.architecture") == ARCHITECTURE
+
+
+def read_directions(path: Path, layers: int, hidden: int) -> Floats:
+    """``[layers - 1, hidden]`` float32 of a control vector for a model of these sizes; zeros where it says nothing.
+
+    Raises:
+        GGUFError: not a control vector, or for other sizes.
+    """
+    header = read_gguf(path)
+    if header.text("general.architecture") != ARCHITECTURE:
+        raise GGUFError(f"{path}: is not a control vector of llama.cpp")
+    directions = np.zeros((layers - 1, hidden), np.float32)
+    for tensor in header.tensors:
+        stem, _, number = tensor.name.partition(".")
+        layer = int(number) if stem == "direction" and number.isdecimal() else 0
+        if not 1 <= layer < layers or tensor.shape != (hidden,) or tensor.type_id != _F32:
+            raise GGUFError(
+                f"{path}: {tensor.name} {tensor.shape} does not fit a model of {layers} layers of size {hidden}; "
+                "take the control vector of this model"
+            )
+        directions[layer - 1] = _values(header, tensor.offset, tensor.nbytes)
+    return directions
+
+
+def _values(header: GGUFFile, offset: int, nbytes: int) -> Floats:
+    with header.path.open("rb") as stream:
+        stream.seek(offset)
+        return np.frombuffer(stream.read(nbytes), "<f4").astype(np.float32)
