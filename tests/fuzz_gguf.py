@@ -9,6 +9,7 @@ crashes. Case ``N`` of a seed is always the same file; what fails is kept in the
 
 import argparse
 import collections
+import hashlib
 import importlib.util
 import json
 import os
@@ -24,15 +25,16 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fuzz_models
 import fuzz_mutations
 import fuzz_seeds
-from conftest import random_rule
 
 from npti_export.compiler.exact import compile_exact
 from npti_export.errors import NptiError
 from npti_export.export.gguf import check_base, plan_bake, strip, write_bake
 from npti_export.files import sha256_file
-from npti_export.gguf.reader import read_gguf
+from npti_export.gguf.reader import mlp_widths, read_gguf
+from npti_export.gguf.shards import read_model, shard_paths
 from npti_export.inspection import inspect_file
 from npti_export.models import gguf_source
 from npti_export.rule_io import base_name, load_rule
@@ -44,52 +46,98 @@ LONGEST_MESSAGE = 600
 _WRITTEN = 4 << 20  # larger files are planned, but not written
 
 
+@dataclass
+class Case:
+    """Files by name, the first one first; the size of a single one with a hole at the end; what was done to which seed."""
+
+    files: dict[str, bytes]
+    size: int
+    seed: str
+    kinds: list[str]
+
+
 def make_case(seeds, seed, number):
-    """The bytes of a case, its size with a hole at the end, and what was done to which file."""
+    """Case ``number`` of a seed."""
     rng = random.Random(f"{seed}:{number}")
     name = rng.choice(sorted(seeds))
-    file = fuzz_seeds.take_apart(seeds[name])
-    head = len(seeds[name]) - len(file.data)
-    kinds = []
-    for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
-        groups = [fuzz_mutations.KEYS, fuzz_mutations.TENSORS]
-        groups += [fuzz_mutations.STEERING] * (2 if name.endswith("steered") else 0)
-        mutation = rng.choice(rng.choice(groups))
+    parts, kinds = list(seeds[name]), []
+    at = rng.randrange(len(parts))
+    file = fuzz_seeds.take_apart(parts[at])
+    head = len(parts[at]) - len(file.data)
+    for _ in range(rng.choice([0, 1, 1, 1, 2, 3]) if len(parts) == 1 else rng.choice([0, 0, 1])):
+        groups = [fuzz_mutations.KEYS, fuzz_mutations.TENSORS * (len(file.tensors) > 3), fuzz_models.SHAPES]
+        groups += [fuzz_mutations.STEERING, fuzz_models.RECOVERY] * (2 if name.endswith("steered") else 0)
+        mutation = rng.choice(rng.choice([group for group in groups if group]))
         mutation(rng, file, seeds)
         kinds.append(mutation.__name__)
-    data = bytearray(file.encode())
-    if not kinds or rng.random() < 0.2:
-        mutation = rng.choice(fuzz_mutations.BYTES)
-        mutation(rng, data, min(head, len(data)))
+    parts[at] = file.encode() if kinds else parts[at]
+    files = list(zip(names_of(len(parts)), parts, strict=True))
+    for _ in range(rng.choice([1, 1, 2]) if len(parts) > 1 and not kinds else 0):
+        mutation = rng.choice(fuzz_models.SPLIT)
+        mutation(rng, files, seeds)
         kinds.append(mutation.__name__)
-    return bytes(data), max(file.size, len(data)), name, kinds
+    if not kinds or rng.random() < 0.2:
+        mutation, at = rng.choice(fuzz_mutations.BYTES), at % len(files)
+        data = bytearray(files[at][1])
+        mutation(rng, data, min(head, len(data)))
+        files[at] = files[at][0], bytes(data)
+        kinds.append(mutation.__name__)
+    return Case(dict(files), file.size if len(files) == 1 else 0, name, kinds)
+
+
+def names_of(count):
+    return [path.name for path in shard_paths(Path("case.gguf"), count)]
 
 
 def bake(path, folder):
     """Bake a rule, and take it out again."""
-    base = read_gguf(path)
+    base = read_model(path)
     check_base(base)
-    layers, width = (base.require_int(f"llama.{key}") for key in ("block_count", "feed_forward_length"))
-    program = compile_exact(random_rule(layers, width, per_layer=(2, 2)), 4)
+    program = compile_exact(fuzz_seeds.rule_for(mlp_widths(base), per_layer=(2, 2)), 4)
+    paths = [part.path for part in base.parts]
     if base.size > _WRITTEN:
-        plan_bake(base, program, {}, "0" * 64)
+        plan_bake(base, program, {}, ["0" * 64] * len(paths))
         return
-    steered, back = folder / "baked.gguf", folder / "back.gguf"
-    write_bake(plan_bake(base, program, {}, sha256_file(path)), steered)
+    steered, back = (shard_paths(folder / name, len(paths)) for name in ("baked.gguf", "back.gguf"))
+    write_bake(plan_bake(base, program, {}, [sha256_file(one) for one in paths]), steered[0])
     try:
-        strip(steered, back, force=True)
+        strip(steered[0], back[0], force=True)
     except NptiError as error:
         raise AssertionError(f"baked, but not to be stripped: {error}") from error
-    assert back.read_bytes() == path.read_bytes()
+    assert [one.read_bytes() for one in back] == [one.read_bytes() for one in paths]
+
+
+def strip_exactly(path, folder):
+    """What is written is what the file says that its base was; else nothing is."""
+    out = folder / "stripped.gguf"
+    try:
+        strip(path, out, force=True)
+    except NptiError:
+        assert not list(folder.glob("stripped*")), "wrote a base that it refused"
+        raise
+    parts = read_model(path).parts
+    for part, file in zip(parts, shard_paths(out, len(parts)), strict=True):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == part.by_key["npti.base.sha256"].value
+
+
+def rule_and_base(path, folder):
+    """What ``--from`` does with a steered file: its rule, and its base under the name that it had."""
+    load_rule(path)
+    steered = read_model(path)
+    base = shard_paths(folder / base_name(steered), len(steered.parts))
+    strip(path, base[0], force=True)
+    for one in base:
+        one.unlink()
 
 
 TARGETS = {
     "read": lambda path, folder: read_gguf(path),
+    "model": lambda path, folder: read_model(path),
     "source": lambda path, folder: gguf_source(path),
     "inspect": lambda path, folder: json.dumps(inspect_file(path)),
-    "rule": lambda path, folder: (load_rule(path), base_name(read_gguf(path))),
+    "rule": rule_and_base,
     "bake": bake,
-    "strip": lambda path, folder: strip(path, folder / "stripped.gguf", force=True),
+    "strip": strip_exactly,
 }
 
 
@@ -100,7 +148,7 @@ def try_target(target, path, folder):
     except NptiError as error:
         text = str(error)
         # A steered file that is read in a rule's place, or a path, may stand anywhere in it; a line may not break.
-        if str(path) not in text:
+        if str(path.parent) not in text:  # of a split model another part may be at fault
             return f"FAULT: the message does not name the file: {text[:300]}"
         if len(text) - len(str(path)) > LONGEST_MESSAGE or not text.isprintable():
             return f"FAULT: the message is too long or cannot be printed: {text[:300]!r}"
@@ -116,11 +164,11 @@ def try_target(target, path, folder):
 
 def run_case(targets, case, folder):
     """What each target says to a case, by its name."""
-    data, size, *_ = case
-    path = folder / "case.gguf"
-    path.write_bytes(data)
-    if size > len(data):
-        os.truncate(path, size)
+    for name, data in case.files.items():
+        (folder / name).write_bytes(data)
+    path = folder / next(iter(case.files))
+    if case.size > path.stat().st_size:
+        os.truncate(path, case.size)
     found = {}
     for name, target in targets.items():
         started = time.perf_counter()
@@ -128,7 +176,8 @@ def run_case(targets, case, folder):
         seconds = time.perf_counter() - started
         if seconds > SECONDS:
             found[name] = f"FAULT: took {seconds:.1f} s and said {found[name]}"
-    left = {one.name for one in folder.iterdir()} - {"case.gguf", "baked.gguf", "back.gguf", "stripped.gguf"}
+    left = {one.name for one in folder.iterdir()} - set(case.files)
+    left = {name for name in left if not name.startswith(("baked", "back", "stripped"))}
     if left:
         found["read"] = f"FAULT: left behind {sorted(left)}"
     for one in folder.iterdir():
@@ -156,8 +205,9 @@ def work(seed, start, also, memory):
         (folder / "seeds").mkdir()
         seeds = fuzz_seeds.write_seeds(folder / "seeds")
         (folder / "cases").mkdir()
-        for data in seeds.values():  # imports what is imported late
-            found = run_case(TARGETS, (data, len(data)), folder / "cases")
+        for name, parts in seeds.items():  # imports what is imported late
+            case = Case(dict(zip(names_of(len(parts)), parts, strict=True)), 0, name, [])
+            found = run_case(TARGETS, case, folder / "cases")
             assert found["read"] == "accepted", found
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + (memory << 20),) * 2)
@@ -183,9 +233,9 @@ class Tally:
         self.cases += 1
         for name, said in found.items():
             self.targets[name]["FAULT" if said.startswith("FAULT") else said] += 1
-        for kind in case[3]:
+        for kind in case.kinds:
             faulty = any(said.startswith("FAULT") for said in found.values())
-            self.kinds[kind]["fault" if faulty else "read" if found["read"] == "accepted" else "refused"] += 1
+            self.kinds[kind]["fault" if faulty else "read" if found["model"] == "accepted" else "refused"] += 1
 
     def table(self):
         lines = [f"{'kind':<20}{'tried':>8}{'not read':>10}{'faults':>8}"]
@@ -247,10 +297,13 @@ def campaign(seed, seconds, cases=None, start=0, also=None, save=None, memory=ME
             tally.add(case, found)
             for name, said in found.items():
                 if said.startswith("FAULT"):
-                    tally.faults.append(f"seed {seed} case {number} ({case[2]}: {', '.join(case[3])}) {name}: {said}")
+                    what = f"{case.seed}: {', '.join(case.kinds)}"
+                    tally.faults.append(f"seed {seed} case {number} ({what}) {name}: {said}")
                     if save is not None:
-                        save.mkdir(exist_ok=True)
-                        (save / f"{seed}-{number}-{name}.gguf").write_bytes(case[0])
+                        folder = save / f"{seed}-{number}-{name}"
+                        folder.mkdir(parents=True, exist_ok=True)
+                        for file, data in case.files.items():
+                            (folder / file).write_bytes(data)
             number += 1
     finally:
         process.kill()

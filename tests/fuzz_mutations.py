@@ -3,13 +3,13 @@
 import json
 import struct
 
-from fuzz_seeds import ARRAY, CODES, STRING, Entry, Tensor, take_apart
+from fuzz_seeds import ARRAY, CODES, STRING, Entry, Tensor, some_file
 
 NUMBERS = [0, 1, 2, 3, 31, 32, 33, 63, 64, 255, 256, 65535, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40]
 NUMBERS += [2**60, 2**61, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1]
-NEEDED = [b"llama." + key for key in (b"block_count", b"embedding_length", b"feed_forward_length")]
-NEEDED += [b"general.architecture", b"general.name", b"general.alignment", b"general.license", b"llama.expert_count"]
-STEMS = ("ffn_gate", "ffn_up", "ffn_down", "ffn_norm", "attn_norm")
+SIZES = (b"block_count", b"embedding_length", b"feed_forward_length", b"expert_count")
+GENERAL = (b"general.architecture", b"general.name", b"general.alignment", b"general.license")
+STEMS = ("ffn_gate", "ffn_up", "ffn_down", "ffn_norm", "attn_norm", "attn_q", "attn_k")
 TEXTS = ["", "\0", "llama", "gemma", "a\nb", "\x1b[2J", "..", "/", "é" * 40, "\u202e", "1" * 5000, "deci", "GGUF"]
 
 
@@ -55,6 +55,16 @@ def replace(file, entry):
         file.entries[file.entries.index(old)] = entry
 
 
+def size_key(file, key):
+    """A key under the architecture of the file, as far as it has one."""
+    one = file.entry(b"general.architecture")
+    return (one.raw[8:40] if one is not None and one.kind == STRING else b"llama") + b"." + key
+
+
+def needed(rng, file):
+    return rng.choice([*GENERAL, *(size_key(file, key) for key in SIZES)])
+
+
 # --- metadata
 
 
@@ -80,7 +90,7 @@ def key_type(rng, file, seeds):
     """Another type with a value to match, most often of a key that is needed."""
     one = rng.choice(file.entries)
     if rng.random() < 0.7:
-        one = file.entry(rng.choice(NEEDED)) or one
+        one = file.entry(needed(rng, file)) or one
     one.kind, one.raw = value(rng)
 
 
@@ -90,9 +100,8 @@ def key_tag(rng, file, seeds):
 
 
 def needed_number(rng, file, seeds):
-    replace(file, Entry(rng.choice(NEEDED[:3]), *rng.choice([(4, 4), (5, 4), (10, 8), (11, 8), (4, 4), (0, 1)])))
-    entry = next(one for one in file.entries if isinstance(one.raw, int))
-    entry.raw = struct.pack("<Q", a_number(rng))[: entry.raw]
+    kind, size = rng.choice([(4, 4), (5, 4), (10, 8), (11, 8), (4, 4), (0, 1)])
+    replace(file, Entry(size_key(file, rng.choice(SIZES[:3])), kind, struct.pack("<Q", a_number(rng))[:size]))
 
 
 def alignment(rng, file, seeds):
@@ -138,7 +147,7 @@ def many_keys(rng, file, seeds):
 
 
 def a_key(rng, file, seeds):
-    file.entries.append(Entry(rng.choice([*NEEDED, b"npti.x", b"npti.fidelity.kl", b"z"]), *value(rng)))
+    file.entries.append(Entry(rng.choice([needed(rng, file), b"npti.x", b"npti.fidelity.kl", b"z"]), *value(rng)))
 
 
 # --- tensors
@@ -201,7 +210,7 @@ def tensor_overflow(rng, file, seeds):
 
 
 def tensor_type(rng, file, seeds):
-    rng.choice(file.tensors).kind = rng.choice([*range(42), 2**31, 2**32 - 1])
+    rng.choice(file.tensors).kind = rng.choice([*range(44), 2**31, 2**32 - 1])
 
 
 def tensor_offset(rng, file, seeds):
@@ -243,7 +252,7 @@ def with_hole(rng, file, seeds):
 
 
 def whole_other_data(rng, file, seeds):
-    file.data = rng.choice([b"", rng.randbytes(len(file.data)), take_apart(rng.choice(list(seeds.values()))).data])
+    file.data = rng.choice([b"", rng.randbytes(len(file.data)), some_file(rng, seeds).data])
 
 
 # --- what steered files carry
@@ -267,8 +276,8 @@ def base_width(rng, file, seeds):
 
 def base_header(rng, file, seeds):
     """A stored header that is damaged like any other, or of another file."""
-    inner = take_apart(rng.choice(list(seeds.values())))
-    for _ in range(rng.choice([0, 1, 2])):
+    inner = some_file(rng, seeds)
+    for _ in range(rng.choice([0, 1, 2]) if inner.tensors else 0):
         rng.choice(INNER)(rng, inner, seeds)
     inner.data = b""
     replace(file, bytes_entry(b"npti.base.header", spoilt(rng, inner.encode())))

@@ -1,11 +1,11 @@
 """Small valid GGUF files to mutate, and their structure: written and taken apart without the package's reader."""
 
 import json
+import re
 import struct
 from dataclasses import dataclass, field
 
 import numpy as np
-from conftest import random_rule
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from npti_export.compiler.exact import compile_exact
@@ -13,7 +13,9 @@ from npti_export.export.gguf import plan_bake, record, write_bake
 from npti_export.files import sha256_file
 from npti_export.fingerprint import Fingerprint
 from npti_export.gguf.blocks import quantise
-from npti_export.gguf.reader import read_gguf
+from npti_export.gguf.reader import mlp_widths
+from npti_export.gguf.shards import named_shards, read_model, shard_paths
+from npti_export.rule import SteeringRule
 from npti_export.rule_io import Provenance, encode_rule
 
 VOCABULARY = 40
@@ -114,15 +116,27 @@ def take_apart(data):
     return File(version, entries, tensors, alignment, data[position:])
 
 
-def write_base(path, gate="F32", up="F32", down="F32", hidden=32, width=64, layers=2, alignment=None):
-    """The least that counts as a llama: norms, MLPs, one other matrix."""
+def some_file(rng, seeds):
+    """The parts of a random seed, or of one of the files that it is split into."""
+    return take_apart(rng.choice(rng.choice(list(seeds.values()))))
+
+
+def write_base(
+    path, gate="F32", up="F32", down="F32", hidden=32, width=64, layers=2, alignment=None, family="llama", biases=(),
+    attention=False, **split,
+):  # fmt: skip
+    """The least that counts as a model of a family: norms, MLPs, one other matrix; and what belongs to the attention.
+
+    ``width`` may be one for each layer; ``split`` goes to the writer.
+    """
     rng = np.random.default_rng(0)
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, family, **split)
+    widths = [width] * layers if isinstance(width, int) else width
     if alignment:
         writer.add_custom_alignment(alignment)
     writer.add_name("fuzzed")
     writer.add_license("mit")
-    writer.add_block_count(layers)
+    writer.add_block_count(len(widths))
     writer.add_context_length(64)
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(width)
@@ -137,16 +151,23 @@ def write_base(path, gate="F32", up="F32", down="F32", hidden=32, width=64, laye
             values = quantise(values, int(GGMLQuantizationType[kind]))
         writer.add_tensor(name, values, raw_dtype=GGMLQuantizationType[kind])
 
-    def norm(name):
-        writer.add_tensor(name, (1 + 0.1 * rng.normal(size=hidden)).astype(np.float32))
+    def norm(name, size=hidden):
+        writer.add_tensor(name, (1 + 0.1 * rng.normal(size=size)).astype(np.float32))
 
     matrix("token_embd.weight", VOCABULARY, hidden, "F32")
-    for layer in range(layers):
+    for layer, neurons in enumerate(widths):
         norm(f"blk.{layer}.attn_norm.weight")
+        for one in "qk" if attention else "":
+            matrix(f"blk.{layer}.attn_{one}.weight", hidden, hidden, gate)
+            norm(f"blk.{layer}.attn_{one}.bias")
+        if not neurons:
+            continue
         norm(f"blk.{layer}.ffn_norm.weight")
-        matrix(f"blk.{layer}.ffn_gate.weight", width, hidden, gate)
-        matrix(f"blk.{layer}.ffn_up.weight", width, hidden, up)
-        matrix(f"blk.{layer}.ffn_down.weight", hidden, width, down)
+        matrix(f"blk.{layer}.ffn_gate.weight", neurons, hidden, gate)
+        matrix(f"blk.{layer}.ffn_up.weight", neurons, hidden, up)
+        matrix(f"blk.{layer}.ffn_down.weight", hidden, neurons, down)
+        for stem in biases:
+            norm(f"blk.{layer}.{stem}.bias", hidden if stem == "ffn_down" else neurons)
     norm("output_norm.weight")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -167,11 +188,21 @@ def with_quirks(data):
     return file.encode()
 
 
+def rule_for(widths, seed=0, per_layer=(8, 8)):
+    """A random rule for MLPs of these widths: how many neurons of each are shifted, how many clamped."""
+    rng = np.random.default_rng(seed)
+    shift, clamp = np.zeros((len(widths), max(widths)), np.float32), np.zeros((len(widths), max(widths)), bool)
+    for layer, width in enumerate(widths):
+        chosen = rng.permutation(width)
+        shift[layer, chosen[: per_layer[0]]] = 0.75
+        clamp[layer, chosen[per_layer[0] : sum(per_layer)]] = True
+    return SteeringRule(shift, clamp)
+
+
 def steer(base, out):
-    """A steered file with all that the command writes into one."""
-    header = read_gguf(base)
-    layers, width = header.require_int("llama.block_count"), header.require_int("llama.feed_forward_length")
-    rule = random_rule(layers, width)
+    """A steered file, or as many as the base has, with all that the command writes into one."""
+    header = read_model(base)
+    rule = rule_for(mlp_widths(header))
     about = Provenance("calm", 1.0, "{}", "fuzzed", "llama", Fingerprint("0" * 64, "1" * 64, "2" * 64), None, "mit")
     metadata = {
         "version": "0.1.0",
@@ -187,16 +218,30 @@ def steer(base, out):
         "fidelity.kl_rule_artifact": float("nan"),
         "fidelity.top1": float("nan"),
     }
-    write_bake(plan_bake(header, compile_exact(rule, 4), metadata, sha256_file(base)), out)
-    record(out, {key: 0.25 for key in metadata if key.startswith("fidelity.")})
+    digests = [sha256_file(part.path) for part in header.parts]
+    write_bake(plan_bake(header, compile_exact(rule, 4), metadata, digests), out)
+    record(shard_paths(out, len(digests))[0], {key: 0.25 for key in metadata if key.startswith("fidelity.")})
 
 
 def write_seeds(folder):
-    """All of them, by name, as bytes."""
+    """All of them, by name, as the bytes of each of their files."""
     write_base(folder / "float.gguf")
     write_base(folder / "mixed.gguf", "Q8_0", "F16", "Q4_1", alignment=64)
     write_base(folder / "kquant.gguf", "Q4_K", "Q6_K", "Q5_K", hidden=256, width=256)
     (folder / "quirks.gguf").write_bytes(with_quirks((folder / "mixed.gguf").read_bytes()))
-    for name in ("float", "mixed", "kquant", "quirks"):
-        steer(folder / f"{name}.gguf", folder / f"{name}-steered.gguf")
-    return {path.stem: path.read_bytes() for path in sorted(folder.glob("*.gguf"))}
+    write_base(folder / "codebook.gguf", "IQ4_XS", "TQ2_0", "IQ3_XXS", hidden=256, width=256)
+    write_base(folder / "micro.gguf", "NVFP4", "MXFP4", "MXFP4", hidden=64)
+    write_base(folder / "biases.gguf", "Q8_0", "F16", "BF16", biases=("ffn_gate", "ffn_up", "ffn_down"))
+    write_base(folder / "qwen2.gguf", "Q4_0", "F32", "Q5_1", family="qwen2", attention=True)
+    write_base(folder / "deci.gguf", "F32", "F32", "Q8_0", family="deci", width=[64, 0, 96], biases=("ffn_gate",))
+    parts = {"split_max_tensors": 9, "attention": True}
+    write_base(folder / "split.gguf", biases=("ffn_gate",), **parts)
+    write_base(folder / "empty.gguf", family="qwen2", small_first_shard=True, **parts)
+    names = [path.name.partition("-")[0].removesuffix(".gguf") for path in sorted(folder.glob("*.gguf"))]
+    for name in sorted(set(names)):
+        first = next(folder.glob(f"{name}-00001-of-*.gguf"), folder / f"{name}.gguf")
+        steer(first, shard_paths(folder / f"{name}-steered.gguf", len(named_shards(first)))[0])
+    seeds = {}
+    for path in sorted(folder.glob("*.gguf")):
+        seeds.setdefault(re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name), []).append(path.read_bytes())
+    return {name: tuple(files) for name, files in seeds.items()}

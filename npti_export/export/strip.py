@@ -22,6 +22,7 @@ from npti_export.gguf.shards import read_model, shard_paths
 
 _F32 = 0
 
+
 def strip(path: Path, out: Path, *, force: bool) -> str:
     """Write the unsteered file that ``path`` was baked from, bit for bit.
 
