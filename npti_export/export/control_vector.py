@@ -49,7 +49,7 @@ def write_control_vector(path: Path, directions: Floats, model: str, metadata: d
 
 def is_control_vector(path: Path) -> bool:
     """Whether a GGUF is one."""
-    return bool(read_gguf(path).get("general.architecture") == ARCHITECTURE)
+    return read_gguf(path).text("general.architecture") == ARCHITECTURE
 
 
 def read_directions(path: Path, layers: int, hidden: int) -> Floats:
@@ -59,7 +59,7 @@ def read_directions(path: Path, layers: int, hidden: int) -> Floats:
         GGUFError: not a control vector, or for other sizes.
     """
     header = read_gguf(path)
-    if header.get("general.architecture") != ARCHITECTURE:
+    if header.text("general.architecture") != ARCHITECTURE:
         raise GGUFError(f"{path}: is not a control vector of llama.cpp")
     directions = np.zeros((layers - 1, hidden), np.float32)
     for tensor in header.tensors:
