@@ -26,33 +26,6 @@ KL_TINY_LAYOUT_ALONE = 5e-2
 # what was measured, for other processors: without, a type's own error of values that were in it before; with, its
 # square, and more where corrections share a superblock with what they correct.
 COLUMNS = {
-<<<<<<< HEAD
-    "Q4_0": (0.08, 0.01),
-    "Q4_1": (0.08, 0.01),
-    "Q5_0": (0.05, 0.005),
-    "Q5_1": (0.05, 0.005),
-    "Q8_0": (0.01, 0.001),
-    "Q2_K": (0.3, 0.12),
-    "Q3_K": (0.15, 0.04),
-    "Q4_K": (0.09, 0.03),
-    "Q5_K": (0.05, 0.02),
-    "Q6_K": (0.03, 0.005),
-    "IQ4_NL": (0.09, 0.01),
-    "IQ4_XS": (0.09, 0.02),
-    "IQ3_S": (0.16, 0.06),
-    "IQ3_XXS": (0.22, 0.08),
-    "IQ2_S": (0.25, 0.1),
-    "IQ2_XS": (0.33, 0.13),
-    "IQ2_XXS": (0.37, 0.16),
-    "IQ1_S": (0.45, 0.25),
-    "IQ1_M": (0.5, 0.3),
-    "TQ1_0": (0.2, 0.1),
-    "TQ2_0": (0.2, 0.1),
-    "Q2_0": (0.25, 0.12),
-    "Q1_0": (0.12, 0.08),
-    "MXFP4": (0.15, 0.02),
-    "NVFP4": (0.12, 0.02),
-=======
     "Q4_0": (0.064, 0.0035),
     "Q4_1": (0.05, 0.0024),
     "Q5_0": (0.034, 0.001),
@@ -78,7 +51,6 @@ COLUMNS = {
     "Q1_0": (0.071, 0.038),
     "MXFP4": (0.021, 3.8e-05),
     "NVFP4": (0.084, 0.0041),
->>>>>>> quants
 }
 
 # Width of a histogram bin, 2^(1/10): a quantile inside one cannot be off by more; 1% is promised where bins are full.
