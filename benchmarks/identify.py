@@ -3,8 +3,8 @@
     python benchmarks/identify.py [--model FILE.gguf] [--questions 16] [--tokens 64] [--pairs 3] [--half-billion]
 
 Both runtimes answer the same questions under the same personas, greedy, and count the gates of their answers; stages
-take turns, ratios are medians of the pairs'. ``--half-billion`` writes a random model with the shape and tensor types of a
-0.5B qwen2 in Q4_K_M (random weights never end an answer, so both decode the same number of tokens).
+take turns, ratios are medians of the pairs'. ``--half-billion`` writes a random model with the shape and tensor types
+of a 0.5B qwen2 in Q4_K_M (random weights never end an answer, so both decode the same number of tokens).
 
 Capture: the same prompts decoded in the same batch by a context without a callback. Sharing: the same stage with every
 prompt processed whole.
