@@ -27,7 +27,7 @@ KL_TINY_LAYOUT_ALONE = 5e-2
 # square, and more where corrections share a superblock with what they correct.
 COLUMNS = {
     "Q4_0": (0.064, 0.0035),
-    "Q4_1": (0.05, 0.0024),
+    "Q4_1": (0.08, 0.0024),
     "Q5_0": (0.034, 0.001),
     "Q5_1": (0.025, 0.0005),
     "Q8_0": (0.0047, 3.8e-05),

@@ -21,8 +21,8 @@ from npti_export.export.layout import PREFIX
 from npti_export.export.rehome import Home, home_of
 from npti_export.export.rest import check_rest, gaps_of
 from npti_export.export.strip import strip
-from npti_export.gguf.blocks import block_shape, is_float, supports_widening, type_name
-from npti_export.gguf.columns import granule, is_codebook
+from npti_export.gguf.blocks import block_shape, supports_widening, type_name
+from npti_export.gguf.columns import granule, is_codebook, is_fine
 from npti_export.gguf.cursor import MAX_HEADER
 from npti_export.gguf.reader import GGUFFile, is_mixture, mlp_widths
 from npti_export.gguf.shards import shard_paths
@@ -167,7 +167,7 @@ def _placed(base: GGUFFile, number: int, layer: LayerProgram, extra: int) -> Lay
     if not extra or not layer.units:
         return layer.padded(extra)
     kind = base.require_tensor(FFN_DOWN.format(number) + ".weight").type_id
-    return layer.padded(extra) if is_float(kind) else arrange(layer, extra, granule(kind), is_codebook(kind))
+    return layer.padded(extra) if is_fine(kind) else arrange(layer, extra, granule(kind), is_codebook(kind))
 
 
 def _extras(base: GGUFFile, program: MLPProgram, widths: Sequence[int]) -> list[int]:
