@@ -352,8 +352,7 @@ def _load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> t
 
     source.check_readable_by_transformers()
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.path)}
-    if source.kind == "gguf":
-        # An absolute name: a bare one is looked for in the working directory first.
+    if source.kind == "gguf":  # an absolute name: a bare one is looked for in the working directory first
         where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": str(source.path.absolute())}
     try:
         with _quiet(transformers), warnings.catch_warnings():
