@@ -371,7 +371,7 @@ def test_a_damaged_provenance(damaged, text):
         load_rule(damaged("base-steered", set_entry(text_entry(b"npti.provenance", text))))
 
 
-@pytest.mark.parametrize("name", [b"a\0b", b"/..", b"..", b"x\ny"])
+@pytest.mark.parametrize("name", [b"a\0b", b"/..", b"..", b"x\ny", b"x" * 241, "ü".encode() * 121])
 def test_a_base_name_that_names_no_file(damaged, name):
     """The base is taken out under this name for --from, in a folder of its own."""
     with pytest.raises(AdapterError, match=r"npti.base.name is .*no file's name"):
