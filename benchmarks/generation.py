@@ -12,17 +12,17 @@ import time
 from pathlib import Path
 
 from npti_export.gguf.reader import read_gguf
+from npti_export.runtimes.llamacpp.context import Row
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 
 def tokens_per_second(runtime, count=96):
-    prompt = list(range(20, 60))
-    model = runtime._llama
-    model.reset()
-    model.eval(prompt)
+    context = runtime.context(512, 1)
+    context.clear()
+    context.decode([Row(token, at, 0, at == 39) for at, token in enumerate(range(20, 60))])
     started = time.perf_counter()
-    for token in range(100, 100 + count):
-        model.eval([token])
+    for step in range(count):
+        context.decode([Row(100 + step, 40 + step, 0, True)])
     return count / (time.perf_counter() - started)
 
 
@@ -32,7 +32,7 @@ def main():
     parser.add_argument("base", type=Path)
     parser.add_argument("--runs", type=int, default=7)
     arguments = parser.parse_args()
-    steered, base = (LlamaCppRuntime(path, context=512) for path in (arguments.steered, arguments.base))
+    steered, base = (LlamaCppRuntime(path) for path in (arguments.steered, arguments.base))
     pairs = [(tokens_per_second(steered), tokens_per_second(base)) for _ in range(arguments.runs + 1)][1:]
     sizes = [path.stat().st_size for path in (arguments.steered, arguments.base)]
     widths = [read_gguf(path).get("llama.feed_forward_length") for path in (arguments.steered, arguments.base)]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.activations import SILU
-from npti_export.architectures import Architecture, GGUFFamily, by_model_type, gguf_family
+from npti_export.architectures import Architecture, GGUFFamily, by_model_type, check_bakeable, gguf_family
 from npti_export.errors import ArchitectureError, GGUFError, ModelError
 from npti_export.fingerprint import Fingerprint, fingerprint
 from npti_export.gguf.reader import GGUFFile, is_mixture, layer_count, mlp_widths
@@ -113,6 +113,8 @@ class ModelSource:
             ArchitectureError: the activation is not SiLU.
         """
         if self.activation not in SILU:
+            if self.family is not None:
+                check_bakeable(self.family, self.name)
             raise ArchitectureError(
                 f"{self.name}: its activation is {self.activation}, and a rule is compiled into extra neurons for SiLU "
                 "only; --format peft works for it"

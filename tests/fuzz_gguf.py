@@ -50,7 +50,7 @@ _WRITTEN = 4 << 20  # larger files are planned, but not written
 
 @dataclass
 class Case:
-    """Files by name, the first one first; the size of a single one with its hole; what was done to which seed."""
+    """Files by name, the first first; the size of a single one with a hole at the end; what was done to which seed."""
 
     files: dict[str, bytes]
     size: int

@@ -144,3 +144,10 @@ def test_a_model_that_transformers_cannot_load(tiny, tmp_path):
     broken = type(source)(**{**source.__dict__, "path": tmp_path / "gone.gguf"})
     with pytest.raises(ModelError, match="transformers cannot load it"):
         TransformersRuntime(broken, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["Q1_0", "Q2_0"])
+def test_types_that_transformers_cannot_load(make_tiny, kind):
+    path = make_tiny(kind, hidden=256, width=512, layers=2)
+    with pytest.raises(ModelError, match=rf"{kind}, which transformers cannot load; .* this file as --base"):
+        TransformersRuntime(gguf_source(path), device="cpu", dtype="float32")

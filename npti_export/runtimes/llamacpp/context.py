@@ -88,12 +88,13 @@ class Context:
         cells: tokens that the cache holds, over all sequences.
         sequences: how many there can be.
         settings: threads and batch.
+        listens: whether nodes can be tapped, which costs a little even where none is.
 
     Raises:
         ModelError: llama.cpp cannot make it, for want of memory.
     """
 
-    def __init__(self, model: Model, cells: int, sequences: int, settings: Settings) -> None:
+    def __init__(self, model: Model, cells: int, sequences: int, settings: Settings, *, listens: bool) -> None:
         lib = llama()
         if sequences > _MAX_SEQUENCES:
             raise ModelError(f"{sequences} sequences at once are more than llama.cpp's {_MAX_SEQUENCES}")
@@ -108,7 +109,8 @@ class Context:
         parameters.kv_unified = True  # rows keep the order of the batch, and sequences can share cells
         parameters.swa_full = True  # a sliding window that forgets could not be cut back to a shared beginning
         parameters.no_perf = True
-        parameters.cb_eval = self.tap.callback
+        if listens:
+            parameters.cb_eval = self.tap.callback
         with logged():
             self._pointer: Any = lib.llama_init_from_model(model.pointer, parameters)
             if not self._pointer:
