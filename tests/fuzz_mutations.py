@@ -1,6 +1,7 @@
 """What can be wrong with a GGUF: each mutation damages one file in one way, knowing its structure."""
 
 import json
+import math
 import struct
 
 from fuzz_seeds import ARRAY, CODES, STRING, Entry, Tensor, some_file
@@ -193,11 +194,9 @@ def tensor_dims(rng, file, seeds):
 
 
 def tensor_shape(rng, file, seeds):
-    one = rng.choice(file.tensors)
-    if rng.random() < 0.3:
-        one.shape = rng.choice(
-            [one.shape[::-1], [*one.shape, 1], one.shape[:1], [one.shape[0] * one.shape[-1], 1], [0], []]
-        )
+    one = rng.choice([tensor for tensor in file.tensors if tensor.shape] or [file.tensors[0]])
+    if not one.shape or rng.random() < 0.3:
+        one.shape = rng.choice([one.shape[::-1], [*one.shape, 1], one.shape[:1], [math.prod(one.shape), 1], [0], []])
     else:
         one.shape[rng.randrange(len(one.shape))] = a_number(rng)
 
