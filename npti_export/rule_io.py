@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 
 from npti_export.architectures import by_model_type
-from npti_export.errors import AdapterError, ProfileError, TraitError, shortened
+from npti_export.errors import AdapterError, OutputError, ProfileError, TraitError, shortened
 from npti_export.fingerprint import Fingerprint
 from npti_export.gguf.reader import GGUFFile, read_gguf
+from npti_export.gguf.shards import shard_paths
 from npti_export.rule import SteeringRule
 from npti_export.traits import parse_trait
 from npti_export.version import __version__
@@ -27,6 +28,7 @@ SHIFT, CLAMP = "npti_shift", "npti_clamp"
 Where = Literal["all", "response"]
 # tensors of an encoded rule and their types
 _SPARSE = {"shift_index": np.int32, "shift_value": np.float32, "clamp_index": np.int32, "shape": np.int32}
+_LONGEST_NAME = 200  # bytes; file systems take 255, and each part of a split model adds some
 _MOST_NEURONS = 1 << 25  # of a rule, all layers together; Llama 405B has 6.7 million
 
 
@@ -215,15 +217,23 @@ def rule_of_gguf(header: GGUFFile) -> SavedRule:
 
 
 def base_name(header: GGUFFile) -> str:
-    """What the base of a steered GGUF was called: a file's name, without folders.
+    """What the base of a steered GGUF was called: a file's name, without folders; of a long one the end.
 
     Raises:
         AdapterError: what is recorded is no name of a file.
     """
     recorded = header.text("npti.base.name") or header.path.name
-    name = Path(recorded).name
+    # What is not ASCII was escaped, so that a name may be longer than it was on the disk.
+    name = Path(recorded).name.encode()[-_LONGEST_NAME:].decode(errors="ignore")
     if not name.isprintable() or name in ("", ".."):
         raise AdapterError(f"{header.path}: npti.base.name is {shortened(recorded)}, no file's name; it is damaged")
+    try:
+        shard_paths(Path(name), len(header.parts))
+    except OutputError:
+        raise AdapterError(
+            f"{header.path}: npti.base.name is {shortened(recorded)}, not the first of {len(header.parts)} files; "
+            "it is damaged"
+        ) from None
     return name
 
 

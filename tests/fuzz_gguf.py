@@ -31,9 +31,11 @@ import fuzz_seeds
 
 from npti_export.compiler.exact import compile_exact
 from npti_export.errors import NptiError
+from npti_export.export.control_vector import read_directions
 from npti_export.export.gguf import check_base, plan_bake, strip, write_bake
 from npti_export.files import sha256_file
-from npti_export.gguf.reader import mlp_widths, read_gguf
+from npti_export.gguf.reader import mlp_widths
+from npti_export.gguf.requantise import check_float, least_bytes, matrix_elements
 from npti_export.gguf.shards import read_model, shard_paths
 from npti_export.inspection import inspect_file
 from npti_export.models import gguf_source
@@ -60,29 +62,27 @@ def make_case(seeds, seed, number):
     """Case ``number`` of a seed."""
     rng = random.Random(f"{seed}:{number}")
     name = rng.choice(sorted(seeds))
-    parts, kinds = list(seeds[name]), []
-    at = rng.randrange(len(parts))
-    file = fuzz_seeds.take_apart(parts[at])
-    head = len(parts[at]) - len(file.data)
+    parts, kinds = [fuzz_seeds.take_apart(data) for data in seeds[name]], []
+    file = rng.choice(parts)
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3]) if len(parts) == 1 else rng.choice([0, 0, 1])):
         groups = [fuzz_mutations.KEYS, fuzz_mutations.TENSORS * (len(file.tensors) > 3), fuzz_models.SHAPES]
         groups += [fuzz_mutations.STEERING, fuzz_models.RECOVERY] * (2 if name.endswith("steered") else 0)
         mutation = rng.choice(rng.choice([group for group in groups if group]))
         mutation(rng, file, seeds)
         kinds.append(mutation.__name__)
-    parts[at] = file.encode() if kinds else parts[at]
-    files = list(zip(names_of(len(parts)), parts, strict=True))
+    files = [[part, one] for part, one in zip(names_of(len(parts)), parts, strict=True)]
     for _ in range(rng.choice([1, 1, 2]) if len(parts) > 1 and not kinds else 0):
         mutation = rng.choice(fuzz_models.SPLIT)
         mutation(rng, files, seeds)
         kinds.append(mutation.__name__)
+    written = {part: one.encode() for part, one in files}
     if not kinds or rng.random() < 0.2:
-        mutation, at = rng.choice(fuzz_mutations.BYTES), at % len(files)
-        data = bytearray(files[at][1])
-        mutation(rng, data, min(head, len(data)))
-        files[at] = files[at][0], bytes(data)
+        mutation, (part, one) = rng.choice(fuzz_mutations.BYTES), rng.choice(files)
+        data = bytearray(written[part])
+        mutation(rng, data, max(1, len(data) - len(one.data)))
+        written[part] = bytes(data)
         kinds.append(mutation.__name__)
-    return Case(dict(files), file.size if len(files) == 1 else 0, name, kinds)
+    return Case(written, file.size if len(files) == 1 else 0, name, kinds)
 
 
 def names_of(count):
@@ -130,14 +130,22 @@ def rule_and_base(path, folder):
         one.unlink()
 
 
+def requantise(path, folder):
+    """What ``--requantize`` asks of a file before it is given to llama.cpp."""
+    header = read_model(path)
+    check_float(header, "Q8_0")
+    assert least_bytes(matrix_elements(header), "Q8_0") >= 0
+
+
 TARGETS = {
-    "read": lambda path, folder: read_gguf(path),
-    "model": lambda path, folder: read_model(path),
+    "read": lambda path, folder: read_model(path),
     "source": lambda path, folder: gguf_source(path),
     "inspect": lambda path, folder: json.dumps(inspect_file(path)),
     "rule": rule_and_base,
     "bake": bake,
     "strip": strip_exactly,
+    "requantise": requantise,
+    "directions": lambda path, folder: read_directions(path, 4, 32),
 }
 
 
@@ -235,7 +243,7 @@ class Tally:
             self.targets[name]["FAULT" if said.startswith("FAULT") else said] += 1
         for kind in case.kinds:
             faulty = any(said.startswith("FAULT") for said in found.values())
-            self.kinds[kind]["fault" if faulty else "read" if found["model"] == "accepted" else "refused"] += 1
+            self.kinds[kind]["fault" if faulty else "read" if found["read"] == "accepted" else "refused"] += 1
 
     def table(self):
         lines = [f"{'kind':<20}{'tried':>8}{'not read':>10}{'faults':>8}"]

@@ -1,9 +1,11 @@
 """What can be wrong with a model: widths and heads, what brings it back from its steered file, how it is split."""
 
+import copy
+import json
 import struct
 
 from fuzz_mutations import TEXTS, a_number, bytes_entry, replace, size_key, spoilt, text_entry, value
-from fuzz_seeds import ARRAY, CODES, STRING, Entry, some_file, take_apart
+from fuzz_seeds import ARRAY, CODES, STRING, Entry, some_file
 
 # --- sizes
 
@@ -85,31 +87,55 @@ def switched_off(rng, file, seeds):
     file.data = file.data[:at] + struct.pack("<f", -1000.0) * rng.choice([1, 4]) + file.data[at + 4 :]
 
 
-# --- how it is split: these change the list of a model's files, each ``(name, bytes)``
+def rule_tensors(rng, file, seeds):
+    """A rule of well-formed tensors of the wrong types, lengths and values."""
+    kinds = {
+        "I32": 4,
+        "F32": 4,
+        "I64": 8,
+        "U8": 1,
+        "BOOL": 1,
+        "F16": 2,
+        "BF16": 2,
+        "F64": 8,
+        "I8": 1,
+        "F8_E4M3": 1,
+        "X": 4,
+    }
+    head, data = {}, b""
+    for name, kind in (("shift_index", "I32"), ("shift_value", "F32"), ("clamp_index", "I32"), ("shape", "I32")):
+        kind = rng.choice([kind, kind, *kinds])
+        count = 2 if name == "shape" else rng.choice([0, 1, 5])
+        numbers = [rng.choice([0, 1, 2, 64, -1, 2**31 - 1, 30000, 2**23, 0x7FC00000]) for _ in range(count)]
+        content = b"".join(struct.pack("<q", one)[: kinds[kind]] for one in numbers)
+        shape = rng.choice([[count], [count], [count], [1, count], [], [2**62, 4]])
+        head[name] = {"dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(head).encode()
+    replace(file, bytes_entry(b"npti.rule", struct.pack("<Q", len(text)) + text + data))
+
+
+# --- how it is split: these change the list of a model's files, each ``[name, File]``
 
 
 def split_number(rng, files, seeds):
     """A lie about which of how many, in one file."""
-    at = rng.randrange(len(files))
-    _lie(rng, files, [at], rng.choice([b"split.no", b"split.count", b"split.tensors.count"]))
+    _lie(rng, [rng.choice(files)], rng.choice([b"split.no", b"split.count", b"split.tensors.count"]))
 
 
 def split_numbers(rng, files, seeds):
     """The same lie in all files."""
-    _lie(rng, files, range(len(files)), rng.choice([b"split.count", b"split.count", b"split.tensors.count"]))
+    _lie(rng, files, rng.choice([b"split.count", b"split.count", b"split.tensors.count"]))
 
 
-def _lie(rng, files, places, key):
+def _lie(rng, files, key):
     kind = rng.choice([2, 2, 5, 5, 3, 4, 10, 0, 7, 1])
     number = rng.choice([0, 1, 2, 3, 4, 9, 22, 27, 65535, 2**32 - 1, a_number(rng)])
-    entry = Entry(key, kind, struct.pack("<Q", number)[: struct.calcsize(CODES[kind])])
+    said = kind, struct.pack("<Q", number)[: struct.calcsize(CODES[kind])]
     if rng.random() < 0.2:
-        entry = Entry(key, *value(rng))
-    for at in places:
-        name, data = files[at]
-        file = take_apart(data)
-        replace(file, entry)
-        files[at] = name, file.encode()
+        said = value(rng)
+    for _, file in files:
+        replace(file, Entry(key, *said))
 
 
 def missing(rng, files, seeds):
@@ -124,71 +150,57 @@ def renamed(rng, files, seeds):
         [("-00001-", "-00002-"), ("-00002-", "-00009-"), ("case-", "Case-"), (".gguf", ".GGUF"), ("-of-", "_of_"),
          ("-00001-", "-٠٠٠٠١-"), ("-of-0000", "-of-9999"), ("-00001-", "-00000-"), ("case-", "-"), ("-00002-", "-2-")]
     )  # fmt: skip
-    for at in rng.choice([[0], [len(files) - 1], range(len(files))]):
-        name, data = files[at]
-        if name.replace(old, new) not in [other for other, _ in files]:
-            files[at] = name.replace(old, new), data
+    for one in rng.choice([files[:1], files[-1:], files]):
+        if one[0].replace(old, new) not in [name for name, _ in files]:
+            one[0] = one[0].replace(old, new)
 
 
 def swapped(rng, files, seeds):
-    a, b = rng.randrange(len(files)), rng.randrange(len(files))
-    (left, one), (right, other) = files[a], files[b]
-    files[a], files[b] = (left, other), (right, one)
+    one, other = rng.choice(files), rng.choice(files)
+    one[1], other[1] = other[1], one[1]
 
 
 def of_another_model(rng, files, seeds):
     """A file of another model in the place of one, whole or called a part of this."""
-    at = rng.randrange(len(files))
-    name, data = files[at]
-    other = some_file(rng, seeds)
+    one, other = rng.choice(files), some_file(rng, seeds)
     if rng.random() < 0.7:
-        for entry in take_apart(data).entries:
+        for entry in one[1].entries:
             if entry.key.startswith(b"split."):
                 replace(other, entry)
-    files[at] = name, other.encode()
+    one[1] = other
 
 
 def the_same_twice(rng, files, seeds):
-    a, b = rng.randrange(len(files)), rng.randrange(len(files))
-    data = files[a][1]
-    if rng.random() < 0.7:  # under the other's number
-        file = take_apart(data)
-        number = take_apart(files[b][1]).entry(b"split.no")
-        if number is not None:
-            replace(file, number)
-        data = file.encode()
-    files[b] = files[b][0], data
+    one, other = rng.choice(files), rng.choice(files)
+    number = other[1].entry(b"split.no")
+    other[1] = copy.deepcopy(one[1])
+    if number is not None and rng.random() < 0.7:
+        replace(other[1], number)
 
 
 def tensor_moved(rng, files, seeds):
     """A tensor goes to another file: the model is the same, and its steered files must give both back."""
-    a, b = rng.randrange(len(files)), rng.randrange(len(files))
-    one, other = take_apart(files[a][1]), take_apart(files[b][1])
-    if a == b or not one.tensors:
+    one, other = rng.choice(files)[1], rng.choice(files)[1]
+    if one is other or not one.tensors:
         return
     tensor = one.tensors.pop()
     end = len(other.data) + -len(other.data) % other.alignment
-    data = one.data[tensor.offset :]
-    one.data, tensor.offset = one.data[: tensor.offset], end
+    data, one.data, tensor.offset = one.data[tensor.offset :], one.data[: tensor.offset], end
     other.tensors.append(tensor)
     other.data = other.data.ljust(end, b"\0") + data
-    files[a], files[b] = (files[a][0], one.encode()), (files[b][0], other.encode())
 
 
 def keys_everywhere(rng, files, seeds):
     """The first file's metadata in another, too, which no tool of llama.cpp writes."""
-    at = rng.randrange(len(files))
-    name, data = files[at]
-    file, first = take_apart(data), take_apart(files[0][1])
+    file, first = rng.choice(files)[1], files[0][1]
     kept = {entry.key for entry in file.entries}
     file.entries += [entry for entry in first.entries if entry.key not in kept and entry.kind != STRING]
     if rng.random() < 0.5:
         file.entries.append(Entry(rng.choice([b"qwen2.x", b"llama.x", b"npti.x", b"general.x"]), *value(rng)))
-    files[at] = name, file.encode()
 
 
 SHAPES = (widths, heads, family)
-RECOVERY = (base_family, base_tensors, base_widths, gate_biases, base_count, former_dropped, switched_off)
+RECOVERY = (base_family, base_tensors, base_widths, gate_biases, base_count, former_dropped, switched_off, rule_tensors)
 SPLIT = (
     split_number, split_numbers, missing, renamed, swapped, of_another_model, the_same_twice, tensor_moved,
     keys_everywhere,

@@ -9,6 +9,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from npti_export.compiler.exact import compile_exact
+from npti_export.export.control_vector import write_control_vector
 from npti_export.export.gguf import plan_bake, record, write_bake
 from npti_export.files import sha256_file
 from npti_export.fingerprint import Fingerprint
@@ -203,8 +204,16 @@ def steer(base, out):
     """A steered file, or as many as the base has, with all that the command writes into one."""
     header = read_model(base)
     rule = rule_for(mlp_widths(header))
+    metadata = said_of(rule, base)
+    digests = [sha256_file(part.path) for part in header.parts]
+    write_bake(plan_bake(header, compile_exact(rule, 4), metadata, digests), out)
+    record(shard_paths(out, len(digests))[0], {key: 0.25 for key in metadata if key.startswith("fidelity.")})
+
+
+def said_of(rule, base):
+    """The metadata about a rule."""
     about = Provenance("calm", 1.0, "{}", "fuzzed", "llama", Fingerprint("0" * 64, "1" * 64, "2" * 64), None, "mit")
-    metadata = {
+    return {
         "version": "0.1.0",
         "trait": about.trait,
         "gamma": 1.0,
@@ -218,9 +227,6 @@ def steer(base, out):
         "fidelity.kl_rule_artifact": float("nan"),
         "fidelity.top1": float("nan"),
     }
-    digests = [sha256_file(part.path) for part in header.parts]
-    write_bake(plan_bake(header, compile_exact(rule, 4), metadata, digests), out)
-    record(shard_paths(out, len(digests))[0], {key: 0.25 for key in metadata if key.startswith("fidelity.")})
 
 
 def write_seeds(folder):
@@ -241,6 +247,9 @@ def write_seeds(folder):
     for name in sorted(set(names)):
         first = next(folder.glob(f"{name}-00001-of-*.gguf"), folder / f"{name}.gguf")
         steer(first, shard_paths(folder / f"{name}-steered.gguf", len(named_shards(first)))[0])
+    directions = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
+    rule = rule_for([64] * 4)
+    write_control_vector(folder / "vector-steered.gguf", directions, "llama", said_of(rule, folder / "float.gguf"))
     seeds = {}
     for path in sorted(folder.glob("*.gguf")):
         seeds.setdefault(re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name), []).append(path.read_bytes())

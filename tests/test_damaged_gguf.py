@@ -378,6 +378,16 @@ def test_a_base_name_that_names_no_file(damaged, name):
         base_name(read_gguf(damaged("base-steered", set_entry(text_entry(b"npti.base.name", name)))))
 
 
+@pytest.mark.parametrize("name", ["1" * 5000, "é" * 200 + ".gguf", "\\u4e2d" * 80 + ".gguf"])
+def test_of_a_long_base_name_the_end_is_left(damaged, tmp_path, name):
+    """A name of 80 characters that are not ASCII is recorded with 480; ``--from`` could not write such a file."""
+    path = damaged("base-steered", set_entry(text_entry(b"npti.base.name", name.encode())))
+    found = base_name(read_gguf(path))
+    assert name.endswith(found)
+    assert len(found) >= 100
+    strip(path, tmp_path / found, force=False)
+
+
 def test_folders_of_a_base_name_are_dropped(damaged, made):
     path = damaged("base-steered", set_entry(text_entry(b"npti.base.name", b"/etc/../x.gguf")))
     assert base_name(read_gguf(path)) == "x.gguf"
