@@ -17,13 +17,12 @@ from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 
 def tokens_per_second(runtime, count=96):
-    prompt = range(20, 60)
     context = runtime.context(512, 1)
     context.clear()
-    context.decode([Row(token, at, 0, at == len(prompt) - 1) for at, token in enumerate(prompt)])
+    context.decode([Row(token, at, 0, at == 39) for at, token in enumerate(range(20, 60))])
     started = time.perf_counter()
-    for at in range(count):
-        context.decode([Row(100 + at, len(prompt) + at, 0, True)])
+    for step in range(count):
+        context.decode([Row(100 + step, 40 + step, 0, True)])
     return count / (time.perf_counter() - started)
 
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from npti_export.errors import ArchitectureError
+from npti_export.errors import ArchitectureError, shortened
 
 _TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
 _GLM_NORMS = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
@@ -163,7 +163,7 @@ def by_model_type(model_type: str, where: str) -> Architecture:
         if model_type in row.model_types:
             return row
     known = ", ".join(name for row in ARCHITECTURES for name in row.model_types)
-    raise ArchitectureError(f"{where}: architecture {model_type!r} is not supported; supported are {known}")
+    raise ArchitectureError(f"{where}: architecture {shortened(model_type)} is not supported; supported are {known}")
 
 
 def gguf_family(architecture: str, where: str) -> GGUFFamily:
@@ -177,7 +177,7 @@ def gguf_family(architecture: str, where: str) -> GGUFFamily:
             return row
     known = ", ".join(row.name for row in GGUF_FAMILIES)
     raise ArchitectureError(
-        f"{where}: GGUF architecture {architecture!r} is not supported; supported are {known} "
+        f"{where}: GGUF architecture {shortened(architecture)} is not supported; supported are {known} "
         "(SmolLM2, Llama, Mistral, TinyLlama, Yi and others are stored as llama)"
     )
 

@@ -5,6 +5,13 @@ converts them. A message names the file or field at fault and how to mend it.
 """
 
 
+def shortened(value: object, longest: int = 60) -> str:
+    """How a value of unknown length is shown in a message: its repr, cut to ``longest`` characters."""
+    # The slice keeps a string of megabytes from being escaped in full, as a character may become ten.
+    text = repr(value[: longest + 1] if isinstance(value, str) else value)
+    return text if len(text) <= longest else text[:longest] + "…"
+
+
 class NptiError(Exception):
     """Base of all errors raised on purpose; one sentence, fit to be shown to a user."""
 

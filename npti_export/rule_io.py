@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 
 from npti_export.architectures import by_model_type
-from npti_export.errors import AdapterError, ProfileError, TraitError
+from npti_export.errors import AdapterError, OutputError, ProfileError, TraitError, shortened
 from npti_export.fingerprint import Fingerprint
 from npti_export.gguf.reader import GGUFFile, read_gguf
+from npti_export.gguf.shards import shard_paths
 from npti_export.rule import SteeringRule
 from npti_export.traits import parse_trait
 from npti_export.version import __version__
@@ -25,7 +26,10 @@ CHECKPOINT_FILE = "npti.json"
 PEFT_TYPE = "NPTI"
 SHIFT, CLAMP = "npti_shift", "npti_clamp"
 Where = Literal["all", "response"]
-_SPARSE = ("shift_index", "shift_value", "clamp_index", "shape")
+# tensors of an encoded rule and their types
+_SPARSE = {"shift_index": np.int32, "shift_value": np.float32, "clamp_index": np.int32, "shape": np.int32}
+_LONGEST_NAME = 200  # bytes; file systems take 255, and each part of a split model adds some
+_MOST_NEURONS = 1 << 25  # of a rule, all layers together; Llama 405B has 6.7 million
 
 
 def check_strength(strength: Any) -> float:
@@ -136,14 +140,24 @@ def decode_rule(data: bytes, where: str) -> SteeringRule:
     from safetensors.numpy import load
 
     try:
-        index, values, clamped, shape = (load(data)[name] for name in _SPARSE)
-        shift = np.zeros(tuple(shape.tolist()), np.float32)
-        clamp = np.zeros(shift.shape, np.bool_)
+        tensors = load(data)
+        for name, dtype in _SPARSE.items():
+            if tensors[name].dtype != dtype or tensors[name].ndim != 1:
+                raise ValueError(f"{name} is not a row of {np.dtype(dtype).name}")
+        index, values, clamped, shape = (tensors[name] for name in _SPARSE)
+        layers, width = shape.tolist()
+        neurons = layers * width
+        if min(layers, width) < 1 or neurons > _MOST_NEURONS:
+            raise ValueError(f"{layers} layers of {width} neurons cannot be")
+        if len(values) != len(index) or any(((one < 0) | (one >= neurons)).any() for one in (index, clamped)):
+            raise ValueError("neurons and values do not match")
+        shift, clamp = np.zeros((layers, width), np.float32), np.zeros((layers, width), np.bool_)
         shift.ravel()[index] = values
         clamp.ravel()[clamped] = True
         return SteeringRule(shift, clamp)
-    except (SafetensorError, KeyError, IndexError, ValueError, ProfileError) as error:
-        raise AdapterError(f"{where}: its steering rule is damaged ({error}); make the file again") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, ProfileError) as error:
+        reason = shortened(str(error), 200)
+        raise AdapterError(f"{where}: its steering rule is damaged ({reason}); make the file again") from error
 
 
 def artifact_format(path: Path) -> Literal["gguf", "peft", "checkpoint", "control-vector"]:
@@ -163,7 +177,7 @@ def artifact_format(path: Path) -> Literal["gguf", "peft", "checkpoint", "contro
     with path.open("rb") as stream:
         found = stream.read(4) == b"GGUF"
     if found:
-        return "control-vector" if read_gguf(path).get("general.architecture") == "controlvector" else "gguf"
+        return "control-vector" if read_gguf(path).text("general.architecture") == "controlvector" else "gguf"
     raise AdapterError(
         f"{path}: holds no rule; give an adapter directory, a steered checkpoint directory or a steered GGUF "
         "(a profile becomes one with --profile and --trait)"
@@ -189,17 +203,38 @@ def rule_of_gguf(header: GGUFFile) -> SavedRule:
     Raises:
         AdapterError: the file is not steered, or by a version that did not keep the rule.
     """
-    stored, about = header.get("npti.rule"), header.get("npti.provenance")
+    stored, about = header.data("npti.rule"), header.text("npti.provenance")
     if stored is None or about is None:
         raise AdapterError(f"{header.path}: holds no steering rule (npti.rule); give a file made by npti-export")
-    recipe = str(header.get("npti.recipe", ""))
+    recipe = header.text("npti.recipe") or ""
     fidelity = {
-        entry.key.removeprefix("npti.fidelity."): entry.value
+        entry.key.removeprefix("npti.fidelity."): entry.shown
         for entry in header.keys
         if entry.key.startswith("npti.fidelity.")
     }
     provenance = read_provenance(lambda: json.loads(about) | {"recipe": recipe, "fidelity": fidelity}, str(header.path))
-    return SavedRule(decode_rule(bytes(stored), str(header.path)), provenance)
+    return SavedRule(decode_rule(stored, str(header.path)), provenance)
+
+
+def base_name(header: GGUFFile) -> str:
+    """What the base of a steered GGUF was called: a file's name, without folders; of a long one the end.
+
+    Raises:
+        AdapterError: what is recorded is no name of a file.
+    """
+    recorded = header.text("npti.base.name") or header.path.name
+    # What is not ASCII was escaped, so that a name may be longer than it was on the disk.
+    name = Path(recorded).name.encode()[-_LONGEST_NAME:].decode(errors="ignore")
+    if not name.isprintable() or name in ("", ".."):
+        raise AdapterError(f"{header.path}: npti.base.name is {shortened(recorded)}, no file's name; it is damaged")
+    try:
+        shard_paths(Path(name), len(header.parts))
+    except OutputError:
+        raise AdapterError(
+            f"{header.path}: npti.base.name is {shortened(recorded)}, not the first of {len(header.parts)} files; "
+            "it is damaged"
+        ) from None
+    return name
 
 
 def save_checkpoint_rule(saved: SavedRule, directory: Path) -> None:
@@ -309,15 +344,15 @@ def read_provenance(read: Callable[[], dict[str, Any]], where: str) -> Provenanc
     """
     try:
         return Provenance.from_dict(read())
-    except (KeyError, TypeError, ValueError, AttributeError, TraitError) as error:
-        reason = str(error).splitlines()[0]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, TraitError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise AdapterError(f"{where}: does not say where its rule came from ({reason}); make it again") from error
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: cannot be read ({error}); make it again") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path}: is not a JSON object; make it again")

@@ -22,40 +22,90 @@ EDGES: npt.NDArray[np.float32] = np.exp2(
 ).astype(np.float32)
 BIN_COUNT = len(EDGES) + 1
 _FIELDS = ("active", "histogram", "largest")  # arrays of a saved file
-_SPREAD_FIELDS = ("active_squared", "active_tokens")
+_SPREAD_FIELDS = ("products", "mixed")
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How much answers differ in how often a neuron fires: what the error of a probability needs.
+class PairSpread:
+    """How much questions differ in what their two answers make a neuron do: what the error of ``delta`` needs.
 
-    Tokens of one answer are alike, so the answer is the unit. All sums are integers and exact.
+    Tokens of one answer are alike, and so are the two answers to one question, so the question is the unit. With
+    ``a`` active tokens of ``t`` in an answer, all sums are over questions, of integers, and exact.
 
     Attributes:
-        answers: number of answers with at least one token.
-        tokens_squared: sum over answers of their tokens, squared.
-        active_squared: ``[layers, width]`` int64, sum over answers of their active tokens, squared.
-        active_tokens: ``[layers, width]`` int64, sum over answers of active tokens times tokens.
+        pairs: number of questions.
+        lengths: sums of ``t+ t+``, ``t- t-`` and ``t+ t-``.
+        products: ``[3, layers, width]`` int64, sums of ``a+ a+``, ``a- a-`` and ``a+ a-``.
+        mixed: ``[4, layers, width]`` int64, sums of ``a+ t+``, ``a- t-``, ``a+ t-`` and ``a- t+``.
     """
 
-    answers: int
-    tokens_squared: int
-    active_squared: npt.NDArray[np.int64]
-    active_tokens: npt.NDArray[np.int64]
+    pairs: int
+    lengths: tuple[int, int, int]
+    products: npt.NDArray[np.int64]
+    mixed: npt.NDArray[np.int64]
 
     @classmethod
-    def of_answers(cls, active: npt.NDArray[np.integer], tokens: npt.NDArray[np.integer]) -> Spread:
-        """Of answers with ``active`` ``[answers, layers, width]`` of ``tokens`` ``[answers]``."""
-        counts, lengths = active.astype(np.int64), tokens.astype(np.int64)
+    def empty(cls, layers: int, width: int) -> PairSpread:
+        """Of no questions."""
+        return cls(0, (0, 0, 0), np.zeros((3, layers, width), np.int64), np.zeros((4, layers, width), np.int64))
+
+    @classmethod
+    def of_answers(cls, plus: AnswerCounts, minus: AnswerCounts) -> PairSpread:
+        """Of answers in the order of their questions."""
+        a, b = plus.active.astype(np.int64), minus.active.astype(np.int64)
+        s, t = plus.tokens.astype(np.int64), minus.tokens.astype(np.int64)
+
+        def times(active: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+            return np.tensordot(tokens, active, axes=1)
+
         return cls(
-            int((lengths > 0).sum()),
-            int((lengths**2).sum()),
-            (counts**2).sum(0),
-            (counts * lengths[:, None, None]).sum(0),
+            len(s),
+            (int(s @ s), int(t @ t), int(s @ t)),
+            np.stack([(a * a).sum(0), (b * b).sum(0), (a * b).sum(0)]),
+            np.stack([times(a, s), times(b, t), times(a, t), times(b, s)]),
         )
 
-    def __add__(self, other: Spread) -> Spread:
-        return Spread(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+    def __add__(self, other: PairSpread) -> PairSpread:
+        first, second, third = (one + more for one, more in zip(self.lengths, other.lengths, strict=True))
+        return PairSpread(
+            self.pairs + other.pairs,
+            (first, second, third),
+            self.products + other.products,
+            self.mixed + other.mixed,
+        )
+
+    def delta_variance(self, plus: ActivationStats, minus: ActivationStats) -> npt.NDArray[np.float64]:
+        """Squared standard error of ``delta = p+ - p-``, ``[layers, width]``, for questions drawn at random.
+
+        The variance of a difference of ratios, linearised (Cochran, Sampling Techniques, chapter 6): with the residual
+        ``e = (a+ - p+ t+) / T+ - (a- - p- t-) / T-`` of each of ``n`` questions it is ``n / (n - 1) * sum e^2``.
+        Infinite for fewer than two questions.
+        """
+        p, q = plus.probability(), minus.probability()
+        if self.pairs < 2:
+            return np.full(p.shape, np.inf)
+        own = self.products[0] - 2 * p * self.mixed[0] + p * p * self.lengths[0]
+        other = self.products[1] - 2 * q * self.mixed[1] + q * q * self.lengths[1]
+        both = self.products[2] - q * self.mixed[2] - p * self.mixed[3] + p * q * self.lengths[2]
+        squares = own / plus.tokens**2 + other / minus.tokens**2 - 2 * both / (plus.tokens * minus.tokens)
+        variance: npt.NDArray[np.float64] = np.maximum(squares, 0) * self.pairs / (self.pairs - 1)
+        return variance
+
+
+@dataclass(frozen=True)
+class AnswerCounts:
+    """What single answers did.
+
+    Attributes:
+        active: ``[answers, layers, width]`` int32, tokens on which ``a > 0``.
+        tokens: ``[answers]`` int64, tokens that were counted.
+    """
+
+    active: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int64]
+
+    def __getitem__(self, some: slice) -> AnswerCounts:
+        return AnswerCounts(self.active[some], self.tokens[some])
 
 
 @dataclass(frozen=True)
@@ -67,7 +117,6 @@ class ActivationStats:
         active: ``[layers, width]`` int64, tokens on which ``a > 0``.
         histogram: ``[layers, width, BIN_COUNT]`` int32, the positive activations in the bins of ``EDGES``.
         largest: ``[layers, width]`` float32, the largest activation seen; 0 where none was positive.
-        spread: how much the answers differ.
 
     Adding two is associative and commutative and has :meth:`empty` as zero, so shards, resumed runs and workers
     all combine by ``+``.
@@ -77,7 +126,6 @@ class ActivationStats:
     active: npt.NDArray[np.int64]
     histogram: npt.NDArray[np.int32]
     largest: npt.NDArray[np.float32]
-    spread: Spread
 
     @classmethod
     def empty(cls, layers: int, width: int) -> ActivationStats:
@@ -87,7 +135,6 @@ class ActivationStats:
             np.zeros((layers, width), np.int64),
             np.zeros((layers, width, BIN_COUNT), np.int32),
             np.zeros((layers, width), np.float32),
-            Spread(0, 0, np.zeros((layers, width), np.int64), np.zeros((layers, width), np.int64)),
         )
 
     def __add__(self, other: ActivationStats) -> ActivationStats:
@@ -96,7 +143,6 @@ class ActivationStats:
             self.active + other.active,
             self.histogram + other.histogram,
             np.maximum(self.largest, other.largest),
-            self.spread + other.spread,
         )
 
     def probability(self) -> npt.NDArray[np.float64]:
@@ -108,19 +154,6 @@ class ActivationStats:
         if self.tokens == 0:
             raise ProfileError("no response token was counted: the model answered every question with nothing")
         return self.active / self.tokens
-
-    def probability_variance(self) -> npt.NDArray[np.float64]:
-        """Squared standard error of :meth:`probability`, ``[layers, width]``, for answers drawn at random.
-
-        The variance of a ratio of sums over answers (linearised, Cochran, Sampling Techniques, 6.4): with active
-        tokens ``a`` and tokens ``t`` of ``n`` answers, ``n / (n - 1) * sum (a - p t)^2 / (sum t)^2``. Infinite for
-        fewer than two answers.
-        """
-        spread, p = self.spread, self.probability()
-        if spread.answers < 2:
-            return np.full(p.shape, np.inf)
-        squares = spread.active_squared - 2 * p * spread.active_tokens + p**2 * spread.tokens_squared
-        return np.maximum(squares, 0) / self.tokens**2 * spread.answers / (spread.answers - 1)
 
     def quantile(self, q: float) -> npt.NDArray[np.float64]:
         """The ``q`` quantile of each neuron's activation over all tokens, ``[layers, width]``, 0 where negative.
@@ -142,24 +175,42 @@ class ActivationStats:
         return np.where(rank > 0, value, 0.0)
 
 
-def _arrays(one: ActivationStats) -> dict[str, npt.NDArray[np.generic]]:
-    parts = {field: getattr(one, field) for field in _FIELDS}
-    return parts | {field: getattr(one.spread, field) for field in _SPREAD_FIELDS}
+@dataclass(frozen=True)
+class ContrastStats:
+    """What both poles did on the same questions; combines by ``+`` like its parts."""
+
+    plus: ActivationStats
+    minus: ActivationStats
+    spread: PairSpread
+
+    @classmethod
+    def empty(cls, layers: int, width: int) -> ContrastStats:
+        """Of no questions."""
+        nothing = ActivationStats.empty(layers, width)
+        return cls(nothing, nothing, PairSpread.empty(layers, width))
+
+    def __add__(self, other: ContrastStats) -> ContrastStats:
+        return ContrastStats(self.plus + other.plus, self.minus + other.minus, self.spread + other.spread)
 
 
-def save_stats(path: Path, stats: dict[str, ActivationStats], progress: dict[str, object]) -> None:
-    """Write named statistics and a JSON-able progress record to one safetensors file, atomically."""
+def save_stats(path: Path, stats: ContrastStats, progress: dict[str, object]) -> None:
+    """Write statistics and a JSON-able progress record to one safetensors file, atomically."""
     from safetensors.numpy import save
 
-    tensors = {f"{name}.{field}": array for name, one in stats.items() for field, array in _arrays(one).items()}
-    sizes = {name: [one.tokens, one.spread.answers, one.spread.tokens_squared] for name, one in stats.items()}
-    record = {"sizes": sizes, "progress": progress}
+    poles = {"plus": stats.plus, "minus": stats.minus}
+    tensors = {f"{name}.{field}": getattr(one, field) for name, one in poles.items() for field in _FIELDS}
+    tensors |= {f"spread.{field}": getattr(stats.spread, field) for field in _SPREAD_FIELDS}
+    record = {
+        "tokens": {name: one.tokens for name, one in poles.items()},
+        "spread": [stats.spread.pairs, *stats.spread.lengths],
+        "progress": progress,
+    }
     with atomic_output(path, force=True) as temporary:
         # written by us, not by the library, so that a full disk is an OSError like everywhere else
         temporary.write_bytes(save(tensors, metadata={"npti": json.dumps(record)}))
 
 
-def load_stats(path: Path) -> tuple[dict[str, ActivationStats], dict[str, object]]:
+def load_stats(path: Path) -> tuple[ContrastStats, dict[str, object]]:
     """Read what :func:`save_stats` wrote.
 
     Raises:
@@ -170,12 +221,13 @@ def load_stats(path: Path) -> tuple[dict[str, ActivationStats], dict[str, object
     try:
         with safe_open(path, framework="np") as tensors:
             record = json.loads(tensors.metadata()["npti"])
-            stats = {}
-            for name, (tokens, answers, squared) in record["sizes"].items():
-                read = {field: tensors.get_tensor(f"{name}.{field}") for field in (*_FIELDS, *_SPREAD_FIELDS)}
-                spread = Spread(int(answers), int(squared), *(read[field] for field in _SPREAD_FIELDS))
-                active, histogram, largest = (read[field] for field in _FIELDS)
-                stats[name] = ActivationStats(int(tokens), active, histogram, largest, spread)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            plus, minus = (
+                ActivationStats(int(tokens), *(tensors.get_tensor(f"{name}.{field}") for field in _FIELDS))
+                for name, tokens in ((name, record["tokens"][name]) for name in ("plus", "minus"))
+            )
+            pairs, *lengths = map(int, record["spread"])
+            products, mixed = (tensors.get_tensor(f"spread.{field}") for field in _SPREAD_FIELDS)
+            spread = PairSpread(pairs, (lengths[0], lengths[1], lengths[2]), products, mixed)
+    except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ProfileError(f"{path}: damaged statistics; delete the file and run again") from error
-    return stats, record["progress"]
+    return ContrastStats(plus, minus, spread), record["progress"]

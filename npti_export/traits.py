@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from npti_export.errors import TraitError
+from npti_export.errors import TraitError, shortened
 
 Sign = Literal["+", "-"]
 SIGNS: tuple[Sign, Sign] = ("+", "-")
@@ -112,19 +112,21 @@ def parse_trait(text: str) -> TraitSpec:
     """
     match = _NOTATION.match(text)
     if match is None:
-        raise TraitError(f"trait {text!r}: not of the form NAME+, NAME- or NAME+:STRENGTH; see npti-export traits")
+        raise TraitError(
+            f"trait {shortened(text)}: not of the form NAME+, NAME- or NAME+:STRENGTH; see npti-export traits"
+        )
     name, sign = match["name"].lower(), (match["sign"] or "").replace("−", "-")
     strength = _strength(text, match["strength"])
     if name in FACETS and sign:
         return TraitSpec(name, "+" if sign == "+" else "-", strength)
     if name in FACETS:
-        raise TraitError(f"trait {text!r}: say which pole, {name}+ or {name}-")
+        raise TraitError(f"trait {shortened(text)}: say which pole, {name}+ or {name}-")
     if name in EVERYDAY and not sign:
         pole = EVERYDAY[name]
         return TraitSpec(pole[:-1], "+" if pole[-1] == "+" else "-", strength)
     if name in EVERYDAY:
-        raise TraitError(f"trait {text!r}: {name!r} already means {EVERYDAY[name]}; drop the sign")
-    raise TraitError(f"trait {text!r}: unknown; {_nearest(name, sign)}")
+        raise TraitError(f"trait {shortened(text)}: {shortened(name)} already means {EVERYDAY[name]}; drop the sign")
+    raise TraitError(f"trait {shortened(text)}: unknown; {_nearest(name, sign)}")
 
 
 def parse_trait_name(text: str) -> str:
@@ -147,7 +149,9 @@ def _strength(text: str, value: str | None) -> float:
     except ValueError:
         strength = math.nan
     if not (math.isfinite(strength) and strength > 0):
-        raise TraitError(f"trait {text!r}: the strength {value!r} must be a number above 0, such as 0.5")
+        raise TraitError(
+            f"trait {shortened(text)}: the strength {shortened(value)} must be a number above 0, such as 0.5"
+        )
     return strength
 
 

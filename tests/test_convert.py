@@ -194,7 +194,7 @@ def test_what_could_not_be_baked_is_refused_before_it_is_converted(converter, mo
 
     config = json.loads((model / "config.json").read_text())
     for change, error, says in (
-        ({"model_type": "qwen2"}, ArchitectureError, "for qwen2, so no rule can be baked.*peft or checkpoint"),
+        ({"model_type": "qwen3"}, ArchitectureError, "for qwen3, so no rule can be baked.*take --format peft"),
         ({"hidden_act": "gelu"}, ArchitectureError, "its activation is gelu"),
     ):
         (model / "config.json").write_text(json.dumps(config | change))
@@ -238,6 +238,8 @@ def test_what_needs_a_converter(tiny, model):
         assert not convertible(other), other
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    assert convertible(str(model))  # its steered file is written as llama
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen3"}))
     assert not convertible(str(model))  # refused for that, whether or not there is a converter
 
 

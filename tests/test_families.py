@@ -77,6 +77,9 @@ def test_every_family_is_identified(make_tiny, name):
     if family.bake is None:
         with pytest.raises(ArchitectureError, match=rf"GGUF of {name}: .*--format control-vector"):
             check_base(read_gguf(path))
+    if family.activation != "silu":
+        with pytest.raises(ArchitectureError, match=r"its activation is GELU.*--format control-vector"):
+            source.check_compilable()
 
 
 def test_layers_of_different_width(make_tiny):

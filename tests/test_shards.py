@@ -218,11 +218,19 @@ def test_the_main_job_on_a_split_base(split, tiny_checkpoint, cli_environment, t
     assert np.array_equal(llama_logits(files[0]), llama_logits(tmp_path / "again-00001-of-00005.gguf"))
 
 
-@pytest.mark.parametrize("sizes", [{"family": "qwen2", "split": 8}, {"biases": ("ffn_gate", "ffn_up")}], ids=str)
+FEW = ["--set", "select.at_least=10", "--set", "select.at_most=10"]  # the narrowest layer here has 64 neurons
+JOBS = [
+    {"family": "qwen2", "split": 8},
+    {"biases": ("ffn_gate", "ffn_up")},
+    {"family": "deci", "width": (96, 0, 64)},
+]
+
+
+@pytest.mark.parametrize("sizes", JOBS, ids=str)
 def test_the_main_job_inside_llama_cpp(make_tiny, cli_environment, tmp_path, sizes):
-    """A split qwen2 file, and one with MLP biases, which transformers reads neither of: identified, baked, verified."""
+    """What transformers does not read: a split file, MLP biases, a width a layer. Identified, baked, verified."""
     model = make_tiny(**sizes)
-    done = npti(*main_job(model, "s.gguf", "--report", "r.json"), environment=cli_environment, cwd=tmp_path)
+    done = npti(*main_job(model, "s.gguf", "--report", "r.json", *FEW), environment=cli_environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
     out = tmp_path / report["artifact"]["path"]

@@ -1,7 +1,5 @@
 """The transformers runtime against a float64 reference, step-by-step decoding and plain loops."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -143,8 +141,15 @@ def test_a_template_that_refuses_system_turns(tiny_runtime, monkeypatch):
 
 def test_a_model_that_transformers_cannot_load(tiny, tmp_path):
     source = gguf_source(tiny)
-    with pytest.raises(ModelError, match=r"gone.gguf: there is no such file"):
-        TransformersRuntime(replace(source, path=tmp_path / "gone.gguf"), device="cpu")
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # and no weights
+    broken = type(source)(**{**source.__dict__, "path": tmp_path / "broken.gguf"})
+    cut = source.path.read_bytes().replace(b"llama.attention.head_count", b"llama.attention.head_cuont")
+    broken.path.write_bytes(cut)
     with pytest.raises(ModelError, match="transformers cannot load it"):
-        TransformersRuntime(replace(source, path=tmp_path, kind="directory"), device="cpu")
+        TransformersRuntime(broken, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["Q1_0", "Q2_0"])
+def test_types_that_transformers_cannot_load(make_tiny, kind):
+    path = make_tiny(kind, hidden=256, width=512, layers=2)
+    with pytest.raises(ModelError, match=rf"{kind}, which transformers cannot load; .* this file as --base"):
+        TransformersRuntime(gguf_source(path), device="cpu", dtype="float32")

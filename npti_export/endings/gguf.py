@@ -14,7 +14,7 @@ from npti_export.export.gguf import check_base, plan_bake, record, write_bake
 from npti_export.export.metadata import steering_metadata
 from npti_export.files import atomic_files, atomic_output, check_writable, sha256_file
 from npti_export.gguf.blocks import is_float
-from npti_export.gguf.reader import GGUFFile
+from npti_export.gguf.reader import GGUFFile, layer_count
 from npti_export.gguf.shards import first_in, named_shards, read_model, shard_paths
 from npti_export.recipe import Recipe
 from npti_export.rule_io import SavedRule
@@ -92,7 +92,7 @@ class GGUFEnding:
     def exact(self, path: Path) -> bool:
         """Float MLPs: their types round neither biases, which are F32, nor copies."""
         header = read_model(_file(path))
-        layers = range(header.require_int(f"{header.architecture}.block_count"))
+        layers = range(layer_count(header))
         names = [f"{stem.format(layer)}.weight" for stem in (FFN_GATE, FFN_UP, FFN_DOWN) for layer in layers]
         return all(is_float(header.by_name[name].type_id) for name in names if name in header.by_name)
 

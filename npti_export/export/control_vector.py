@@ -49,17 +49,17 @@ def write_control_vector(path: Path, directions: Floats, model: str, metadata: d
 
 def is_control_vector(path: Path) -> bool:
     """Whether a GGUF is one."""
-    return bool(read_gguf(path).get("general.architecture") == ARCHITECTURE)
+    return read_gguf(path).text("general.architecture") == ARCHITECTURE
 
 
 def read_directions(path: Path, layers: int, hidden: int) -> Floats:
     """``[layers - 1, hidden]`` float32 of a control vector for a model of these sizes; zeros where it says nothing.
 
     Raises:
-        GGUFError: not a control vector, or for other sizes.
+        GGUFError: not a control vector, for other sizes, or with values that are not finite.
     """
     header = read_gguf(path)
-    if header.get("general.architecture") != ARCHITECTURE:
+    if header.text("general.architecture") != ARCHITECTURE:
         raise GGUFError(f"{path}: is not a control vector of llama.cpp")
     directions = np.zeros((layers - 1, hidden), np.float32)
     for tensor in header.tensors:
@@ -71,6 +71,8 @@ def read_directions(path: Path, layers: int, hidden: int) -> Floats:
                 "take the control vector of this model"
             )
         directions[layer - 1] = _values(header, tensor.offset, tensor.nbytes)
+    if not np.isfinite(directions).all():
+        raise GGUFError(f"{path}: holds values that are not finite; make it again")
     return directions
 
 

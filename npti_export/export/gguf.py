@@ -19,10 +19,12 @@ from npti_export.errors import DiskFullError, GGUFError, ModelError
 from npti_export.export import layout, widen
 from npti_export.export.layout import PREFIX
 from npti_export.export.rehome import Home, home_of
+from npti_export.export.rest import check_rest, gaps_of
 from npti_export.export.strip import strip
-from npti_export.gguf.blocks import block_shape, is_float, supports_widening, type_name
-from npti_export.gguf.columns import granule, is_codebook
-from npti_export.gguf.reader import GGUFFile, mlp_widths
+from npti_export.gguf.blocks import block_shape, supports_widening, type_name
+from npti_export.gguf.columns import granule, is_codebook, is_fine
+from npti_export.gguf.cursor import MAX_HEADER
+from npti_export.gguf.reader import GGUFFile, is_mixture, mlp_widths
 from npti_export.gguf.shards import shard_paths
 from npti_export.gguf.writer import NewTensor, Value, encode_value, patch_values
 
@@ -78,15 +80,16 @@ def check_base(base: GGUFFile) -> None:
             tensor type that cannot be widened.
     """
     check_bakeable(gguf_family(base.architecture, str(base.path)), str(base.path))
-    if any(entry.key.startswith(PREFIX) for entry in base.keys):
+    if any(entry.key.startswith(PREFIX) for part in base.parts for entry in part.keys):
         raise ModelError(f"{base.path}: is steered already; npti-export strip it first, or give --trait several times")
-    if base.get(f"{base.architecture}.expert_count", 0):
+    if is_mixture(base):
         raise ModelError(f"{base.path}: is a mixture of experts, which cannot be baked yet; take a dense model")
     home_of(base)
     hidden = base.require_int(f"{base.architecture}.embedding_length")
     for layer, width in enumerate(mlp_widths(base)):
         if width:
             _check_mlp(base, layer, hidden, width)
+    check_rest(base)
 
 
 def _check_mlp(base: GGUFFile, layer: int, hidden: int, width: int) -> None:
@@ -144,15 +147,17 @@ def plan_bake(
     new = {gate: bias for gate, bias in names.items() if bias.name not in base.by_name}
     parts = []
     for number, (part, digest) in enumerate(zip(base.parts, digests, strict=True)):
-        tensors = [layout.with_width(tensor, widths) for tensor in part.tensors]
+        tensors = [layout.with_width(tensor, widths, part.path) for tensor in part.tensors]
         tensors += [bias for gate, bias in new.items() if f"{gate}.weight" in part.by_name]
-        keys = layout.steered_keys(part, home, widths, len(base.tensors) + len(new))
+        keys = layout.steered_keys(part, home, widths, len(base.tensors) + len(new), first=number == 0)
         added: dict[str, Value] = {layout.FORMAT_KEY: layout.FORMAT, layout.SHA256: digest}
         if number == 0:
             added |= {PREFIX + key: value for key, value in metadata.items()}
         added |= _recovery(part, home, padded, old, keys, tensors)
         keys += [(key, encode_value(value)) for key, value in added.items()]
         header, placed = layout.header_of(part, keys, tensors)
+        if len(header) > MAX_HEADER:
+            raise GGUFError(f"{part.path}: the header of its steered file would be too long; it is damaged")
         parts.append(PartPlan(part, header, tuple(placed)))
     return BakePlan(base, home, padded, tuple(old), tuple(parts), max(extras))
 
@@ -162,7 +167,7 @@ def _placed(base: GGUFFile, number: int, layer: LayerProgram, extra: int) -> Lay
     if not extra or not layer.units:
         return layer.padded(extra)
     kind = base.require_tensor(FFN_DOWN.format(number) + ".weight").type_id
-    return layer.padded(extra) if is_float(kind) else arrange(layer, extra, granule(kind), is_codebook(kind))
+    return layer.padded(extra) if is_fine(kind) else arrange(layer, extra, granule(kind), is_codebook(kind))
 
 
 def _extras(base: GGUFFile, program: MLPProgram, widths: Sequence[int]) -> list[int]:
@@ -182,7 +187,7 @@ def _extras(base: GGUFFile, program: MLPProgram, widths: Sequence[int]) -> list[
             tensor = base.require_tensor(FFN_DOWN.format(layer) + ".weight")
             blocks.add(block_shape(tensor.type_id, str(base.path))[0])
     step = max(blocks)
-    if isinstance(base.get(f"{base.architecture}.feed_forward_length"), list) and base.architecture == "deci":
+    if base.by_key[f"{base.architecture}.feed_forward_length"].array is not None and base.architecture == "deci":
         return [-(-one.units // step) * step for one in program.layers]
     return [program.extra_width(step)] * len(widths)
 
@@ -235,7 +240,7 @@ def _batches(plan: BakePlan, part: PartPlan, source: BinaryIO) -> Iterator[tuple
     position = 0
     for tensor in part.tensors:
         if tensor.offset > position:
-            batch.append(bytes(tensor.offset - position))
+            batch += widen.zeros(tensor.offset - position)
         position = tensor.offset + tensor.nbytes
         content = _content(source, plan, part, tensor)
         if tensor.nbytes >= _AHEAD_BYTES:
@@ -247,7 +252,7 @@ def _batches(plan: BakePlan, part: PartPlan, source: BinaryIO) -> Iterator[tuple
         if not isinstance(batch[-1], widen.Range):
             yield batch, False
             batch = []
-    batch.append(bytes(part.nbytes - len(part.header) - position))
+    batch += widen.zeros(part.nbytes - len(part.header) - position)
     yield batch, False
 
 
@@ -290,24 +295,17 @@ def _recovery(
     """
     count = len(part.tensors)
     header, _ = layout.header_of(
-        part, layout.base_keys(keys, home), [layout.with_width(one, widths) for one in tensors[:count]]
+        part, layout.base_keys(keys, home), [layout.with_width(one, widths, part.path) for one in tensors[:count]]
     )
     with part.path.open("rb") as stream:
         original = stream.read(part.data_start)
-        gaps = []
-        position = part.data_start
-        for tensor in sorted(part.tensors, key=lambda one: one.offset):
-            stream.seek(position)
-            gaps.append(stream.read(tensor.offset - position))
-            position = tensor.offset + tensor.nbytes
-        stream.seek(position)
-        gaps.append(stream.read())
         off = _switched_off(part, program, stream)
+    gaps = gaps_of(part)
     result: dict[str, Value] = {layout.BYTES: part.size, layout.TENSORS: count}
     if original != header[: part.size]:  # a shard without tensors may end before its padding
         result[layout.HEADER] = original
-    if any(gap.strip(b"\0") for gap in gaps):
-        result[layout.GAPS] = b"".join(gaps)
+    if gaps:
+        result[layout.GAPS] = gaps
     if off:
         result[layout.OFF_GATES] = off
     return result
@@ -317,16 +315,13 @@ def _switched_off(part: GGUFFile, program: MLPProgram, stream: BinaryIO) -> byte
     """The base's own gate biases, float32, wherever the steered file has :data:`OFF_BIAS`."""
     found = []
     for tensor in part.tensors:
-        if tensor.name.endswith("ffn_gate.bias"):
+        layer, kind = layout.mlp_tensor(tensor.name) or (0, "")
+        if kind == "gate.bias":
             old = widen.read_floats(stream, tensor)
             off = old == OFF_BIAS
-            off[_layer(program, tensor.name).off] = True
+            off[program.layers[layer].off] = True
             found.append(old[off])
     return np.concatenate(found).tobytes() if found else b""
-
-
-def _layer(program: MLPProgram, name: str) -> LayerProgram:
-    return program.layers[int(name.split(".")[1])]
 
 
 def record(path: Path, values: dict[str, float]) -> None:

@@ -9,11 +9,13 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from npti_export.errors import GGUFError
-from npti_export.export.rehome import Home, head_size
+from npti_export.export.rehome import Home, check_heads, head_size
 from npti_export.gguf.blocks import block_shape
-from npti_export.gguf.reader import SCALARS, GGUFFile, TensorInfo
+from npti_export.gguf.cursor import ARRAY, INT32, SCALARS
+from npti_export.gguf.reader import GGUFFile, KeyValue, TensorInfo, widths_of
 from npti_export.gguf.writer import NewTensor, encode_header, encode_uint32, encode_value, lay_out
 
 PREFIX = "npti."
@@ -29,8 +31,7 @@ _ARCHITECTURE = "npti.base.architecture"
 _WIDTH = "npti.base.feed_forward_length"
 _COUNT = "npti.base.split.tensors.count"
 
-_MLP = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)\.(weight|bias)")
-_ARRAY = 9  # a value's type tag, ggml docs/gguf.md
+_MLP = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.ffn_(gate|up|down)\.(weight|bias)")  # as llama.cpp spells them
 
 Entry = tuple[str, bytes]  # a metadata key and its encoded value
 
@@ -43,15 +44,23 @@ def mlp_tensor(name: str) -> tuple[int, str] | None:
     return int(match[1]), f"{match[2]}.{match[3]}"
 
 
-def with_width(tensor: TensorInfo | NewTensor, widths: Sequence[int]) -> NewTensor:
-    """The tensor in a model whose layers have MLPs of these widths."""
+def with_width(tensor: TensorInfo | NewTensor, widths: Sequence[int], path: Path) -> NewTensor:
+    """The tensor of the file ``path`` in a model whose layers have MLPs of these widths.
+
+    Raises:
+        GGUFError: there is no such layer or it has no MLP, or a tensor of this shape and type can have no such width.
+    """
     found = mlp_tensor(tensor.name)
     if found is None:
         return NewTensor(tensor.name, tensor.shape, tensor.type_id, tensor.nbytes)
     layer, kind = found
-    width = widths[layer]
-    shape = (width, tensor.shape[1]) if kind == "down.weight" else (*tensor.shape[:-1], width)
+    width = widths[layer] if layer < len(widths) else 0
+    if not width:
+        raise GGUFError(f"{path}: {tensor.name} belongs to none of the {len(widths)} layers; the file is damaged")
     block, nbytes = block_shape(tensor.type_id, tensor.name)
+    shape = (width, *tensor.shape[1:]) if kind == "down.weight" else (*tensor.shape[:-1], width)
+    if len(shape) != (2 if kind.endswith("weight") else 1) or shape[0] % block:
+        raise GGUFError(f"{path}: {tensor.name}, {tensor.shape}, cannot have {width} neurons; the file is damaged")
     return NewTensor(tensor.name, shape, tensor.type_id, math.prod(shape) // block * nbytes)
 
 
@@ -61,7 +70,7 @@ def header_of(like: GGUFFile, keys: Sequence[Entry], tensors: Sequence[NewTensor
     return encode_header(like.version, keys, placed, like.alignment), placed
 
 
-def steered_keys(part: GGUFFile, home: Home, widths: Sequence[int], tensor_count: int) -> list[Entry]:
+def steered_keys(part: GGUFFile, home: Home, widths: Sequence[int], tensor_count: int, *, first: bool) -> list[Entry]:
     """The keys of a steered file or shard: those of its base, what changed in them, and what they were before.
 
     Args:
@@ -69,16 +78,18 @@ def steered_keys(part: GGUFFile, home: Home, widths: Sequence[int], tensor_count
         home: of the steered file.
         widths: of its MLPs, one a layer.
         tensor_count: tensors in all its shards together.
+        first: not another shard than the first, of which llama.cpp reads no more than how the model is split.
     """
     changed: dict[str, bytes] = {}
     for entry in part.keys:
-        if entry.key == f"{home.base}.feed_forward_length":
-            changed[entry.key] = _same_array(entry.raw, widths) or encode_uint32(widths[0])
-        elif entry.key == "general.architecture" and home.steered != home.base:
+        if entry.key == "split.tensors.count" and entry.kind == INT32:
+            changed[entry.key] = struct.pack("<Ii", INT32, tensor_count)
+        elif entry.key == f"{home.base}.feed_forward_length" and first:
+            changed[entry.key] = _same_array(entry, widths) or encode_uint32(widths[0])
+        elif entry.key == "general.architecture" and home.steered != home.base and first:
             changed[entry.key] = encode_value(home.steered)
-        elif entry.key == "split.tensors.count":
-            changed[entry.key] = _same_scalar(entry.raw, tensor_count)
-    keys = [(home.steered_key(entry.key), changed.get(entry.key, entry.raw)) for entry in part.keys]
+    names = (home.steered_key(entry.key) if first else entry.key for entry in part.keys)
+    keys = [(name, changed.get(entry.key, entry.raw)) for name, entry in zip(names, part.keys, strict=True)]
     return keys + [(_former(key, home), part.by_key[key].raw) for key in changed]
 
 
@@ -100,11 +111,17 @@ def _former(key: str, home: Home) -> str:
 
 
 def steered_home(steered: GGUFFile) -> Home:
-    """The home of a steered file, as it says itself."""
-    base = steered.get(_ARCHITECTURE, steered.architecture)
+    """The home of a steered file, as it says itself.
+
+    Raises:
+        GGUFError: its heads are not what it says.
+    """
+    base = steered.text(_ARCHITECTURE) or steered.architecture
     if base == steered.architecture:
         return Home(steered.architecture, steered.architecture)
-    return Home(str(base), steered.architecture, head_size(steered))
+    home = Home(base, steered.architecture, head_size(steered))
+    check_heads(steered, home)
+    return home
 
 
 def base_widths(steered: GGUFFile, widths: Sequence[int]) -> list[int]:
@@ -113,23 +130,15 @@ def base_widths(steered: GGUFFile, widths: Sequence[int]) -> list[int]:
     Raises:
         GGUFError: not said, or more than the steered file has.
     """
-    stored = steered.get(_WIDTH)
-    result = stored if isinstance(stored, list) else [stored] * len(widths)
-    if len(result) != len(widths) or not all(isinstance(one, int) and one >= 0 for one in result):
-        raise GGUFError(f"{steered.path}: {_WIDTH} is missing or not a width a layer; the file is damaged")
+    result = widths_of(steered, _WIDTH, len(widths))
     if any(one > now for one, now in zip(result, widths, strict=True)):
         raise GGUFError(f"{steered.path}: is narrower than its base; it is damaged")
     return result
 
 
-def _same_array(raw: bytes, values: Sequence[int]) -> bytes | None:
-    """The values as an array of the same type as ``raw`` is, or None where that is none."""
-    kind, inner = struct.unpack_from("<II", raw.ljust(8, b"\0"))
-    if kind != _ARRAY:
+def _same_array(entry: KeyValue, values: Sequence[int]) -> bytes | None:
+    """The values as an array of the same type as the entry is, or None where that is none."""
+    if entry.array is None:
         return None
-    return struct.pack(f"<IIQ{len(values)}{SCALARS[inner]}", _ARRAY, inner, len(values), *values)
-
-
-def _same_scalar(raw: bytes, value: int) -> bytes:
-    (kind,) = struct.unpack_from("<I", raw)
-    return struct.pack(f"<I{SCALARS[kind]}", kind, value)
+    inner, _ = entry.array
+    return struct.pack(f"<IIQ{len(values)}{SCALARS[inner]}", ARRAY, inner, len(values), *values)

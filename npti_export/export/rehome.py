@@ -15,7 +15,7 @@ import numpy as np
 
 from npti_export.architectures import gguf_family
 from npti_export.compiler.program import Indices
-from npti_export.errors import ModelError
+from npti_export.errors import GGUFError, ModelError
 from npti_export.gguf.reader import GGUFFile
 
 _REORDERED = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
@@ -66,6 +66,7 @@ def home_of(base: GGUFFile) -> Home:
 
     Raises:
         ArchitectureError: a family that is not in the table.
+        GGUFError: it must be re-homed, and its heads are not what it says.
         ModelError: it must be re-homed, and holds something that its new home has no place for.
     """
     family = gguf_family(base.architecture, str(base.path))
@@ -73,19 +74,40 @@ def home_of(base: GGUFFile) -> Home:
         return Home(family.name, family.name)
     assert family.bake is not None
     home = Home(family.name, family.bake, head_size(base))
+    check_heads(base, home)
     where = f"{base.path}: a steered {home.base} file is written as {home.steered}, "
     for tensor in base.tensors:
         if not _SHARED.fullmatch(tensor.name):
             raise ModelError(f"{where}which has no place for the tensor {tensor.name}; take --format peft")
-        if _REORDERED.fullmatch(tensor.name) and tensor.shape[-1] % home.head:
-            raise ModelError(f"{where}but {tensor.name} is not made of heads of {home.head}; the file is damaged")
     for entry in base.keys:
         if entry.key.startswith(f"{home.steered}."):
             raise ModelError(f"{where}but it has a key {entry.key} already; convert the model again")
-    rotated = base.get(f"{home.base}.rope.dimension_count", home.head)
-    if rotated != home.head or home.head % 2:
+    rotated = base.number(f"{home.base}.rope.dimension_count")
+    if rotated not in (None, home.head):
         raise ModelError(f"{where}but it rotates {rotated} of {home.head} dimensions of a head; take --format peft")
     return home
+
+
+def check_heads(header: GGUFFile, home: Home) -> None:
+    """Raise unless rows can be reordered in groups of a head.
+
+    Raises:
+        GGUFError: heads of an odd size, or a tensor that is not made of them.
+    """
+    if home.head % 2 or home.head < 2:
+        raise GGUFError(f"{header.path}: its heads have {home.head} dimensions, which cannot be; the file is damaged")
+    hidden = header.require_int(f"{header.architecture}.embedding_length")
+    for tensor in header.tensors:
+        found = _REORDERED.fullmatch(tensor.name)
+        if found is None:
+            continue
+        shape = (hidden, tensor.shape[-1]) if found[1] == "weight" else tensor.shape[-1:]
+        whole = tensor.nbytes % tensor.shape[-1] == 0  # else there are blocks across the elements of a vector
+        if tensor.shape != shape or tensor.shape[-1] % home.head or not whole:
+            raise GGUFError(
+                f"{header.path}: {tensor.name}, {tensor.shape}, is not made of heads of {home.head} dimensions; "
+                "the file is damaged"
+            )
 
 
 def head_size(header: GGUFFile) -> int:

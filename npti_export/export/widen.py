@@ -18,6 +18,7 @@ from npti_export.gguf.columns import quantise_columns
 from npti_export.gguf.reader import TensorInfo
 
 CHUNK = 4 << 20  # bytes read at once
+_ZEROS = memoryview(bytes(1 << 20))
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ Piece = Range | Data
 def copy(tensor: TensorInfo) -> Iterator[Piece]:
     """The tensor's bytes."""
     yield Range(tensor.offset, tensor.nbytes)
+
+
+def zeros(count: int) -> Iterator[Piece]:
+    """So many zero bytes, from one small block: there may be many gaps, each as long as the alignment."""
+    for start in range(0, count, len(_ZEROS)):
+        yield _ZEROS[: count - start]
 
 
 def append_rows(stream: BinaryIO, tensor: TensorInfo, source: Indices, factors: Floats) -> Iterator[Piece]:
@@ -68,6 +75,8 @@ def append_columns(stream: BinaryIO, tensor: TensorInfo, layer: LayerProgram) ->
     for rows in _row_chunks(stream, tensor):
         with _naming(stream, tensor):
             wanted = decode_columns(rows, layer.source, tensor.type_id)
+            if not np.isfinite(wanted).all():  # floats would take it as it is
+                raise ArithmeticError("a column is not finite")
             added = quantise_columns(wanted, layer.corrects, tensor.type_id)
         yield np.concatenate([rows, added], axis=1).data
 
@@ -152,7 +161,7 @@ def write_pieces(source: BinaryIO, target: BinaryIO, pieces: Iterable[Piece]) ->
     for piece in _joined(pieces):
         if isinstance(piece, Range):
             _copy_range(source, target, piece)
-        else:
+        elif piece:
             _write_all(target, memoryview(piece).cast("B"))
 
 

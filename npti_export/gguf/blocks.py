@@ -264,6 +264,8 @@ def quantise(values: Floats, type_id: int, *, even: bool = False) -> Bytes:
         if even or name in _NEED_IMPORTANCE:
             importance = np.ones(length, np.float32)
     result = np.empty((rows, length // block * nbytes), dtype=np.uint8)
+    if not result.size:
+        return result  # ggml divides by the row length
     # size_t ggml_quantize_chunk(type, src, dst, start, nrows, n_per_row, imatrix), ggml.h; sets up its own tables
     written = _ggml().ggml_quantize_chunk(
         type_id,

@@ -2,7 +2,8 @@
 
 Layout after the GGUF specification (ggml docs/gguf.md), versions 2 and 3, little-endian. Nothing is
 memory-mapped, so that reading a header never counts the weights as used memory. Every count and length
-is checked against the file's size before anything is allocated.
+is checked against the file's size, and against what any model has, before anything is allocated: a file may have
+a hole of terabytes that lying lengths fit in.
 """
 
 from __future__ import annotations
@@ -16,29 +17,59 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from npti_export.errors import GGUFError
+from npti_export.errors import GGUFError, shortened
+from npti_export.gguf.cursor import ARRAY, INT32, STRING, UINT8, UINT32, Cursor, decode_value, skip_value
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
-_STRING, _ARRAY = 8, 9
-# value type -> struct format; ggml docs/gguf.md, gguf_metadata_value_type
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MAX_DIMS = 4
+_LONGEST_KEY = 65535  # ggml docs/gguf.md, gguf_metadata_kv_t
+_LONGEST_NAME = 63  # GGML_MAX_NAME of ggml.h, less the zero at the end
+_MAX_KEYS, _MAX_TENSORS = 1 << 16, 1 << 17  # DeepSeek with every expert by itself has 46 thousand tensors
+_MAX_ALIGNMENT = 1 << 20
+_MAX_SIZE = 1 << 24  # of neurons and hidden values; Llama 405B has 53248 neurons a layer
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of llama.cpp's src/llama-hparams.h
 
 
 @dataclass(frozen=True)
 class KeyValue:
-    """One metadata entry: ``raw`` is its exact encoding, type tag included, key excluded; it lies at ``position``."""
+    """One metadata entry: ``raw`` is its exact encoding, type tag included, key excluded; it lies at ``position``.
+
+    ``where`` names the file and the key in messages.
+    """
 
     key: str
     raw: bytes
     position: int
+    where: str = ""
 
     @cached_property
     def value(self) -> Any:
-        """The decoded value: a Python scalar, a string or a list of these."""
-        cursor = _Cursor(io.BytesIO(self.raw), len(self.raw), self.key)
-        return _decode(cursor, cursor.scalar("I"))
+        """The decoded value: a Python scalar, a string or a list of these.
+
+        Raises:
+            GGUFError: a string is not UTF-8.
+        """
+        cursor = Cursor(io.BytesIO(self.raw), len(self.raw), self.where or self.key)
+        return decode_value(cursor, cursor.scalar("I"))
+
+    @property
+    def kind(self) -> int:
+        """The number of its type (ggml docs/gguf.md, gguf_metadata_value_type)."""
+        return int(struct.unpack_from("<I", self.raw)[0])
+
+    @property
+    def array(self) -> tuple[int, int] | None:
+        """Type and number of the elements, without decoding them; None if it is no array."""
+        return struct.unpack_from("<IQ", self.raw, 4) if self.kind == ARRAY else None
+
+    @property
+    def shown(self) -> Any:
+        """The value for people: of an array only how long it is."""
+        if self.array is None:
+            return self.value
+        inner, count = self.array
+        return f"{count} bytes" if inner == UINT8 else f"{count} values"
 
 
 @dataclass(frozen=True)
@@ -113,31 +144,76 @@ class GGUFFile:
         entry = self.by_key.get(key)
         return default if entry is None else entry.value
 
-    def require_int(self, key: str) -> int:
-        """The value of a key that must be there and be a positive integer.
+    def require_int(self, key: str, most: int = _MAX_SIZE) -> int:
+        """The value of a key that must be there and be a positive integer, at most ``most``.
 
         Raises:
             GGUFError: missing, or something else.
         """
-        value = self.get(key)
-        if isinstance(value, list):
+        entry = self.by_key.get(key)
+        if entry is not None and entry.array is not None:
             raise GGUFError(f"{self.path}: {key} is an array, one value a layer, which is not supported")
+        value = None if entry is None else entry.value
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise GGUFError(
                 f"{self.path}: metadata key {key} is missing or not a positive integer; the file is damaged"
             )
+        if value > most:
+            raise GGUFError(f"{self.path}: {key} is {value}, and more than {most} cannot be; the file is damaged")
         return value
+
+    def number(self, key: str) -> int | None:
+        """The value of a key that is an integer from 0 on if it is there.
+
+        Raises:
+            GGUFError: something else.
+        """
+        entry = self.by_key.get(key)
+        if entry is None:
+            return None
+        value = None if entry.array is not None else entry.value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise GGUFError(f"{self.path}: metadata key {key} is not a number; the file is damaged")
+        return value
+
+    def text(self, key: str) -> str | None:
+        """The value of a key that is a string if it is there.
+
+        Raises:
+            GGUFError: something else.
+        """
+        entry = self.by_key.get(key)
+        if entry is None:
+            return None
+        if entry.kind != STRING:
+            raise GGUFError(f"{self.path}: metadata key {key} is not a string; the file is damaged")
+        return str(entry.value)
+
+    def data(self, key: str) -> bytes | None:
+        """The value of a key that is an array of uint8 if it is there, without making numbers of its bytes.
+
+        Raises:
+            GGUFError: something else.
+        """
+        entry = self.by_key.get(key)
+        if entry is None:
+            return None
+        if entry.array is None or entry.array[0] != UINT8:
+            raise GGUFError(f"{self.path}: metadata key {key} is not an array of bytes; the file is damaged")
+        return entry.raw[16:]  # past type, element type and count
 
     @property
     def architecture(self) -> str:
         """``general.architecture``.
 
         Raises:
-            GGUFError: the key is missing.
+            GGUFError: the key is missing or not a string.
         """
-        value = self.get("general.architecture")
-        if not isinstance(value, str):
+        value = self.text("general.architecture")
+        if value is None:
             raise GGUFError(f"{self.path}: general.architecture is missing; this is not a language model")
+        if len(value) > _LONGEST_NAME or not value.isprintable():
+            raise GGUFError(f"{self.path}: general.architecture is {shortened(value)}; the file is damaged")
         return value
 
     def require_tensor(self, name: str) -> TensorInfo:
@@ -152,76 +228,47 @@ class GGUFFile:
             raise GGUFError(f"{self.path}: tensor {name} is missing; the file is incomplete") from None
 
 
+def layer_count(header: GGUFFile) -> int:
+    """How many layers the model says it has.
+
+    Raises:
+        GGUFError: it does not say, or more than llama.cpp can load.
+    """
+    return header.require_int(f"{header.architecture}.block_count", most=_MAX_LAYERS)
+
+
 def mlp_widths(header: GGUFFile) -> list[int]:
     """Neurons of each layer's MLP: llama.cpp reads one number for all, or an array with one a layer, which may be 0.
 
     Raises:
         GGUFError: neither.
     """
-    layers = header.require_int(f"{header.architecture}.block_count")
-    key = f"{header.architecture}.feed_forward_length"
-    value = header.get(key)
-    if not isinstance(value, list):
-        return [header.require_int(key)] * layers
-    if len(value) != layers or not all(isinstance(one, int) and one >= 0 for one in value) or not any(value):
+    return widths_of(header, f"{header.architecture}.feed_forward_length", layer_count(header))
+
+
+def widths_of(header: GGUFFile, key: str, layers: int) -> list[int]:
+    """The widths that a key gives, of the types that llama.cpp takes (``get_key_or_arr``, llama-model-loader.cpp).
+
+    Raises:
+        GGUFError: missing, of another type or length, or widths that cannot be.
+    """
+    entry = header.by_key.get(key)
+    if entry is None or entry.array is None:
+        width = header.require_int(key)
+        if header.by_key[key].kind != UINT32:
+            raise GGUFError(f"{header.path}: {key} is not a uint32; the file is damaged")
+        return [width] * layers
+    inner, count = entry.array
+    values: list[int] = entry.value if inner in (UINT32, INT32) and count == layers else []
+    if not any(values) or min(values) < 0 or max(values) > _MAX_SIZE:
         raise GGUFError(f"{header.path}: {key} is not one width for each of {layers} layers; the file is damaged")
-    return value
+    return values
 
 
-_LENGTH = struct.Struct("<Q")
-_READ_AHEAD = 1 << 20
-
-
-class _Cursor:
-    """Bounds-checked reads from the front of a binary stream, buffered as far as it was read."""
-
-    def __init__(self, stream: BinaryIO, size: int, name: str) -> None:
-        self.stream, self.size, self.name, self.position = stream, size, name, 0
-        self.data = b""
-
-    def need(self, count: int) -> None:
-        """Make ``count`` more bytes available, or raise."""
-        end = self.position + count
-        if end > self.size:
-            raise self.truncated()
-        while len(self.data) < end:
-            more = self.stream.read(max(end - len(self.data), _READ_AHEAD, len(self.data)))
-            if not more:
-                raise self.truncated()
-            self.data += more
-
-    def take(self, count: int) -> bytes:
-        self.need(count)
-        self.position += count
-        return self.data[self.position - count : self.position]
-
-    def skip_strings(self, count: int) -> None:
-        """Go past ``count`` strings: the longest loop over a header by far, so it is spelt out."""
-        position, available, unpack = self.position, len(self.data), _LENGTH.unpack_from
-        for _ in range(count):
-            if position + 8 > available:
-                self.position = position
-                self.need(8)
-                available = len(self.data)
-            position += 8 + unpack(self.data, position)[0]
-            if position > self.size:
-                raise self.truncated()
-        self.position = position
-        self.need(0)
-
-    def scalar(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def text(self) -> str:
-        try:
-            return self.take(self.scalar("Q")).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise GGUFError(
-                f"{self.name}: a string near byte {self.position} is not UTF-8; the file is damaged"
-            ) from error
-
-    def truncated(self) -> GGUFError:
-        return GGUFError(f"{self.name}: truncated near byte {self.position}; download or copy the file again")
+def is_mixture(header: GGUFFile) -> bool:
+    """Whether the MLPs are experts."""
+    experts = header.by_key.get(f"{header.architecture}.expert_count")
+    return experts is not None and (experts.array is not None or experts.value != 0)
 
 
 def read_gguf(path: Path) -> GGUFFile:
@@ -231,6 +278,8 @@ def read_gguf(path: Path) -> GGUFFile:
         GGUFError: missing, not GGUF, unsupported version or byte order, truncated or inconsistent.
     """
     try:
+        if path.exists() and not path.is_file():  # opening a pipe waits until someone writes to it
+            raise GGUFError(f"{path}: is not a file; give a .gguf model")
         with path.open("rb") as stream:
             size = stream.seek(0, io.SEEK_END)
             stream.seek(0)
@@ -252,7 +301,7 @@ def parse_gguf(stream: BinaryIO, size: int, path: Path) -> GGUFFile:
     Raises:
         GGUFError: see :func:`read_gguf`.
     """
-    cursor = _Cursor(stream, size, str(path))
+    cursor = Cursor(stream, size, str(path))
     if cursor.size < 24 or cursor.take(4) != MAGIC:
         raise GGUFError(f"{path}: not a GGUF file; give a .gguf model")
     version = cursor.scalar("I")
@@ -261,7 +310,8 @@ def parse_gguf(stream: BinaryIO, size: int, path: Path) -> GGUFFile:
         raise GGUFError(f"{path}: {hint} not supported; convert it with a current llama.cpp")
     tensor_count, key_count = cursor.scalar("Q"), cursor.scalar("Q")
     # The shortest entry takes 13 bytes, the shortest tensor 32: lying counts fail before any loop.
-    if key_count * 13 + tensor_count * 32 > cursor.size:
+    fits = key_count * 13 + tensor_count * 32 <= cursor.size
+    if not fits or key_count > _MAX_KEYS or tensor_count > _MAX_TENSORS:
         raise GGUFError(f"{path}: claims {key_count} keys and {tensor_count} tensors, more than fit; it is damaged")
     keys = tuple(_read_key(cursor) for _ in range(key_count))
     _refuse_duplicates(path, [entry.key for entry in keys], "metadata key")
@@ -274,46 +324,15 @@ def parse_gguf(stream: BinaryIO, size: int, path: Path) -> GGUFFile:
     return GGUFFile(path, version, keys, tensors, alignment, data_start, cursor.size)
 
 
-def _read_key(cursor: _Cursor) -> KeyValue:
-    key = cursor.text()
+def _read_key(cursor: Cursor) -> KeyValue:
+    key = cursor.short_text(_LONGEST_KEY, "a metadata key")
     start = cursor.position
-    _skip(cursor, cursor.scalar("I"))
-    return KeyValue(key, cursor.data[start : cursor.position], start)
+    skip_value(cursor, cursor.scalar("I"))
+    return KeyValue(key, cursor.data[start : cursor.position], start, f"{cursor.name}: {shortened(key)}")
 
 
-def _skip(cursor: _Cursor, kind: int) -> None:
-    if kind in SCALARS:
-        cursor.take(struct.calcsize("<" + SCALARS[kind]))
-    elif kind == _STRING:
-        cursor.take(cursor.scalar("Q"))
-    elif kind == _ARRAY:
-        inner, count = cursor.scalar("I"), cursor.scalar("Q")
-        if inner in SCALARS:
-            cursor.take(struct.calcsize("<" + SCALARS[inner]) * count)
-        elif inner == _STRING:
-            if count * 8 > cursor.size - cursor.position:
-                raise GGUFError(f"{cursor.name}: an array near byte {cursor.position} runs past the end of the file")
-            cursor.skip_strings(count)
-        else:  # llama.cpp knows no arrays of arrays either
-            raise GGUFError(f"{cursor.name}: array of unknown type {inner} near byte {cursor.position}")
-    else:
-        raise GGUFError(f"{cursor.name}: unknown value type {kind} near byte {cursor.position}; the file is damaged")
-
-
-def _decode(cursor: _Cursor, kind: int) -> Any:
-    if kind in SCALARS:
-        return cursor.scalar(SCALARS[kind])
-    if kind == _STRING:
-        return cursor.text()
-    inner, count = cursor.scalar("I"), cursor.scalar("Q")
-    if inner == _STRING:
-        return [cursor.text() for _ in range(count)]
-    code = SCALARS[inner]
-    return list(struct.unpack(f"<{count}{code}", cursor.take(struct.calcsize("<" + code) * count)))
-
-
-def _read_tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    name = cursor.text()
+def _read_tensor_header(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name = cursor.short_text(_LONGEST_NAME, "the name of a tensor")
     dims = cursor.scalar("I")
     if not 1 <= dims <= _MAX_DIMS:
         raise GGUFError(f"{cursor.name}: tensor {name!r} claims {dims} dimensions; the file is damaged")
@@ -337,16 +356,24 @@ def _place(
 
 
 def _alignment(path: Path, keys: tuple[KeyValue, ...]) -> int:
-    value = next((entry.value for entry in keys if entry.key == "general.alignment"), DEFAULT_ALIGNMENT)
-    if not isinstance(value, int) or value <= 0 or value & (value - 1) or value > 1 << 20:
-        raise GGUFError(f"{path}: general.alignment is {value!r}, not a power of two; the file is damaged")
+    entry = next((entry for entry in keys if entry.key == "general.alignment"), None)
+    if entry is None:
+        return DEFAULT_ALIGNMENT
+    # llama.cpp takes no other type (ggml gguf.cpp, gguf_init_from_reader)
+    value = int(entry.value) if entry.kind == UINT32 else 0
+    if value <= 0 or value & (value - 1) or value > _MAX_ALIGNMENT:
+        raise GGUFError(
+            f"{path}: general.alignment is not a uint32 that is a power of two up to {_MAX_ALIGNMENT}; it is damaged"
+        )
     return value
 
 
 def _refuse_duplicates(path: Path, names: list[str], what: str) -> None:
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise GGUFError(f"{path}: {what} {twice!r} occurs twice; the file is damaged")
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise GGUFError(f"{path}: {what} {shortened(name)} occurs twice; the file is damaged")
+        seen.add(name)
 
 
 def _refuse_overlaps(path: Path, tensors: tuple[TensorInfo, ...]) -> None:

@@ -12,9 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from npti_export.errors import GGUFError, OutputError
+from npti_export.gguf.cursor import INT32, UINT16
 from npti_export.gguf.reader import GGUFFile, read_gguf
 
-_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_NAME = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
+# Keys that say how a model is split, and their types (llama.cpp's tools/gguf-split and src/llama-model-loader.cpp).
+_KINDS = {"split.no": UINT16, "split.count": UINT16, "split.tensors.count": INT32}
+_NAMED = 3  # missing files that a message names
 
 
 def read_model(path: Path) -> GGUFFile:
@@ -40,13 +44,13 @@ def read_model(path: Path) -> GGUFFile:
     paths = [path, *(path.with_name(_named(match["stem"], other, count)) for other in range(1, count))]
     missing = [one.name for one in paths if not one.is_file()]
     if missing:
-        raise GGUFError(f"{path}: the model is incomplete without {', '.join(missing)}; put them into the same folder")
+        names = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
+        raise GGUFError(f"{path}: the model is incomplete without {names}; put them into the same folder")
     shards = (first, *(read_gguf(one) for one in paths[1:]))
     tensors = tuple(itertools.chain.from_iterable(shard.tensors for shard in shards))
     for place, shard in enumerate(shards):
         _check_shard(shard, place, count, len(tensors))
-    names = {tensor.name for tensor in tensors}
-    if len(names) != len(tensors):
+    if len({tensor.name for tensor in tensors}) != len(tensors):
         raise GGUFError(f"{path}: two of its {count} files have the same tensor; download them again")
     return replace(first, tensors=tensors, size=sum(shard.size for shard in shards), shards=shards)
 
@@ -62,10 +66,10 @@ def _check_shard(shard: GGUFFile, number: int, count: int, tensors: int) -> None
 
 
 def _number(header: GGUFFile, key: str) -> int:
-    value = header.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    entry = header.by_key.get(key)
+    if entry is None or entry.kind != _KINDS[key] or entry.value < 0:
         raise GGUFError(f"{header.path}: metadata key {key} is missing or not a number; the file is damaged")
-    return value
+    return int(entry.value)
 
 
 def _named(stem: str, number: int, count: int) -> str:

@@ -17,10 +17,10 @@ from npti_export.profile import NeuronProfile, profile_from_stats
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Runtime, chat
-from npti_export.stats import ActivationStats, load_stats, save_stats
+from npti_export.stats import ContrastStats, PairSpread, load_stats, save_stats
 from npti_export.traits import SIGNS, Sign
 
-_CACHE_FORMAT = 2  # raise when the meaning of cached statistics changes
+_CACHE_FORMAT = 3  # raise when the meaning of cached statistics changes
 
 
 def cache_folder() -> Path:
@@ -72,39 +72,51 @@ def identify(
     stats, done = _resume(state, source, progress)
     asked = min(done * per_batch, len(questions))
     overlap = _overlap(stats, recipe, asked, len(questions))
-    runtime = load_runtime() if overlap < settings.overlap else None  # before the bar of the questions begins
+    runtime = load_runtime() if overlap < settings.overlap else None
     progress.start(f"identify {bench.trait}", len(questions))
     progress.advance(asked)
     while runtime is not None and overlap < settings.overlap:
         batch = questions[asked : asked + per_batch]
-        fresh = _run_batch(runtime, bench, batch, asked, recipe)
-        stats = {sign: stats[sign] + fresh[sign] for sign in SIGNS}
+        fresh = run_batch(runtime, bench, batch, asked, recipe)
+        stats += fresh
         asked += len(batch)
         done += 1
         if state is not None:
             _save(state, stats, done)
-        progress.advance(len(batch), sum(one.tokens for one in fresh.values()))
+        progress.advance(len(batch), fresh.plus.tokens + fresh.minus.tokens)
         overlap = _overlap(stats, recipe, asked, len(questions))
     if asked < len(questions):
-        progress.note(
-            f"stopped after {asked} of {len(questions)} questions: the neurons selected now should overlap by "
-            f"{overlap:.0%} with those from all (--until all asks the rest)"
-        )
-    counts = {"questions": asked, "questions_available": len(questions), "expected_overlap": round(overlap, 4)}
-    recorded = {"recipe": json.loads(recipe.to_json()), "bench": bench.digest, "dtype": dtype, "key": key}
-    origin: dict[str, object] = recorded | counts
-    return profile_from_stats(bench.trait, stats["+"], stats["-"], source, recipe.rule.percentile, origin)
+        progress.note(_stopped(asked, len(questions), overlap))
+    origin = _origin(recipe, bench, asked, len(questions), overlap) | {"dtype": dtype, "key": key}
+    return profile_from_stats(bench.trait, stats.plus, stats.minus, source, recipe.rule.percentile, origin)
 
 
-def _overlap(stats: dict[Sign, ActivationStats], recipe: Recipe, asked: int, total: int) -> float:
+def _origin(recipe: Recipe, bench: TraitBench, asked: int, total: int, overlap: float) -> dict[str, Any]:
+    return {
+        "recipe": json.loads(recipe.to_json()),
+        "bench": bench.digest,
+        "questions": asked,
+        "questions_available": total,
+        "expected_overlap": round(overlap, 4),
+    }
+
+
+def _stopped(asked: int, total: int, overlap: float) -> str:
+    return (
+        f"stopped after {asked} of {total} questions: the neurons selected now should overlap by {overlap:.0%} with "
+        "those from all (--until all asks the rest)"
+    )
+
+
+def _overlap(stats: ContrastStats, recipe: Recipe, asked: int, total: int) -> float:
     """What is compared with the goal after each batch: 0 as long as asking goes on in any case, 1 at the end."""
     if asked >= total:
         return 1.0
     if recipe.identify.until == "all" or asked < recipe.identify.floor:
         return 0.0
-    if min(stats[sign].tokens for sign in SIGNS) == 0:
+    if min(stats.plus.tokens, stats.minus.tokens) == 0:
         return 0.0
-    return expected_overlap(stats["+"], stats["-"], recipe.select, asked, total)
+    return expected_overlap(stats, recipe.select, total)
 
 
 def contrast_prompts(
@@ -128,21 +140,23 @@ def contrast_prompts(
     ]
 
 
-def _run_batch(
+def run_batch(
     runtime: Runtime, bench: TraitBench, batch: Sequence[Question], first: int, recipe: Recipe
-) -> dict[Sign, ActivationStats]:
+) -> ContrastStats:
+    """Ask some questions of both poles; ``first`` is the index of the first one in the whole series."""
     prompts = [prompt for sign in SIGNS for prompt in contrast_prompts(runtime, bench, batch, sign, recipe, first)]
     # The same personas with another question: what is common comes again with every question that they get.
     other = [Question("search", "", "", "0")] * len(batch)
     twins = [prompt for sign in SIGNS for prompt in contrast_prompts(runtime, bench, other, sign, recipe, first)]
-    plus, minus = runtime.observe(
+    (plus, minus), answers = runtime.observe(
         prompts,
         [0] * len(batch) + [1] * len(batch),
         max_new_tokens=recipe.identify.max_new_tokens,
         repetition_penalty=recipe.identify.repetition_penalty,
         shared=[_common(prompt, twin) for prompt, twin in zip(prompts, twins, strict=True)],
     )
-    return {"+": plus, "-": minus}
+    spread = PairSpread.of_answers(answers[: len(batch)], answers[len(batch) :])
+    return ContrastStats(plus, minus, spread)
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
@@ -174,24 +188,24 @@ def _place(source: ModelSource) -> list[Any]:
     return [str(source.path.resolve()), stats]
 
 
-def _resume(state: Path | None, source: ModelSource, progress: Progress) -> tuple[dict[Sign, ActivationStats], int]:
-    empty = ActivationStats.empty(source.shape.layers, source.shape.width)
-    fresh: dict[Sign, ActivationStats] = {"+": empty, "-": empty}
+def _resume(state: Path | None, source: ModelSource, progress: Progress) -> tuple[ContrastStats, int]:
+    fresh = ContrastStats.empty(source.shape.layers, source.shape.width)
     if state is None or not state.is_file():
         return fresh, 0
     try:
         saved, record = load_stats(state)
         done = record["batches"]
-        if not isinstance(done, int) or any(saved[sign].active.shape != empty.active.shape for sign in SIGNS):
+        shapes = {one.active.shape for one in (saved.plus, saved.minus)}
+        if not isinstance(done, int) or shapes != {fresh.plus.active.shape}:
             raise ProfileError("of another shape")
     except (ProfileError, KeyError, TypeError):
         progress.note(f"{state}: damaged, starting this identification afresh")
         return fresh, 0
     progress.note(f"going on from {done} finished batches ({state})")
-    return {sign: saved[sign] for sign in SIGNS}, done
+    return saved, done
 
 
-def _save(state: Path, stats: dict[Sign, ActivationStats], batches: int) -> None:
+def _save(state: Path, stats: ContrastStats, batches: int) -> None:
     with translate_os_errors(state):
         state.parent.mkdir(parents=True, exist_ok=True)
-    save_stats(state, {str(sign): one for sign, one in stats.items()}, {"batches": batches})
+    save_stats(state, stats, {"batches": batches})

@@ -7,50 +7,48 @@ import numpy.typing as npt
 
 from npti_export.identify.select import rank
 from npti_export.recipe import SelectSection
-from npti_export.stats import ActivationStats
+from npti_export.stats import ContrastStats
 from npti_export.traits import SIGNS
 
 _DRAWS = 12
 
 
-def expected_overlap(
-    plus: ActivationStats, minus: ActivationStats, select: SelectSection, asked: int, total: int
-) -> float:
+def expected_overlap(stats: ContrastStats, select: SelectSection, total: int) -> float:
     """How much the neurons selected now will agree with those selected once all questions are asked.
 
     The ``delta`` of the questions to come is drawn for every neuron, the selection made again from all, and the two
     sets compared; the mean of the Jaccard indices, of the pole where it is smaller. What is to come is not simply like
-    what was seen: a neuron ranks high partly by luck. So its true ``delta`` has the prior ``N(m, tau^2)``, ``m`` the
-    mean of all observed deltas, ``tau^2`` what their variance exceeds the mean squared standard error by (empirical
-    Bayes).
+    what was seen: a neuron ranks high partly by luck. So its true ``delta``, in units of its own standard error, has a
+    normal prior: their mean is that of all observed ones, their variance what theirs exceeds 1 by (empirical Bayes).
 
     Args:
-        plus: of the ``+`` answers to the first ``asked`` questions.
-        minus: of the ``-`` answers.
+        stats: of the questions so far.
         select: how neurons are selected.
-        asked: number of questions behind the statistics.
         total: number of questions that there are.
 
     Returns:
         0 to 1; 1 where nothing is left to ask. The draws are seeded: the same statistics give the same number.
     """
+    asked = stats.spread.pairs
     rest = total - asked
     if rest <= 0:
         return 1.0
-    delta = (plus.probability() - minus.probability()).ravel()
-    squared_error = (plus.probability_variance() + minus.probability_variance()).ravel()
+    delta = (stats.plus.probability() - stats.minus.probability()).ravel()
+    squared_error = stats.spread.delta_variance(stats.plus, stats.minus).ravel()
     if not np.isfinite(squared_error).all():
         return 0.0
-    prior = max(float(delta.var() - squared_error.mean()), 1e-12)
-    shrink = prior / (prior + squared_error)
-    spread = np.sqrt(shrink * squared_error + squared_error * asked / rest)
-    # the mean: answers of one pole may be longer, or of another kind, for all neurons alike
-    expected = delta.mean() + shrink * (delta - delta.mean())
+    known = squared_error > 0  # the others never changed between questions
+    units = delta[known] / np.sqrt(squared_error[known])
+    excess = max(float(units.var()) - 1, 1e-6) if known.any() else 0.0
+    # the mean is not 0 where one pole's answers are of another kind or length, for all neurons alike
+    mean = np.sqrt(squared_error) * (float(units.mean()) if known.any() else 0.0)
+    shrink = np.where(known, excess / (excess + 1), 1.0)
+    deviation = np.sqrt(shrink * squared_error + squared_error * asked / rest)
     now = {sign: _chosen(delta, sign, select) for sign in SIGNS}
     found: dict[str, list[float]] = {sign: [] for sign in SIGNS}
     random = np.random.default_rng(0)
     for _ in range(_DRAWS):
-        coming = expected + spread * random.standard_normal(len(delta))
+        coming = mean + shrink * (delta - mean) + deviation * random.standard_normal(len(delta))
         final = (asked * delta + rest * coming) / total
         for sign in SIGNS:
             found[sign].append(jaccard(now[sign], _chosen(final, sign, select)))

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.stats import ActivationStats
+from npti_export.stats import ActivationStats, AnswerCounts
 
 Message = dict[str, str]
 # Used where a model brings no chat template, with a note to the user: plain labelled turns, which any model can follow.
@@ -57,8 +57,8 @@ class Runtime(Protocol):
         max_new_tokens: int,
         repetition_penalty: float,
         shared: Sequence[int] | None = None,
-    ) -> list[ActivationStats]:
-        """Answer prompts, and give the statistics of the gate activations ``a`` on the answers of each group.
+    ) -> tuple[list[ActivationStats], AnswerCounts]:
+        """Answer prompts; give the statistics of the gate activations ``a`` of each group, and each answer's counts.
 
         Counted are the response tokens that the model is fed while it decodes: all but the last.
 

@@ -10,15 +10,18 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from npti_export.errors import ModelError
+from npti_export.gguf.blocks import type_name
+from npti_export.gguf.reader import read_gguf
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import FALLBACK_TEMPLATE, Exchange, Message
-from npti_export.stats import BIN_COUNT, EDGES, ActivationStats, Spread
+from npti_export.stats import BIN_COUNT, EDGES, ActivationStats, AnswerCounts
 
 if TYPE_CHECKING:
     import torch
@@ -142,16 +145,25 @@ class TransformersRuntime:
         max_new_tokens: int,
         repetition_penalty: float,
         shared: Sequence[int] | None = None,  # noqa: ARG002  a padded batch computes every row in full
-    ) -> list[ActivationStats]:
+    ) -> tuple[list[ActivationStats], AnswerCounts]:
         """See :class:`Runtime`: generation in batches, then a teacher-forced pass, where more is computed at once."""
         answers = self.generate(prompts, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
-        return [
-            self.activation_stats([answer for answer, one in zip(answers, groups, strict=True) if one == group])
-            for group in range(max(groups) + 1)
-        ]
+        shape = self.source.shape
+        active = np.zeros((len(answers), shape.layers, shape.width), np.int32)
+        tokens = np.zeros(len(answers), np.int64)
+        stats = []
+        for group in range(max(groups) + 1):
+            places = [index for index, one in enumerate(groups) if one == group]
+            accumulator = self._counted([answers[place] for place in places])
+            active[places], tokens[places] = accumulator.counts()
+            stats.append(accumulator.result())
+        return stats, AnswerCounts(active, tokens)
 
     def activation_stats(self, exchanges: Sequence[Exchange]) -> ActivationStats:
         """See :class:`Runtime`."""
+        return self._counted(exchanges).result()
+
+    def _counted(self, exchanges: Sequence[Exchange]) -> StatsAccumulator:
         import torch
 
         accumulator = StatsAccumulator(self.source.shape.layers, self.source.shape.width, self.device)
@@ -162,7 +174,7 @@ class TransformersRuntime:
                 counted[row, len(exchange.prompt) : len(exchange.tokens) - 1] = True
             with accumulator.listen(self.activations, counted), torch.inference_mode():
                 self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        return accumulator.result()
+        return accumulator
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """See :class:`Runtime`."""
@@ -214,42 +226,39 @@ class StatsAccumulator:
         self._active = torch.zeros((layers, width), dtype=torch.int64, device=device)
         self._histogram = torch.zeros((layers, width * BIN_COUNT), dtype=torch.int32, device=device)
         self._largest = torch.zeros((layers, width), dtype=torch.float32, device=device)
-        self._active_squared = torch.zeros_like(self._active)
-        self._active_tokens = torch.zeros_like(self._active)
-        self._answers = self._tokens_squared = 0
+        self._answers: list[tuple[Any, Any]] = []  # [answers, layers, width] and [answers] of each pass
         self._edges = torch.from_numpy(EDGES).to(device)
         self._rows = torch.arange(width, device=device) * BIN_COUNT
 
     @contextmanager
     def listen(self, activations: Sequence[torch.nn.Module], counted: torch.Tensor) -> Iterator[None]:
         """Count, during the forward passes of the block, the positions of ``counted`` ``[batch, length]`` bool."""
-        lengths = counted.sum(1)
+        import torch
+
         owners = counted.nonzero()[:, 0]  # the answer of each counted position
+        layers = len(activations)
+        counts = torch.zeros((len(counted), layers, self._width), dtype=torch.int32, device=counted.device)
         with ExitStack() as stack:
             for layer, module in enumerate(activations):
 
                 def hook(_module: Any, _inputs: Any, output: torch.Tensor, layer: int = layer) -> None:
-                    self._add(layer, output[counted], owners, lengths)
+                    self._add(layer, output[counted], owners, counts[:, layer])
 
                 handle = module.register_forward_hook(hook)
                 stack.callback(handle.remove)
             yield
-        self._tokens += int(lengths.sum())
-        self._tokens_squared += int((lengths**2).sum())
-        self._answers += int((lengths > 0).sum())
+        self._tokens += int(counted.sum())
+        self._answers.append((counts.cpu().numpy(), counted.sum(1).cpu().numpy()))
 
-    def _add(self, layer: int, values: torch.Tensor, owners: torch.Tensor, lengths: torch.Tensor) -> None:
+    def _add(self, layer: int, values: torch.Tensor, owners: torch.Tensor, counts: torch.Tensor) -> None:
         import torch
 
         values = values.float()
         positive = values > 0
         if not len(values):
             return
-        counts = torch.zeros((len(lengths), self._width), dtype=torch.int64, device=values.device)
-        counts.index_add_(0, owners, positive.long())
-        self._active[layer] += counts.sum(0)
-        self._active_squared[layer] += (counts**2).sum(0)
-        self._active_tokens[layer] += (counts * lengths[:, None]).sum(0)
+        counts.index_add_(0, owners, positive.int())
+        self._active[layer] += positive.sum(0)
         self._largest[layer] = torch.maximum(self._largest[layer], values.max(0).values.clamp_min(0))
         places = torch.bucketize(values, self._edges, right=True) + self._rows
         counts = torch.bincount(places[positive], minlength=self._histogram.shape[1])
@@ -263,13 +272,12 @@ class StatsAccumulator:
             self._active.cpu().numpy(),
             self._histogram.reshape(shape).cpu().numpy(),
             self._largest.cpu().numpy(),
-            Spread(
-                self._answers,
-                self._tokens_squared,
-                self._active_squared.cpu().numpy(),
-                self._active_tokens.cpu().numpy(),
-            ),
         )
+
+    def counts(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Active tokens ``[answers, layers, width]`` and tokens ``[answers]`` of each answer, in their order."""
+        active, tokens = zip(*self._answers, strict=True)
+        return np.concatenate(active), np.concatenate(tokens)
 
 
 def pick_device() -> str:
@@ -344,8 +352,7 @@ def _load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> t
 
     source.check_readable_by_transformers()
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.path)}
-    if source.kind == "gguf":
-        # An absolute name: a bare one is looked for in the working directory first.
+    if source.kind == "gguf":  # an absolute name: a bare one is looked for in the working directory first
         where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": str(source.path.absolute())}
     try:
         with _quiet(transformers), warnings.catch_warnings():
@@ -355,9 +362,22 @@ def _load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> t
                 **where, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # these libraries raise anything, tokenizers a bare Exception, on a damaged file
+        if source.kind == "gguf" and source.path.is_file():
+            _check_types(source.path)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source.path}: transformers cannot load it: {reason}") from error
     return model, tokenizer
+
+
+def _check_types(path: Path) -> None:
+    """Raise, with a mend, where the reason is a type that gguf-py 0.19, transformers' reader, cannot decode."""
+    for tensor in read_gguf(path).tensors:
+        name = type_name(tensor.type_id)
+        if name in ("Q1_0", "Q2_0"):
+            raise ModelError(
+                f"{path}: {tensor.name} is {name}, which transformers cannot load; give the model's transformers "
+                "directory or hub id as --model and this file as --base"
+            )
 
 
 @contextmanager

@@ -97,12 +97,13 @@ class Context:
         cells: tokens that the cache holds, over all sequences.
         sequences: how many there can be.
         settings: threads and batch.
+        listens: whether nodes can be tapped, which costs a little even where none is.
 
     Raises:
         ModelError: llama.cpp cannot make it, for want of memory.
     """
 
-    def __init__(self, model: Model, cells: int, sequences: int, settings: Settings) -> None:
+    def __init__(self, model: Model, cells: int, sequences: int, settings: Settings, *, listens: bool) -> None:
         lib = llama()
         if sequences > MAX_SEQUENCES:
             raise ModelError(f"{sequences} sequences at once are more than llama.cpp's {MAX_SEQUENCES}")
@@ -119,7 +120,8 @@ class Context:
         parameters.no_perf = True
         # else a build for GPUs computes large batches there even with no layer on them, and nodes are not on the host
         parameters.op_offload = parameters.offload_kqv = not model.on_host
-        parameters.cb_eval = self.tap.callback
+        if listens:
+            parameters.cb_eval = self.tap.callback
         with logged():
             with interrupted_afterwards():
                 self._pointer: Any = lib.llama_init_from_model(model.pointer, parameters)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from npti_export.activations import activate
 from npti_export.errors import ModelError
 from npti_export.runtimes.llamacpp.taps import Floats, See
-from npti_export.stats import BIN_COUNT, EDGES, ActivationStats, Spread
+from npti_export.stats import BIN_COUNT, EDGES, ActivationStats, AnswerCounts
 
 # A float32 without its last 11 bits: 12 bits of mantissa are left, so a value lands in a neighbouring bin only if it
 # is within 1/8192 of an edge.
@@ -33,8 +33,7 @@ class GateCounter:
     """
 
     def __init__(self, layers: int, width: int, activation: str, groups: int, answers: int, where: object) -> None:
-        self._where = where
-        self._bins = _bin_of_bits(activation)
+        self._activation, self._bins, self._where = activation, _bin_of_bits(activation), where
         self._groups = [_Group(layers, width) for _ in range(groups)]
         # an answer's own counts: int32, as an answer may be longer than 65,535 tokens
         self._counts = np.zeros((answers, layers, width), np.int32)
@@ -78,7 +77,13 @@ class GateCounter:
 
         return look
 
-    def results(self, activation: str) -> list[ActivationStats]:
+    def counts(self) -> AnswerCounts:
+        """Of each answer."""
+        for group in self._groups:
+            self._sum_up(group)
+        return AnswerCounts(self._counts, self._tokens)
+
+    def results(self) -> list[ActivationStats]:
         """The statistics of each group.
 
         Raises:
@@ -86,9 +91,9 @@ class GateCounter:
         """
         for group in self._groups:
             self._sum_up(group)
-        return [self._result(index, group, activation) for index, group in enumerate(self._groups)]
+        return [self._result(index, group) for index, group in enumerate(self._groups)]
 
-    def _result(self, index: int, group: _Group, activation: str) -> ActivationStats:
+    def _result(self, index: int, group: _Group) -> ActivationStats:
         chosen = np.flatnonzero((self._group_of == index) & (self._tokens > 0))
         if not len(chosen):
             return ActivationStats.empty(*group.largest.shape)
@@ -98,8 +103,7 @@ class GateCounter:
             int(self._tokens[chosen].sum()),
             self._counts[chosen].sum(0, dtype=np.int64),
             group.histogram,
-            activate(np.maximum(group.largest, 0), activation),
-            Spread.of_answers(self._counts[chosen], self._tokens[chosen]),
+            activate(np.maximum(group.largest, 0), self._activation),
         )
 
     def _sum_up(self, group: _Group) -> None:

@@ -20,7 +20,7 @@ from npti_export.runtimes.llamacpp.context import MAX_SEQUENCES, Context, Model,
 from npti_export.runtimes.llamacpp.counting import GateCounter
 from npti_export.runtimes.llamacpp.decoding import Beginnings, Decoder, Savings, Watch
 from npti_export.runtimes.llamacpp.taps import See
-from npti_export.stats import ActivationStats
+from npti_export.stats import ActivationStats, AnswerCounts
 
 _ROOM_STEP = 64  # tokens: answers of about the same length go on in the same context
 SeeMLP = Callable[[int, npt.NDArray[np.float32], npt.NDArray[np.float32]], bool]
@@ -101,7 +101,7 @@ class LlamaCppRuntime:
         max_new_tokens: int,
         repetition_penalty: float,
         shared: Sequence[int] | None = None,
-    ) -> list[ActivationStats]:
+    ) -> tuple[list[ActivationStats], AnswerCounts]:
         """See :class:`npti_export.runtimes.base.Runtime`: counted while decoding, which saves the second pass."""
         counter = self._counter(max(groups) + 1, len(prompts))
         tap = self.context(*self._room(prompts, max_new_tokens)).tap
@@ -116,7 +116,7 @@ class LlamaCppRuntime:
             decoder.run(prompts, shared, lambda index: groups[index])
         finally:
             tap.nodes = {}
-        return counter.results(self._source.activation)
+        return counter.results(), counter.counts()
 
     def activation_stats(self, exchanges: Sequence[Exchange]) -> ActivationStats:
         """See :class:`npti_export.runtimes.base.Runtime`."""
@@ -135,7 +135,7 @@ class LlamaCppRuntime:
                     context.decode(piece)
             finally:
                 context.tap.nodes = {}
-        return counter.results(self._source.activation)[0]
+        return counter.results()[0]
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """``[tokens, vocabulary]`` next-token logits at every position, from an empty cache."""
@@ -186,7 +186,9 @@ class LlamaCppRuntime:
             if held is not None:
                 held.close()
             self._context = None
-            self._context = Context(self.model, limit or cells, sequences, self.settings)
+            self._context = Context(
+                self.model, limit or cells, sequences, self.settings, listens=self.source is not None
+            )
             if self._control_vector is not None:
                 self._context.set_control_vector(self._control_vector)
         assert self._context is not None
