@@ -1,6 +1,7 @@
 """Identification in llama.cpp against the same stage in transformers, and what capturing and sharing cost or save.
 
-    python benchmarks/identify.py [--questions 16] [--tokens 64] [--pairs 3] [--half-billion] [--dtype float32] [--weights file]
+    python benchmarks/identify.py [--questions 16] [--tokens 64] [--pairs 3] [--half-billion]
+        [--dtype float32] [--weights file] [--part transformers|llama.cpp]
 
 Both runtimes answer the same questions under the same personas, greedy, and count the gates of their answers; stages
 take turns, ratios are medians of the pairs'. ``--half-billion`` writes a random model with the shape and tensor types

@@ -1,8 +1,8 @@
 """A bfloat16 copy of a quantised model, to count neurons on where the processor multiplies bfloat16.
 
 llama.cpp decodes quantised weights value by value for each token; many sequences at once, which is what identification
-runs, are faster in a float type that the hardware multiplies. The copy holds the dequantised weights, rounded to 8 bits,
-which is what transformers computes with by default on such a processor.
+runs, are faster in a float type that the hardware multiplies. The copy holds the dequantised weights, rounded to 8
+bits, which is what transformers computes with by default on such a processor.
 """
 
 from __future__ import annotations
