@@ -21,12 +21,12 @@ def activate(gate: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.float32
     Raises:
         ArchitectureError: a non-linearity that is not known here.
     """
-    if name in SILU:
-        with np.errstate(over="ignore"):  # exp(1000) is infinite, and the quotient the -0 that it should be
+    with np.errstate(over="ignore"):  # exp(1000) is infinite, and the quotient the -0 that it should be; tanh is 1
+        if name in SILU:
             a: npt.NDArray[np.float32] = gate / (1 + np.exp(-gate))
             return a
-    if name in _GELU_TANH:
-        inner = np.float32(np.sqrt(2 / np.pi)) * gate * (1 + np.float32(0.044715) * gate * gate)
-        half: npt.NDArray[np.float32] = np.float32(0.5) * gate
-        return half + half * np.tanh(inner)
+        if name in _GELU_TANH:
+            inner = np.float32(np.sqrt(2 / np.pi)) * gate * (1 + np.float32(0.044715) * gate * gate)
+            half: npt.NDArray[np.float32] = np.float32(0.5) * gate
+            return half + half * np.tanh(inner)
     raise ArchitectureError(f"activation {name!r} is not known here; --runtime transformers knows it")

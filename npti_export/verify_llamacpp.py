@@ -18,6 +18,7 @@ from npti_export.models import ModelSource
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
+from npti_export.runtimes.llamacpp.context import MAX_SEQUENCES
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime, SeeMLP
 from npti_export.verify import Fidelity, LayerErrors, Tally
 
@@ -54,7 +55,7 @@ def measure_file(
     progress.start("verify", 1 + 4 * len(prompts))
     sequences = _answers(artifact, prompts, recipe)
     progress.advance(1, sum(map(len, sequences)))
-    for some in _chunks(sequences, base.model.vocabulary_size):
+    for some in _chunks(sequences, base.model.vocabulary_size, base.settings.context):
         want = base.run(some, _replaced(mlp, rule))
         plain = base.run(some, _replaced(mlp, None))
         got = artifact.run(some, _watched(mlp, rule, layers.add_artifact))
@@ -73,11 +74,13 @@ def _answers(steered: LlamaCppRuntime, prompts: Sequence[tuple[int, ...]], recip
     return [exchange.tokens for exchange in exchanges]
 
 
-def _chunks(sequences: Sequence[tuple[int, ...]], vocabulary: int) -> Iterator[list[tuple[int, ...]]]:
-    """Sequences that are run together, as many as keep their logits small."""
+def _chunks(sequences: Sequence[tuple[int, ...]], vocabulary: int, context: int) -> Iterator[list[tuple[int, ...]]]:
+    """Sequences that are run together, as many as keep their logits small and fit into a ``--context`` (0: none)."""
+    most = _LOGITS_BYTES // (4 * vocabulary)
+    most = min(most, context) if context else most
     chunk: list[tuple[int, ...]] = []
     for tokens in sequences:
-        if chunk and 4 * vocabulary * (sum(map(len, chunk)) + len(tokens)) > _LOGITS_BYTES:
+        if chunk and (sum(map(len, chunk)) + len(tokens) > most or len(chunk) == MAX_SEQUENCES):
             yield chunk
             chunk = []
         chunk.append(tokens)

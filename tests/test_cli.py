@@ -1,5 +1,6 @@
 """The command line as a user meets it: one clear line for bad input, exit codes, and nothing left behind."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from jobs import QUICK, main_job, npti
 
 from npti_export.files import sha256_file
 from npti_export.gguf.reader import read_gguf
+from npti_export.runtimes.base import chat
+from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy():
@@ -75,7 +78,21 @@ BAD = [
     (["identify", "--trait", "calm", "--out", "Openness_dict.json"], "after openness"),
     (["--gamma", "2", "traits"], "after its name"),
     (["--gamma", "2"], "no --trait"),
-    (["--trait", "calm", "--out", "o.gguf", "--device", "cuda:77", "--model", "tiny.gguf"], "--device cuda:77"),
+    (
+        [
+            "--trait",
+            "calm",
+            "--out",
+            "o.gguf",
+            "--runtime",
+            "transformers",
+            "--device",
+            "cuda:77",
+            "--model",
+            "tiny.gguf",
+        ],
+        "--device cuda:77",
+    ),
     (["identify", "--trait", "calm", "--out", "p.txt"], "p.txt"),
     (["inspect", "none.gguf"], "none.gguf"),
     (["inspect", "text.gguf"], "neither a GGUF nor a profile"),
@@ -284,11 +301,18 @@ def test_a_question_too_long_for_the_sample_costs_only_the_sample(finished, tiny
     bench.mkdir()
     facet = "friendliness"
     (bench / "personas.jsonl").write_text((persona % "+" + persona % "-").replace("trust", facet))
-    questions = question % ("search", "Why?") + question % ("test", "why and how " * 700)
+    # room for the question and the few tokens of an answer that are verified, not for those of a sample
+    with LlamaCppRuntime(tiny) as runtime:
+        text = next(
+            text for count in itertools.count() if len(runtime.encode(chat(None, text := "why " * count))) > 200
+        )
+    questions = question % ("search", "Why?") + question % ("test", text)
     (bench / "questions.jsonl").write_text(questions.replace("trust", facet))
     arguments = main_job(tiny, "m.gguf", "--profile", folder / "p.safetensors", "--bench", bench)
     done = npti(
-        *arguments, "--set", "verify.prompts=1", "--report", "r.json", environment=cli_environment, cwd=tmp_path
+        *[*arguments, "--context", "256", "--set", "verify.prompts=1", "--report", "r.json"],
+        environment=cli_environment,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "no sample answers" in done.stderr

@@ -47,7 +47,8 @@ def identify(
 
     Search questions are answered once as each pole, in batches, until the neurons have settled or all are asked;
     after each batch the statistics are saved under a key of everything that they depend on, so that a killed run goes
-    on where it stopped and a finished one is not repeated.
+    on where it stopped and a finished one is not repeated. When to stop is not part of the key: a run that is to ask
+    more questions goes on from one that asked fewer, and one that could do with fewer takes all answers that are there.
 
     Args:
         load_runtime: gives the model; not called where nothing is left to do.
@@ -71,7 +72,7 @@ def identify(
     stats, done = _resume(state, source, progress)
     asked = min(done * per_batch, len(questions))
     overlap = _overlap(stats, recipe, asked, len(questions))
-    runtime = load_runtime() if overlap < settings.overlap else None
+    runtime = load_runtime() if overlap < settings.overlap else None  # before the bar of the questions begins
     progress.start(f"identify {bench.trait}", len(questions))
     progress.advance(asked)
     while runtime is not None and overlap < settings.overlap:
@@ -171,7 +172,7 @@ def _cache_key(source: ModelSource, bench: TraitBench, recipe: Recipe, dtype: st
         "model": [source.fingerprint, *place],
         "bench": bench.digest,
         "prompt": recipe.prompt.model_dump(),
-        "identify": recipe.identify.model_dump(),
+        "identify": recipe.identify.model_dump(exclude={"until", "overlap", "floor"}),
         "dtype": dtype,
         "device": device,
     }

@@ -17,20 +17,30 @@ class Chat:
 
     Args:
         model: stays open for as long as this is used.
+
+    Raises:
+        ModelError: the file's template is none.
     """
 
     def __init__(self, model: Model) -> None:
+        import jinja2
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         lib = llama()
         self._model = model
         template = lib.llama_model_chat_template(model.pointer, None)
         self.uses_fallback = not template
-        self._formatter: Any = Jinja2ChatFormatter(
-            template.decode("utf-8") if template else FALLBACK_TEMPLATE,
-            eos_token=self._special(lib.llama_vocab_eos(model.vocabulary)),
-            bos_token=self._special(lib.llama_vocab_bos(model.vocabulary)),
-        )
+        try:
+            self._formatter: Any = Jinja2ChatFormatter(
+                template.decode("utf-8") if template else FALLBACK_TEMPLATE,
+                eos_token=self._special(lib.llama_vocab_eos(model.vocabulary)),
+                bos_token=self._special(lib.llama_vocab_bos(model.vocabulary)),
+            )
+        except (jinja2.TemplateError, UnicodeDecodeError) as error:
+            raise ModelError(
+                f"{model.path}: its chat template (tokenizer.chat_template) cannot be read: {error}; mend it with "
+                "gguf-py's gguf_new_metadata.py --chat-template, or take another file"
+            ) from error
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a chat up to where the assistant's answer begins.
@@ -40,11 +50,9 @@ class Chat:
         Raises:
             ModelError: the template fails on a question alone.
         """
-        import jinja2
-
         try:
             text = self._formatter(messages=list(messages)).prompt
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # a template is a program, and raises anything
             if len(messages) != 2:
                 raise ModelError(f"{self._model.path}: its chat template fails on a question: {error}") from error
             joined = "\n\n".join(message["content"] for message in messages)

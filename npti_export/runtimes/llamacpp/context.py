@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.errors import ModelError
-from npti_export.runtimes.llamacpp.library import llama, log_tail, logged, usable_cores
+from npti_export.runtimes.llamacpp.library import (
+    interrupted_afterwards,
+    interruptible,
+    llama,
+    log_tail,
+    logged,
+    usable_cores,
+)
 from npti_export.runtimes.llamacpp.taps import Tap
 
-_MAX_SEQUENCES = 256  # llama.cpp, LLAMA_MAX_SEQ
+MAX_SEQUENCES = 256  # llama.cpp, LLAMA_MAX_SEQ
 _CELL_STEP = 256  # cells of a KV cache come in multiples
 
 
@@ -50,7 +58,8 @@ class Model:
         parameters.n_gpu_layers = settings.gpu_layers if on_gpu else 0
         self.path, self.on_host = path, not on_gpu
         with logged():
-            self.pointer: Any = lib.llama_model_load_from_file(str(path).encode(), parameters)
+            with interrupted_afterwards():
+                self.pointer: Any = lib.llama_model_load_from_file(os.fsencode(path), parameters)
             if not self.pointer:
                 raise ModelError(f"{path}: llama.cpp cannot load it: {log_tail()}")
         self.vocabulary: Any = lib.llama_model_get_vocab(self.pointer)
@@ -96,10 +105,10 @@ class Context:
 
     def __init__(self, model: Model, cells: int, sequences: int, settings: Settings, *, listens: bool) -> None:
         lib = llama()
-        if sequences > _MAX_SEQUENCES:
-            raise ModelError(f"{sequences} sequences at once are more than llama.cpp's {_MAX_SEQUENCES}")
+        if sequences > MAX_SEQUENCES:
+            raise ModelError(f"{sequences} sequences at once are more than llama.cpp's {MAX_SEQUENCES}")
         self.model, self.sequences = model, sequences
-        self.cells = -(-cells // _CELL_STEP) * _CELL_STEP
+        self.cells = whole_cells(cells)
         self.tap = Tap(on_host=model.on_host)
         parameters = lib.llama_context_default_params()
         parameters.n_ctx = self.cells
@@ -109,10 +118,13 @@ class Context:
         parameters.kv_unified = True  # rows keep the order of the batch, and sequences can share cells
         parameters.swa_full = True  # a sliding window that forgets could not be cut back to a shared beginning
         parameters.no_perf = True
+        # else a build for GPUs computes large batches there even with no layer on them, and nodes are not on the host
+        parameters.op_offload = parameters.offload_kqv = not model.on_host
         if listens:
             parameters.cb_eval = self.tap.callback
         with logged():
-            self._pointer: Any = lib.llama_init_from_model(model.pointer, parameters)
+            with interrupted_afterwards():
+                self._pointer: Any = lib.llama_init_from_model(model.pointer, parameters)
             if not self._pointer:
                 raise ModelError(f"{model.path}: llama.cpp cannot make room for {self.cells} tokens: {log_tail()}")
         self._memory = lib.llama_get_memory(self._pointer)
@@ -134,7 +146,7 @@ class Context:
         """
         pieces = [self._decode(rows[start : start + self.batch]) for start in range(0, len(rows), self.batch)]
         kept = [piece for piece in pieces if len(piece)]
-        return kept[0] if len(kept) == 1 else np.concatenate([*kept, np.empty((0, self.model.vocabulary_size))])
+        return kept[0] if len(kept) == 1 else np.concatenate(kept or pieces or [self._none()])
 
     def _decode(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
         lib = llama()
@@ -158,19 +170,23 @@ class Context:
             _as(wanted, ctypes.c_int8),
         )
         with logged():
-            failed = lib.llama_decode(self._pointer, batch)
+            with interruptible(self.tap.stop):
+                failed = lib.llama_decode(self._pointer, batch)
             self.tap.raise_error()
             if failed:
                 what = "the KV cache is full" if failed == 1 else log_tail()
                 raise ModelError(f"{self.model.path}: llama.cpp cannot compute: {what}")
         count, size = int(wanted.sum()), self.model.vocabulary_size
         if not count:
-            return np.empty((0, size), np.float32)
+            return self._none()
         address = ctypes.cast(lib.llama_get_logits(self._pointer), ctypes.c_void_p).value
         assert address is not None
         flat = (ctypes.c_float * (count * size)).from_address(address)
         logits = np.ctypeslib.as_array(flat).reshape(count, size)
         return logits if len(rows) < self.batch else logits.copy()  # a full piece may be followed by another
+
+    def _none(self) -> npt.NDArray[np.float32]:
+        return np.empty((0, self.model.vocabulary_size), np.float32)
 
     def clear(self) -> None:
         """Forget all sequences."""
@@ -216,6 +232,11 @@ class Context:
             )
         if failed:
             raise ModelError(f"{self.model.path}: llama.cpp does not take the control vector: {log_tail()}")
+
+
+def whole_cells(cells: int) -> int:
+    """The size of a KV cache that holds so many tokens."""
+    return -(-cells // _CELL_STEP) * _CELL_STEP
 
 
 def _as(values: npt.NDArray[Any], kind: Any) -> Any:

@@ -29,9 +29,11 @@ class GateCounter:
         activation: the gate's non-linearity.
         groups: how many statistics to keep apart.
         answers: how many answers there can be.
+        where: the file, for a message.
     """
 
-    def __init__(self, layers: int, width: int, activation: str, groups: int, answers: int) -> None:
+    def __init__(self, layers: int, width: int, activation: str, groups: int, answers: int, where: object) -> None:
+        self._where = where
         self._activation, self._bins = activation, _bin_of_bits(activation)
         self._groups = [_Group(layers, width) for _ in range(groups)]
         # an answer's own counts: int32, as an answer may be longer than 65,535 tokens
@@ -97,7 +99,7 @@ class GateCounter:
         if not len(chosen):
             return ActivationStats.empty(*group.largest.shape)
         if np.isnan(group.largest).any() or np.isposinf(group.largest).any():
-            raise ModelError("the model computes gates that are not numbers; the file is damaged")
+            raise ModelError(f"{self._where}: computes gates that are not numbers; get the file again")
         return ActivationStats(
             int(self._tokens[chosen].sum()),
             self._counts[chosen].sum(0, dtype=np.int64),

@@ -81,12 +81,13 @@ class Beginnings:
 
 
 class Decoder:
-    """Answers prompts in a context, as many at once as it has sequences.
+    """Answers prompts in a context, several at once.
 
     A prompt takes the place of an answer that is finished, so the batch stays full.
 
     Args:
         context: to be emptied.
+        sequences: how many prompts at once; the cache has room for the longest ones.
         is_end: whether a token ends an answer.
         beginnings: kept from one call to the next.
         penalty: divides positive logits of tokens that prompt or answer hold already, multiplies negative ones.
@@ -100,12 +101,13 @@ class Decoder:
         is_end: Callable[[int], bool],
         beginnings: Beginnings,
         *,
+        sequences: int,
         penalty: float,
         max_new_tokens: int,
         watch: Watch | None = None,
     ) -> None:
         self._context, self._is_end, self._beginnings = context, is_end, beginnings
-        self._penalty, self._limit = penalty, max_new_tokens
+        self._penalty, self._limit, self._sequences = penalty, max_new_tokens, sequences
         self._watch = watch or (lambda _rows: None)
 
     def run(
@@ -129,7 +131,7 @@ class Decoder:
             for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         )
         self._beginnings.prepare(self._context, (answer.prompt[: answer.shared] for answer in waiting))
-        free = list(range(self._context.sequences))
+        free = list(range(self._sequences))
         active: list[_Answer] = []
         finished: list[_Answer] = []
         while waiting or active:
@@ -182,5 +184,5 @@ class Decoder:
             logits[seen] = np.where(values < 0, values * self._penalty, values / self._penalty)
         token = int(logits.argmax())
         if not np.isfinite(logits[token]):
-            raise ModelError("the model computes logits that are not numbers; the file is damaged")
+            raise ModelError(f"{self._context.model.path}: computes logits that are not numbers; get the file again")
         answer.response.append(token)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import ctypes
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -27,6 +29,7 @@ def llama() -> Any:
     import llama_cpp
 
     llama_cpp.llama_log_set(_listener(), ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()  # llama.h: once, before anything else
     return llama_cpp
 
 
@@ -97,6 +100,45 @@ def tensor_values(tensor: int, *, on_host: bool) -> npt.NDArray[np.float32]:
     values = np.empty((rows, elements // rows), np.float32)
     library.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
     return values
+
+
+@contextmanager
+def interruptible(stop: Callable[[BaseException], None]) -> Iterator[None]:
+    """Let signals such as Ctrl-C interrupt a block that computes in C and calls back into Python.
+
+    Python runs a signal's handler in front of the next line of Python code, which is that of a callback, and what is
+    raised there is lost in ctypes (printed, not raised). So within the block ``stop`` is given what a handler raises.
+    Does nothing outside the main thread, where no handler runs.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+
+    def arrive(number: int, frame: Any) -> None:
+        try:
+            handlers[number](number, frame)
+        except BaseException as error:
+            stop(error)
+
+    try:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, arrive)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+
+
+@contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """For C that only logs through Python and cannot be stopped, :func:`interruptible` at its end."""
+    caught: list[BaseException] = []
+    with interruptible(caught.append):
+        yield
+    if caught:
+        raise caught[0]
 
 
 def usable_cores() -> int:

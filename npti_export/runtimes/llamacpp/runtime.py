@@ -16,12 +16,13 @@ from npti_export.gguf.shards import read_model
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import Exchange, Message
 from npti_export.runtimes.llamacpp.chat import Chat
-from npti_export.runtimes.llamacpp.context import Context, Model, Row, Settings
+from npti_export.runtimes.llamacpp.context import MAX_SEQUENCES, Context, Model, Row, Settings, whole_cells
 from npti_export.runtimes.llamacpp.counting import GateCounter
 from npti_export.runtimes.llamacpp.decoding import Beginnings, Decoder, Savings, Watch
 from npti_export.runtimes.llamacpp.taps import See
 from npti_export.stats import ActivationStats, AnswerCounts
 
+_ROOM_STEP = 64  # tokens: answers of about the same length go on in the same context
 SeeMLP = Callable[[int, npt.NDArray[np.float32], npt.NDArray[np.float32]], bool]
 
 
@@ -50,7 +51,7 @@ class LlamaCppRuntime:
         control_vector: npt.NDArray[np.float32] | None = None,
     ) -> None:
         self._control_vector = control_vector
-        self.settings, self.source, self._sequences = settings or Settings(), source, sequences
+        self.settings, self.source, self._sequences = settings or Settings(), source, min(sequences, MAX_SEQUENCES)
         self.model = Model(path, self.settings)
         self.chat = Chat(self.model)
         self.uses_fallback_template = self.chat.uses_fallback
@@ -167,7 +168,10 @@ class LlamaCppRuntime:
         return self.decode(exchange.response)
 
     def context(self, cells: int, sequences: int) -> Context:
-        """A context with at least so much room; the one at hand, if it has it.
+        """A context with just so much room; the one at hand, if that is what it has.
+
+        Where the cache's end is decides which cells a token gets, and with them the order of sums: in a larger one that
+        is left from other work the same work would come out a little different.
 
         Raises:
             ModelError: the user's ``--context`` is smaller.
@@ -175,11 +179,10 @@ class LlamaCppRuntime:
         limit = self.settings.context
         if limit and cells > limit:
             raise ModelError(
-                f"--context {limit} is too small: {sequences} sequences need {cells} tokens together; "
-                "raise it, or lower --batch-size"
+                f"--context {limit} is too small: a prompt and its answer take {cells} tokens; raise it or leave it out"
             )
         held = self._context
-        if held is None or held.cells < cells or held.sequences < sequences:
+        if held is None or (held.cells, held.sequences) != (whole_cells(limit or cells), sequences):
             if held is not None:
                 held.close()
             self._context = None
@@ -204,21 +207,29 @@ class LlamaCppRuntime:
     def _room(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[int, int]:
         """Cells and sequences that answering takes."""
         longest = max(map(len, prompts)) + max_new_tokens
-        fitting = self.settings.context // longest if self.settings.context else self._sequences
+        limit = self.settings.context
+        fitting = limit // longest if limit else self._sequences
         sequences = max(1, min(self._sequences, len(prompts), fitting))
-        return sequences * longest, sequences
+        step = 1 if limit else _ROOM_STEP
+        return sequences * -(-longest // step) * step, sequences
 
     def _decoder(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, penalty: float, watch: Watch | None = None
     ) -> Decoder:
-        context = self.context(*self._room(prompts, max_new_tokens))
+        cells, sequences = self._room(prompts, max_new_tokens)
         return Decoder(
-            context, self.chat.is_end, self._beginnings, penalty=penalty, max_new_tokens=max_new_tokens, watch=watch
+            self.context(cells, sequences),
+            self.chat.is_end,
+            self._beginnings,
+            sequences=sequences,
+            penalty=penalty,
+            max_new_tokens=max_new_tokens,
+            watch=watch,
         )
 
     def _counter(self, groups: int, answers: int) -> GateCounter:
         shape = self._source.shape
-        return GateCounter(shape.layers, shape.width, self._source.activation, groups, answers)
+        return GateCounter(shape.layers, shape.width, self._source.activation, groups, answers, self.model.path)
 
     def _gates(self, counter: GateCounter) -> dict[bytes, See]:
         if self._gate_names is None:

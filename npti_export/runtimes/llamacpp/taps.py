@@ -37,25 +37,28 @@ class Tap:
         self._name = ggml().ggml_get_name
 
     def _call(self, tensor: int, ask: bool, _data: Any) -> bool:
+        if self._error is not None:
+            return ask  # wants the next node, and then has ggml drop the rest of the graph
         nodes = self.nodes
-        if not nodes:
-            return not ask
         if ask:
-            return self._name(tensor) in nodes
+            return self._name(tensor) in nodes if nodes else False
         try:
-            if self._error is None:
-                self._see(tensor, nodes[self._name(tensor)])
-        except BaseException as error:  # Ctrl-C, too: nothing may unwind through C
-            self._error = error
-        return True  # False would drop the rest of the graph in silence
+            self._see(tensor, nodes[self._name(tensor)])
+        except BaseException as error:  # nothing may unwind through C
+            self.stop(error)
+        return self._error is None  # False drops the rest of the graph in silence
 
     def _see(self, tensor: int, see: See) -> None:
         values = tensor_values(tensor, on_host=self._on_host)
         if see(values) and not self._on_host:
             ggml().ggml_backend_tensor_set(tensor, values.ctypes.data_as(ctypes.c_void_p), 0, values.nbytes)
 
+    def stop(self, error: BaseException) -> None:
+        """End the computation that is going on; what it gives, and what the KV cache then holds, means nothing."""
+        self._error = error
+
     def raise_error(self) -> None:
-        """Raise what went wrong inside the callback, once the decoding is over."""
+        """Raise what went wrong inside the callback, once the decoding is over; another one may follow."""
         error, self._error = self._error, None
         if error is not None:
             raise error

@@ -1,0 +1,328 @@
+"""Statistics of gate activations from llama.cpp, against a float64 forward pass and against transformers."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from families import write_tiny
+from gguf import GGUFReader
+from graph import nodes
+from reference import ReferenceLlama
+from test_families import ACTIVATIONS
+from tolerances import GATE_LLAMACPP, LOG_BIN, RATES_CORRELATION, SIGNS_QUANTISED
+
+from npti_export.activations import activate
+from npti_export.architectures import gguf_family
+from npti_export.errors import ArchitectureError, ModelError
+from npti_export.models import gguf_source
+from npti_export.runtimes.base import Exchange, chat
+from npti_export.runtimes.llamacpp.context import Settings
+from npti_export.runtimes.llamacpp.counting import GateCounter, _bin_of_bits
+from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
+from npti_export.stats import BIN_COUNT, EDGES, Spread
+
+QUESTIONS = ["Hi", "Why?", "What do you do when it rains all day?", "Name three birds.", "Where is the sea?"]
+GROUPS = [0, 1, 1, 0, 1]
+ANSWERS = {"max_new_tokens": 12, "repetition_penalty": 1.1}
+
+
+def opened(path, sequences=3, **settings):
+    return LlamaCppRuntime(path, Settings(threads=1, **settings), sequences=sequences, source=gguf_source(path))
+
+
+def prompts_of(runtime):
+    return [runtime.encode(chat("You are calm.", question)) for question in QUESTIONS]
+
+
+def check(stats, gates, activation="silu"):
+    """Against pre-activations of each answer, ``[answers][layers, tokens, width]``, those near 0 or an edge aside."""
+    act = ACTIVATIONS[activation]
+    everything = np.concatenate(gates, axis=1)
+    unsure = (np.abs(everything) < GATE_LLAMACPP).sum(1)
+    assert unsure.sum() < 0.02 * everything.size
+    active = (everything > 0).sum(1)
+    assert stats.tokens == everything.shape[1] > 0
+    assert (np.abs(stats.active - active) <= unsure).all()
+    assert active.sum() > 0.3 * everything.size
+    a = act(everything)
+    np.testing.assert_allclose(stats.largest, a.max(1).clip(0), atol=GATE_LLAMACPP)
+    # how many lie above each edge: all that are clearly above it, none that are clearly below
+    above = stats.histogram[..., ::-1].cumsum(-1)[..., ::-1]
+    np.testing.assert_array_equal(above[..., 0], stats.active)
+    low, high = a * (1 - LOG_BIN) - GATE_LLAMACPP, a * (1 + LOG_BIN) + GATE_LLAMACPP
+    for index, edge in enumerate(EDGES, start=1):
+        assert ((low >= edge).sum(1) <= above[..., index]).all()
+        assert ((high >= edge).sum(1) >= above[..., index]).all()
+    # sums over answers, in plain Python; a count that is off by k moves a square by at most (2 n + k) k
+    assert stats.spread.answers == sum(one.shape[1] > 0 for one in gates)
+    assert stats.spread.tokens_squared == sum(one.shape[1] ** 2 for one in gates)
+    squares = weighted = slack = 0
+    for one in gates:
+        count, tokens = (one > 0).sum(1), one.shape[1]
+        off = (np.abs(one) < GATE_LLAMACPP).sum(1)
+        squares, weighted = squares + count**2, weighted + count * tokens
+        slack = slack + off * (2 * tokens + off)
+    assert (np.abs(stats.spread.active_squared - squares) <= slack).all()
+    assert (np.abs(stats.spread.active_tokens - weighted) <= slack).all()
+
+
+def reference_gates(reference, exchange):
+    """Pre-activations of the tokens that count, ``[layers, tokens, width]`` float64."""
+    seen = []
+    linear = reference.linear
+
+    def kept(x, name):
+        y = linear(x, name)
+        if name.endswith("ffn_gate"):
+            seen.append(y[len(exchange.prompt) : len(exchange.tokens) - 1])
+        return y
+
+    reference.linear = kept
+    reference.logits(exchange.tokens)
+    del reference.linear
+    return np.array(seen)
+
+
+@pytest.mark.parametrize("biases", [(), ("ffn_gate", "ffn_up", "ffn_down")], ids=["plain", "biased"])
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_observed_statistics_against_float64(make_tiny, biases, sequences):
+    path = make_tiny(biases=biases)
+    reference = ReferenceLlama(path)
+    with opened(path, sequences) as runtime:
+        prompts = prompts_of(runtime)
+        found = runtime.observe(prompts, GROUPS, shared=[12] * 5, **ANSWERS)
+        exchanges = runtime.generate(prompts, **ANSWERS)
+        again = runtime.activation_stats(exchanges)
+    assert len(found) == 2
+    gates = [reference_gates(reference, exchange) for exchange in exchanges]
+    for group, stats in enumerate(found):
+        check(stats, [one for one, its in zip(gates, GROUPS, strict=True) if its == group])
+    assert np.abs(found[0].active / found[0].tokens - found[1].active / found[1].tokens).max() > 0.3
+    check(again, gates)
+    check(found[0] + found[1], gates)
+
+
+def test_a_layer_narrower_than_another_and_none_at_all(make_tiny):
+    path = make_tiny(family="deci", width=(96, 0, 64))
+    with opened(path) as runtime:
+        prompts = prompts_of(runtime)
+        (stats,) = runtime.observe(prompts, [0] * 5, **ANSWERS)
+        exchanges = runtime.generate(prompts, **ANSWERS)
+    tokens = sum(len(one.response) - 1 for one in exchanges)
+    assert stats.active.shape == (3, 96)
+    assert stats.tokens == tokens
+    assert not stats.active[1].any()
+    assert not stats.active[2, 64:].any()
+    assert not stats.largest[2, 64:].any()
+    for layer, width in ((0, 96), (2, 64)):
+        gates = np.concatenate([node_gates(path, one, f"ffn_gate-{layer}") for one in exchanges])
+        unsure = (np.abs(gates) < GATE_LLAMACPP).sum(0)
+        assert (np.abs(stats.active[layer, :width] - (gates > 0).sum(0)) <= unsure).all()
+
+
+def node_gates(path, exchange, node):
+    """From a plain pass of llama.cpp over the sequence, ``[tokens that count, columns]``."""
+    ((_, values),) = nodes(path, list(exchange.tokens), [node])
+    return values[len(exchange.prompt) : -1]
+
+
+@pytest.mark.parametrize("family", ["phi3", "gemma", "glm4", "olmo2", "command-r"])
+def test_families_that_keep_their_gate_elsewhere(make_tiny, family):
+    """Fused projections hold the gate first; GELU is positive where SiLU is, but its bins are others."""
+    row, path = gguf_family(family, "x"), make_tiny(family=family)
+    with opened(path) as runtime:
+        prompts = [tokens[-20:] for tokens in prompts_of(runtime)[:3]]
+        (stats,) = runtime.observe(prompts, [0] * 3, **ANSWERS)
+        exchanges = runtime.generate(prompts, **ANSWERS)
+    gates = [
+        np.array([node_gates(path, one, f"{row.gate}-{layer}")[:, :96] for layer in range(3)]).astype(np.float64)
+        for one in exchanges
+    ]
+    check(stats, gates, row.activation)
+    if row.fused:  # the node's other half is another thing
+        halves = np.concatenate([node_gates(path, one, f"{row.gate}-0")[:, 96:] for one in exchanges])
+        assert np.abs((halves > 0).sum(0) - stats.active[0]).max() > 5
+
+
+def test_more_rows_than_the_buffer_and_answers_longer_than_a_batch(make_tiny):
+    path = make_tiny()
+    rng = np.random.default_rng(0)
+    exchanges = [
+        Exchange(tuple(rng.integers(5, 900, 40)), tuple(rng.integers(5, 900, size))) for size in (700, 1, 0, 2, 300)
+    ]
+    reference = ReferenceLlama(path)
+    for batch in (512, 64):
+        with opened(path, 1, batch=batch) as runtime:
+            stats = runtime.activation_stats(exchanges)
+        check(stats, [reference_gates(reference, one) for one in exchanges])
+
+
+def test_no_answer_at_all(tiny):
+    with opened(tiny) as runtime:
+        stats = runtime.activation_stats([Exchange((5, 6), (2,)), Exchange((5, 6), ())])
+        assert (stats.tokens, stats.spread.answers, int(stats.active.sum())) == (0, 0, 0)
+        assert runtime.activation_stats([]).tokens == 0
+
+
+def test_both_runtimes_agree_on_a_tiny_model(tiny, tiny_runtime):
+    with opened(tiny) as runtime:
+        prompts = prompts_of(runtime)
+        ours = runtime.observe(prompts, GROUPS, **ANSWERS)
+        exchanges = runtime.generate(prompts, **ANSWERS)
+    for group, stats in enumerate(ours):
+        chosen = [one for one, its in zip(exchanges, GROUPS, strict=True) if its == group]
+        theirs = tiny_runtime.activation_stats(chosen)
+        assert (stats.tokens, stats.spread.answers, stats.spread.tokens_squared) == (
+            theirs.tokens,
+            theirs.spread.answers,
+            theirs.spread.tokens_squared,
+        )
+        assert np.abs(stats.active - theirs.active).sum() < (1 - SIGNS_QUANTISED) * stats.active.size * stats.tokens
+        np.testing.assert_allclose(stats.largest, theirs.largest, atol=GATE_LLAMACPP)
+
+
+def test_both_runtimes_agree_on_the_default_model(default_model):
+    """The same tokens, through llama.cpp's quantised arithmetic and through float32."""
+    from npti_export.runtimes.transformers import TransformersRuntime
+
+    with opened(default_model, 4) as runtime:
+        prompts = [runtime.encode(chat("You are a shy and quiet person.", text)) for text in QUESTIONS[:4]]
+        (observed,) = runtime.observe(prompts, [0] * 4, max_new_tokens=24, repetition_penalty=1.1)
+        exchanges = runtime.generate(prompts, max_new_tokens=24, repetition_penalty=1.1)
+        forced = runtime.activation_stats(exchanges)
+        assert len(runtime.decode(exchanges[2].response)) > 20
+    theirs = TransformersRuntime(gguf_source(default_model), device="cpu", dtype="float32").activation_stats(exchanges)
+    for ours in (observed, forced):
+        assert ours.tokens == theirs.tokens > 50
+        rates = np.corrcoef(ours.probability().ravel(), theirs.probability().ravel())[0, 1]
+        assert rates > RATES_CORRELATION
+        differing = np.abs(ours.active - theirs.active).sum()  # at least so many signs
+        assert differing < (1 - SIGNS_QUANTISED) * ours.active.size * ours.tokens
+        assert 0.1 < ours.probability().mean() < 0.6
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_every_float32_lands_in_its_bin(activation):
+    """Random bit patterns; the table looks at the upper bits only, so those next to an edge may be one off."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 1 << 32, 200_000, dtype=np.uint32)
+    values = np.concatenate([bits.view(np.float32), rng.normal(size=200_000).astype(np.float32) * 3])
+    values = np.concatenate([values[np.isfinite(values)], np.float32([0.0, -0.0, 1e-44, 1e-40, -1e-40, 3e38, -3e38])])
+    found = _bin_of_bits(activation)[values.view(np.uint32) >> 11].astype(int)
+    with np.errstate(over="ignore"):
+        a = ACTIVATIONS[activation](values.astype(np.float64))
+    want = np.where(values > 0, np.searchsorted(EDGES.astype(np.float64), a, side="right") + 1, 0)
+    tiny = (values > 0) & (values < 1e-37)
+    assert (found[tiny] <= 1).all()
+    values, found, want, a = values[~tiny], found[~tiny], want[~tiny], a[~tiny]
+    wrong = found != want
+    assert 0 < wrong.sum() < 0.01 * len(values)
+    assert np.abs(found - want).max() == 1
+    nearest = np.abs(a[wrong, None] / EDGES - 1).min(1)
+    assert nearest.max() < LOG_BIN
+    assert found.max() == BIN_COUNT
+
+
+def test_not_a_number_is_not_counted_in_silence():
+    counter = GateCounter(1, 4, "silu", 1, 2, "x.gguf")
+    for bad in (np.nan, np.inf):
+        counter.begin([0, 1], [0, 0])
+        assert counter.see(0)(np.array([[1, 2, 3, 4], [1, bad, 3, 4]], np.float32)) is False
+        with pytest.raises(ModelError, match="x.gguf: computes gates that are not numbers"):
+            counter.results("silu")
+
+
+def test_counted_by_hand():
+    counter = GateCounter(1, 3, "silu", 2, 3, "x.gguf")
+    passes = [([0, 2], [0, 1]), ([0, 2], [0, 1]), ([1, 2], [0, 1])]
+    gates = [[[1, -1, 0], [2, 2, -2]], [[3, -1, 0], [-2, 2, -2]], [[-1, 5, 1e-3], [1, 1, -1]]]
+    for (answers, groups), values in zip(passes, gates, strict=True):
+        counter.begin(answers, groups)
+        counter.see(0)(np.array(values, np.float32))
+    first, second = counter.results("silu")
+    assert (first.tokens, second.tokens) == (3, 3)
+    assert first.active.tolist() == [[2, 1, 1]]
+    assert second.active.tolist() == [[2, 3, 0]]
+    assert first.spread.answers == 2
+    assert first.spread.tokens_squared == 5
+    assert first.spread.active_squared.tolist() == [[4, 1, 1]]
+    assert first.spread.active_tokens.tolist() == [[4, 1, 1]]
+    assert second.spread.active_squared.tolist() == [[4, 9, 0]]
+    np.testing.assert_allclose(first.largest, [[3 / (1 + np.exp(-3)), 5 / (1 + np.exp(-5)), 0.00050025]], rtol=1e-5)
+    assert second.largest[0, 2] == 0
+
+
+def test_sums_of_spread_are_exact():
+    rng = np.random.default_rng(1)
+    active, tokens = rng.integers(0, 60_000, (4, 2, 3)).astype(np.int32), np.array([60_000, 0, 65_000, 100])
+    spread = Spread.of_answers(active, tokens)
+    for layer in range(2):
+        for neuron in range(3):
+            counts = [int(one) for one in active[:, layer, neuron]]
+            assert spread.active_squared[layer, neuron] == sum(one * one for one in counts)
+            want = sum(one * int(size) for one, size in zip(counts, tokens, strict=True))
+            assert spread.active_tokens[layer, neuron] == want
+    assert (spread.answers, spread.tokens_squared) == (3, 60_000**2 + 65_000**2 + 100**2)
+
+
+def test_the_activations_against_transformers():
+    import torch
+    from transformers.activations import ACT2FN
+
+    values = np.linspace(-30, 30, 4001, dtype=np.float32)
+    values = np.concatenate([values, np.float32([-1e4, -120, 1e4, 0, 1e-30])])
+    for name in ("silu", "gelu_pytorch_tanh"):
+        want = ACT2FN[name](torch.from_numpy(values).double()).numpy()
+        np.testing.assert_allclose(activate(values, name), want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ArchitectureError, match="activation 'relu' is not known here"):
+        activate(values, "relu")
+
+
+@pytest.mark.parametrize("place", ["blk.1.ffn_gate.weight", "blk.0.attn_norm.weight", "output_norm.weight"])
+def test_weights_that_are_not_numbers(tiny, tmp_path, place):
+    path = tmp_path / "broken.gguf"
+    data = bytearray(tiny.read_bytes())
+    tensor = next(one for one in GGUFReader(tiny).tensors if one.name == place)
+    data[tensor.data_offset + 8 : tensor.data_offset + 12] = np.float32(np.nan).tobytes()
+    path.write_bytes(data)
+    source = gguf_source(tiny)
+    with LlamaCppRuntime(path, Settings(threads=1), source=source) as runtime:
+        with pytest.raises(ModelError, match=r"broken.gguf: .* not numbers"):
+            runtime.observe([(5, 6, 7)], [0], **ANSWERS)
+        if place != "output_norm.weight":  # after which there is no gate
+            with pytest.raises(ModelError, match=r"broken.gguf: .* not numbers"):
+                runtime.activation_stats([Exchange((5, 6), (7, 8, 9))])
+
+
+def test_a_node_that_is_not_float32_is_refused(monkeypatch):
+    from npti_export.runtimes.llamacpp import library
+
+    fake = SimpleNamespace(
+        ggml_nelements=lambda _t: 8, ggml_nrows=lambda _t: 2, ggml_nbytes=lambda _t: 16, ggml_get_name=lambda _t: b"x-1"
+    )
+    monkeypatch.setattr(library, "ggml", lambda: fake)
+    with pytest.raises(ModelError, match="x-1 in another type than float32"):
+        library.tensor_values(0, on_host=True)
+
+
+def test_a_copy_that_is_written_back_is_what_a_view_is(tiny):
+    """The way of a GPU, whose nodes are not in this process's memory, taken on the host."""
+    change = lambda layer, _x, y: bool(np.multiply(y, 1.5, out=y) is y)  # noqa: E731
+    with opened(tiny) as runtime:
+        tokens = prompts_of(runtime)[2]
+        plain, want = runtime.logits(tokens), runtime.run([tokens], change)
+        runtime._context.tap._on_host = False
+        np.testing.assert_array_equal(runtime.run([tokens], change), want)
+        (copied,) = runtime.observe([tokens], [0], **ANSWERS)
+    with opened(tiny) as runtime:
+        (viewed,) = runtime.observe([tokens], [0], **ANSWERS)
+    np.testing.assert_array_equal(copied.active, viewed.active)
+    assert np.abs(want - plain).max() > 0.1
+
+
+def test_a_tiny_file_with_a_name_in_no_encoding(tokenizer_fields, tmp_path):
+    import os
+
+    path = write_tiny(tmp_path / os.fsdecode(b"caf\xe9.gguf"), tokenizer_fields)
+    with opened(path) as runtime:
+        assert runtime.logits([5, 6]).shape == (2, 1024)

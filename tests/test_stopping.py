@@ -1,0 +1,259 @@
+"""Anytime identification: the forecast against what then happens, on neurons whose truth is known, and stopping."""
+
+import zlib
+
+import numpy as np
+import pytest
+from tolerances import OVERLAP_FORECAST, OVERLAP_FORECAST_SKEWED
+
+from npti_export.bench import load_bench
+from npti_export.identify.collect import identify
+from npti_export.identify.stopping import expected_overlap, jaccard
+from npti_export.models import gguf_source
+from npti_export.profile_io import save_profile
+from npti_export.progress import Silent
+from npti_export.recipe import load_recipe
+from npti_export.runtimes.llamacpp.context import Settings
+from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
+from npti_export.stats import BIN_COUNT, ActivationStats, Spread
+
+NEURONS, QUESTIONS = 1500, 128
+SELECTIONS = {"threshold": [], "fixed": ["select.at_least=150", "select.at_most=150"]}
+
+
+def stats_of(counts, tokens, layers=1):
+    """Of answers' active tokens [answers, neurons] and tokens [answers]; all activations in one bin."""
+    shaped = counts.reshape(len(counts), layers, -1)
+    histogram = np.zeros((*shaped.shape[1:], BIN_COUNT), np.int32)
+    histogram[..., 70] = shaped.sum(0)
+    largest = np.ones(shaped.shape[1:], np.float32)
+    active = shaped.sum(0, dtype=np.int64)
+    return ActivationStats(int(tokens.sum()), active, histogram, largest, Spread.of_answers(shaped, tokens))
+
+
+def world(kind, seed):
+    """Answers to all questions as each pole: rates that differ by neuron, by pole (delta), and by answer."""
+    rng = np.random.default_rng(seed)
+    delta = {
+        "normal": lambda: rng.normal(0, 0.06, NEURONS),
+        "heavy tails": lambda: rng.laplace(0, 0.045, NEURONS),
+        "few": lambda: rng.normal(0, 0.06, NEURONS) * np.where(rng.random(NEURONS) < 0.15, 2.5, 0.2),
+        "skewed": lambda: rng.normal(0.05, 0.06, NEURONS),
+    }[kind]()
+    rate = rng.uniform(0.15, 0.85, NEURONS)
+    answers = []
+    for sign in (1, -1):
+        tokens = rng.integers(10, 60, QUESTIONS)
+        rates = np.clip(rate + sign * delta / 2 + 0.15 * rng.normal(size=(QUESTIONS, NEURONS)), 0, 1)
+        answers.append((rng.binomial(tokens[:, None], rates), tokens))
+    return answers
+
+
+def chosen(answers, asked, section):
+    """The selection as the recipe states it, in plain numpy: ``{sign: mask}``."""
+    (plus, plus_tokens), (minus, minus_tokens) = answers
+    delta = plus[:asked].sum(0) / plus_tokens[:asked].sum() - minus[:asked].sum(0) / minus_tokens[:asked].sum()
+    masks = {}
+    for sign, towards in (("+", delta), ("-", -delta)):
+        order = np.argsort(-towards, kind="stable")
+        count = max(int((towards >= section.threshold).sum()), section.at_least)
+        masks[sign] = np.zeros(NEURONS, bool)
+        masks[sign][order[: min(count, section.at_most or NEURONS)]] = True
+        masks[sign] &= towards > 0
+    return masks
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "few", "skewed"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_forecast_is_what_happens(kind, selection):
+    section = load_recipe("npti", SELECTIONS[selection]).select
+    forecasts, happened = [], []
+    asked = (16, 32, 64, 96, 120)
+    for seed in range(4):
+        answers = world(kind, seed)
+        final = chosen(answers, QUESTIONS, section)
+        for number in asked:
+            plus, minus = (stats_of(counts[:number], tokens[:number]) for counts, tokens in answers)
+            forecasts.append(expected_overlap(plus, minus, section, number, QUESTIONS))
+            now = chosen(answers, number, section)
+            happened.append(min((now[s] & final[s]).sum() / max(1, (now[s] | final[s]).sum()) for s in "+-"))
+    forecast, truth = (np.reshape(one, (4, -1)).mean(0) for one in (forecasts, happened))
+    tolerance = OVERLAP_FORECAST_SKEWED if kind == "skewed" else OVERLAP_FORECAST
+    assert np.abs(forecast - truth).max() < tolerance, (forecast.round(3), truth.round(3))
+    assert (np.diff(forecast) > 0).all()
+    assert forecast[0] < 0.5 < forecast[-1]
+
+
+def test_the_forecast_is_repeatable_and_ends_at_one():
+    section = load_recipe("npti").select
+    (plus, plus_tokens), (minus, minus_tokens) = world("normal", 0)
+    some = [stats_of(plus[:40], plus_tokens[:40]), stats_of(minus[:40], minus_tokens[:40])]
+    first = expected_overlap(*some, section, 40, QUESTIONS)
+    assert 0 < first < 1
+    np.random.default_rng().normal(size=5)
+    assert expected_overlap(*some, section, 40, QUESTIONS) == first
+    assert expected_overlap(*some, section, 40, 40) == 1.0
+    assert expected_overlap(*some, section, 40, 41) > first
+    one = [stats_of(plus[:1], plus_tokens[:1]), stats_of(minus[:1], minus_tokens[:1])]
+    assert expected_overlap(*one, section, 1, QUESTIONS) == 0.0  # one answer says nothing of the spread
+
+
+def test_jaccard():
+    sets = [np.array(one, bool) for one in ([1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0])]
+    assert jaccard(sets[0], sets[1]) == pytest.approx(1 / 3)
+    assert jaccard(sets[0], sets[2]) == 0
+    assert jaccard(sets[2], sets[2]) == 1
+
+
+def test_the_variance_of_a_probability_against_the_formula_and_a_bootstrap():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 60, 300)
+    counts = rng.binomial(tokens[:, None], np.clip(rng.normal(0.4, 0.2, (300, 12)), 0, 1))
+    stats = stats_of(counts, tokens)
+    found = stats.probability_variance()[0]
+    for neuron in range(12):
+        p = sum(int(one) for one in counts[:, neuron]) / sum(int(one) for one in tokens)
+        residues = sum((float(a) - p * float(t)) ** 2 for a, t in zip(counts[:, neuron], tokens, strict=True))
+        assert found[neuron] == pytest.approx(300 / 299 * residues / float(tokens.sum()) ** 2, rel=1e-9)
+    draws = []
+    for _ in range(800):
+        some = rng.integers(0, 300, 300)
+        draws.append(counts[some].sum(0) / tokens[some].sum())
+    np.testing.assert_allclose(np.std(draws, axis=0), np.sqrt(found), rtol=0.15)
+    naive = stats.probability()[0] * (1 - stats.probability()[0]) / stats.tokens
+    assert (found > 2 * naive).all()  # tokens of one answer are alike
+    assert np.isinf(stats_of(counts[:1], tokens[:1]).probability_variance()).all()
+
+
+class Synthetic:
+    """A model whose neurons have known rates, and whose answers depend on the prompt alone."""
+
+    def __init__(self, shape, effect, noise, stops_at=None):
+        self.shape, self.noise, self.calls, self.stops_at = shape, noise, 0, stops_at
+        rng = np.random.default_rng(0)
+        size = shape.layers * shape.width
+        self.rate = rng.uniform(0.3, 0.7, size)
+        self.delta = np.zeros(size)
+        self.delta[rng.permutation(size)[:60]] = np.repeat([effect, -effect], 30)
+
+    def encode(self, messages):
+        return tuple("|".join(one["content"] for one in messages).encode())
+
+    def observe(self, prompts, groups, *, max_new_tokens, repetition_penalty, shared):
+        self.calls += 1
+        if self.calls == self.stops_at:
+            raise KeyboardInterrupt
+        return [self._stats([one for one, its in zip(prompts, groups, strict=True) if its == g], g) for g in (0, 1)]
+
+    def _stats(self, prompts, group):
+        counts, tokens = [], []
+        for prompt in prompts:
+            rng = np.random.default_rng(zlib.crc32(bytes(prompt)))
+            length = int(rng.integers(10, 30))
+            rates = self.rate + (0.5 - group) * self.delta + self.noise * rng.normal(size=len(self.rate))
+            counts.append(rng.binomial(length, np.clip(rates, 0, 1)))
+            tokens.append(length)
+        return stats_of(np.array(counts), np.array(tokens), self.shape.layers)
+
+
+def asked(runtime, tiny, cache=None, *overrides, notes=None):
+    settings = ["identify.questions=96", "identify.batch_size=16", "select.at_least=30", "select.at_most=30"]
+    recipe = load_recipe("npti", [*settings, "identify.floor=24", *overrides])
+    progress = Silent()
+    if notes is not None:
+        progress.note = notes.append
+    source, bench = gguf_source(tiny), load_bench("openness")
+    return identify(lambda: runtime, source, bench, recipe, progress, dtype="ggml", device="cpu", cache=cache)
+
+
+def bytes_of(profile, folder, name):
+    save_profile(profile, folder / name, force=True, threshold=0.1, at_least=0)
+    return (folder / name).read_bytes()
+
+
+def test_easy_neurons_are_known_early_and_hard_ones_late(tiny):
+    shape, notes = gguf_source(tiny).shape, []
+    easy = asked(Synthetic(shape, 0.6, 0.05), tiny, notes=notes)
+    assert easy.origin["questions"] == 24  # the floor
+    assert easy.origin["expected_overlap"] >= 0.9
+    assert "stopped after 24 of 96 questions" in notes[0]
+    middle = asked(Synthetic(shape, 0.15, 0.15), tiny)
+    assert 24 < middle.origin["questions"] < 96
+    hard, notes = Synthetic(shape, 0.0, 0.3), []
+    profile = asked(hard, tiny, notes=notes)
+    assert (profile.origin["questions"], profile.origin["expected_overlap"], hard.calls) == (96, 1.0, 12)
+    assert notes == []
+
+
+def test_floor_goal_and_all(tiny):
+    shape = gguf_source(tiny).shape
+    assert asked(Synthetic(shape, 0.6, 0.05), tiny, None, "identify.floor=50").origin["questions"] == 56
+    assert asked(Synthetic(shape, 0.6, 0.05), tiny, None, "identify.until=all").origin["questions"] == 96
+    assert asked(Synthetic(shape, 0.6, 0.05), tiny, None, "identify.floor=500").origin["questions"] == 96
+    counts = [
+        asked(Synthetic(shape, 0.15, 0.15), tiny, None, f"identify.overlap={goal}").origin["questions"]
+        for goal in (0.3, 0.8, 0.95, 1.0)
+    ]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[2]
+    assert counts[3] == 96
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_profile(tiny, tmp_path):
+    shape = gguf_source(tiny).shape
+    whole = asked(Synthetic(shape, 0.15, 0.15), tiny)
+    with pytest.raises(KeyboardInterrupt):
+        asked(Synthetic(shape, 0.15, 0.15, stops_at=3), tiny, tmp_path / "cache")
+    going_on, notes = Synthetic(shape, 0.15, 0.15), []
+    again = asked(going_on, tiny, tmp_path / "cache", notes=notes)
+    assert "going on from 2 finished batches" in notes[0]
+    assert going_on.calls == whole.origin["questions"] // 8 - 2
+    assert bytes_of(again, tmp_path, "a.safetensors") == bytes_of(whole, tmp_path, "b.safetensors")
+    done = Synthetic(shape, 0.15, 0.15)
+    assert bytes_of(asked(done, tiny, tmp_path / "cache"), tmp_path, "c.safetensors") == bytes_of(
+        whole, tmp_path, "b.safetensors"
+    )
+    assert done.calls == 0
+
+
+def test_asking_the_rest_goes_on_from_what_was_asked(tiny, tmp_path):
+    """As the note says: ``--until all`` asks the rest."""
+    shape = gguf_source(tiny).shape
+    first = Synthetic(shape, 0.6, 0.05)
+    asked(first, tiny, tmp_path / "cache")
+    rest = Synthetic(shape, 0.6, 0.05)
+    profile = asked(rest, tiny, tmp_path / "cache", "identify.until=all")
+    assert (first.calls, rest.calls, profile.origin["questions"]) == (3, 9, 96)
+    fresh = asked(Synthetic(shape, 0.6, 0.05), tiny, None, "identify.until=all")
+    np.testing.assert_array_equal(profile.p_plus, fresh.p_plus)
+    other = Synthetic(shape, 0.6, 0.05)
+    asked(other, tiny, tmp_path / "cache", "identify.max_new_tokens=7")  # other answers are not taken
+    assert other.calls == 3
+
+
+def test_llama_cpp_goes_on_to_the_same_profile(make_tiny, tmp_path, monkeypatch):
+    """Quantised arithmetic, several batches, the last one shorter: nothing hangs on what a runtime did before."""
+    path = make_tiny("Q4_1")
+    quick = ["identify.questions=14", "identify.max_new_tokens=24", "identify.until=all", "identify.batch_size=8"]
+
+    def runtime():
+        return LlamaCppRuntime(path, Settings(threads=1), sequences=5, source=gguf_source(path))
+
+    with runtime() as opened:
+        whole = bytes_of(asked(opened, path, None, *quick), tmp_path, "a.safetensors")
+    with runtime() as opened:
+        observe, calls = opened.observe, []
+
+        def killed(*arguments, **options):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return observe(*arguments, **options)
+
+        monkeypatch.setattr(opened, "observe", killed)
+        with pytest.raises(KeyboardInterrupt):
+            asked(opened, path, tmp_path / "cache", *quick)
+    with runtime() as opened:
+        again = asked(opened, path, tmp_path / "cache", *quick)
+    assert again.origin["questions"] == 14
+    assert bytes_of(again, tmp_path, "b.safetensors") == whole
