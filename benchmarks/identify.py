@@ -124,7 +124,7 @@ def compare(torch_runtime, llama, source, recipe, pairs):
 
 def capture_and_sharing(source, recipe, sequences, pairs):
     bench = load_bench(TRAIT)
-    plain = LlamaCppRuntime(source.path, sequences=sequences)
+    plain = LlamaCppRuntime(source.path, sequences=sequences, listens=False)
     llama = LlamaCppRuntime(source.path, sequences=sequences, source=source)
     questions = bench.search(recipe.identify.questions, recipe.identify.seed)
     prompts = [p for sign in "+-" for p in contrast_prompts(llama, bench, questions, sign, recipe)]
