@@ -1,6 +1,7 @@
 """Identification in llama.cpp against the same stage in transformers, and what capturing and sharing cost or save.
 
-    python benchmarks/identify.py [--model FILE.gguf] [--questions 16] [--tokens 64] [--pairs 3] [--half-billion]
+    python benchmarks/identify.py [--questions 16] [--tokens 64] [--pairs 3] [--half-billion]
+        [--dtype float32] [--weights file] [--part transformers|llama.cpp]
 
 Both runtimes answer the same questions under the same personas, greedy, and count the gates of their answers; stages
 take turns, ratios are medians of the pairs'. ``--half-billion`` writes a random model with the shape and tensor types
@@ -20,6 +21,7 @@ import numpy as np
 
 from npti_export.bench import load_bench
 from npti_export.identify.collect import contrast_prompts, identify
+from npti_export.loader import Models, RuntimeSettings, Timings
 from npti_export.models import default_model_path, gguf_source
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
@@ -96,9 +98,18 @@ def stage(runtime, source, recipe):
     return time.perf_counter() - started, sum(profile.origin["tokens"].values())
 
 
-def against_transformers(source, recipe, sequences, pairs):
-    torch_runtime = TransformersRuntime(source)
-    llama = LlamaCppRuntime(source.path, sequences=sequences, source=source)
+def against_transformers(source, recipe, sequences, pairs, weights, dtype):
+    torch_runtime = TransformersRuntime(source, dtype=dtype)
+    with Models(
+        source, RuntimeSettings(weights=weights), Timings(), Silent(), verifies=False, sequences=sequences
+    ) as models:
+        started = time.perf_counter()
+        llama = models.fast()
+        print(f"  llama.cpp computes in {models.dtype()}, ready after {time.perf_counter() - started:.1f} s")
+        compare(torch_runtime, llama, source, recipe, pairs)
+
+
+def compare(torch_runtime, llama, source, recipe, pairs):
     found = []
     for _ in range(pairs):
         (slow, slow_tokens), (fast, fast_tokens) = stage(torch_runtime, source, recipe), stage(llama, source, recipe)
@@ -109,12 +120,11 @@ def against_transformers(source, recipe, sequences, pairs):
         f"identify: {statistics.median(one[2] for one in found):.2f}x the tokens per second of transformers ({dtype})"
     )
     print(f"          {statistics.median(one[0] / one[1] for one in found):.2f}x as fast in seconds")
-    llama.close()
 
 
 def capture_and_sharing(source, recipe, sequences, pairs):
     bench = load_bench(TRAIT)
-    plain = LlamaCppRuntime(source.path, sequences=sequences)
+    plain = LlamaCppRuntime(source.path, sequences=sequences, listens=False)
     llama = LlamaCppRuntime(source.path, sequences=sequences, source=source)
     questions = bench.search(recipe.identify.questions, recipe.identify.seed)
     prompts = [p for sign in "+-" for p in contrast_prompts(llama, bench, questions, sign, recipe)]
@@ -167,6 +177,8 @@ def main():
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--weights", choices=["auto", "file", "bfloat16"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--part", choices=["all", "transformers", "llama.cpp"], default="all")
     arguments = parser.parse_args()
@@ -183,7 +195,8 @@ def main():
         source = gguf_source(path)
         print(f"{source.name}: {source.shape}, {path.stat().st_size / 1e6:.0f} MB, {arguments.questions} questions")
         if arguments.part != "llama.cpp":
-            against_transformers(source, recipe, arguments.sequences, arguments.pairs)
+            options = arguments.weights, arguments.dtype
+            against_transformers(source, recipe, arguments.sequences, arguments.pairs, *options)
         if arguments.part != "transformers":
             capture_and_sharing(source, recipe, arguments.sequences, arguments.pairs)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from npti_export.errors import ModelError
@@ -37,6 +40,7 @@ class RuntimeSettings:
         gpu_layers: layers on the GPU.
         prompt_batch: tokens processed at once.
         context: cells of the KV cache.
+        weights: what llama.cpp identifies on: the ``file`` as it is, a ``bfloat16`` copy, or the copy where it pays.
     """
 
     engine: Engine | Literal["auto"] = "auto"
@@ -47,6 +51,7 @@ class RuntimeSettings:
     gpu_layers: int = -1
     prompt_batch: int = 512
     context: int = 0
+    weights: Literal["auto", "file", "bfloat16"] = "auto"
 
     @property
     def llama(self) -> Settings:
@@ -118,19 +123,22 @@ class Models:
         self._exact: TransformersRuntime | None = None
         self._fast: TransformersRuntime | None = None
         self._llama: LlamaCppRuntime | None = None
+        self._copy: LlamaCppRuntime | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Models:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.release_fast()
         if self._llama is not None:
             self._llama.close()
             self._llama = None
 
     def dtype(self) -> str:
-        """What identification computes in: a torch dtype, or ``ggml`` for llama.cpp's mixture."""
+        """What identification computes in: a torch dtype, or ``ggml`` with or without a bfloat16 copy."""
         if self.engine == "llama.cpp":
-            return "ggml"
+            return "ggml bfloat16" if self._copies else "ggml"
         from npti_export.runtimes.transformers import pick_dtype, usable_device
 
         if self.settings.dtype != "auto":
@@ -153,19 +161,41 @@ class Models:
 
     def fast(self) -> Runtime:
         """The model as identification runs it."""
-        return self.llama() if self.engine == "llama.cpp" else self._fast_torch()
+        if self.engine != "llama.cpp":
+            return self._fast_torch()
+        return self._bfloat16() if self._copies else self.llama()
+
+    @cached_property
+    def _copies(self) -> bool:
+        from npti_export.gguf.bfloat16 import copy_pays
+        from npti_export.gguf.shards import read_model
+
+        if self.settings.weights == "auto":
+            return self.device() == "cpu" and copy_pays(read_model(self._source.path))
+        return self.settings.weights == "bfloat16"
+
+    def _bfloat16(self) -> LlamaCppRuntime:
+        from npti_export.gguf.bfloat16 import write_copy
+        from npti_export.gguf.shards import read_model
+
+        if self._copy is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="npti-")
+            header = read_model(self._source.path)
+            with self._timings.measure("load"):
+                path = write_copy(header, Path(self._folder.name), self._progress, threads=self.settings.threads)
+            self._copy = self._loaded(lambda: self._open_llama(path))
+        return self._copy
 
     def llama(self) -> LlamaCppRuntime:
         """A GGUF in llama.cpp."""
+        if self._llama is None:
+            self._llama = self._loaded(lambda: self._open_llama(self._source.path))
+        return self._llama
+
+    def _open_llama(self, path: Path) -> LlamaCppRuntime:
         from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 
-        if self._llama is None:
-            self._llama = self._loaded(
-                lambda: LlamaCppRuntime(
-                    self._source.path, self.settings.llama, sequences=self._sequences, source=self._source
-                )
-            )
-        return self._llama
+        return LlamaCppRuntime(path, self.settings.llama, sequences=self._sequences, source=self._source)
 
     def _fast_torch(self) -> TransformersRuntime:
         if self._fast is None:
@@ -189,6 +219,12 @@ class Models:
     def release_fast(self) -> None:
         """Free the identification copy."""
         self._fast = None
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def _load(self, dtype: str) -> TransformersRuntime:
         from npti_export.runtimes.transformers import TransformersRuntime

@@ -1,5 +1,7 @@
 """The transformers runtime against a float64 reference, step-by-step decoding and plain loops."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -141,7 +143,9 @@ def test_a_template_that_refuses_system_turns(tiny_runtime, monkeypatch):
 
 def test_a_model_that_transformers_cannot_load(tiny, tmp_path):
     source = gguf_source(tiny)
-    broken = type(source)(**{**source.__dict__, "path": tmp_path / "broken.gguf"})
+    with pytest.raises(ModelError, match=r"gone.gguf: there is no such file"):
+        TransformersRuntime(replace(source, path=tmp_path / "gone.gguf"), device="cpu")
+    broken = replace(source, path=tmp_path / "broken.gguf")
     cut = source.path.read_bytes().replace(b"llama.attention.head_count", b"llama.attention.head_cuont")
     broken.path.write_bytes(cut)
     with pytest.raises(ModelError, match="transformers cannot load it"):

@@ -80,6 +80,8 @@ GRAPH_NODES = 5e-3
 # A qwen2 file and the same written as llama, both float32 in llama.cpp: the same sums in another order. Measured 2e-12.
 KL_SAME_MODEL = 1e-10
 
+# llama.cpp keeps keys and values in F16 (11 bits): activations of size one differ by a few of their last bits.
+KV_FLOAT16 = 1e-3
 # llama.cpp's attention in two partitions of a sequence: keys, values and its sums of them are float16 (11 bits), three
 # layers deep, on logits of size four. Measured 0.03.
 LOGITS_LLAMACPP = 6e-2
@@ -105,6 +107,3 @@ KL_TWO_MEASURES = 2.0
 # 0.07. Where nearly all deltas have one sign, the few of the other are too few for a fixed prior: measured 0.06.
 OVERLAP_FORECAST = 0.1
 OVERLAP_FORECAST_SKEWED = 0.12
-
-# llama.cpp keeps keys and values in F16 (11 bits): activations of size one differ by a few of their last bits.
-KV_FLOAT16 = 1e-3

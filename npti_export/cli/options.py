@@ -60,6 +60,13 @@ def runtime_options(command: Command) -> Command:
                 help="llama.cpp: tokens processed at once [default: 512]",
             ),
             click.option(
+                "--weights",
+                default="auto",
+                show_default=True,
+                type=click.Choice(["auto", "file", "bfloat16"]),
+                help="llama.cpp: identify on the file as it is, or on a bfloat16 copy, where that is faster",
+            ),
+            click.option(
                 "--device", default="auto", show_default=True, help="transformers: auto, cpu, cuda, cuda:1, mps"
             ),
             click.option(
@@ -150,7 +157,17 @@ def runtime_settings(options: dict[str, Any]) -> RuntimeSettings:
 
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options["device"]):
         raise ModelError(f"--device {options['device']!r}: give auto, cpu, mps, cuda or cuda:N")
-    names = ("engine", "device", "dtype", "trust_remote_code", "threads", "gpu_layers", "context", "prompt_batch")
+    names = (
+        "engine",
+        "device",
+        "dtype",
+        "trust_remote_code",
+        "threads",
+        "gpu_layers",
+        "context",
+        "prompt_batch",
+        "weights",
+    )
     given = {name: options.pop(name) for name in names}
     return RuntimeSettings(**{name: value for name, value in given.items() if value is not None})
 

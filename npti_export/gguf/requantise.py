@@ -109,7 +109,9 @@ def least_bytes(elements: int, file_type: str) -> int:
     return elements // block * nbytes
 
 
-def quantise_file(source: Path, target: Path, file_type: str, progress: Progress, *, threads: int = 0) -> None:
+def quantise_file(
+    source: Path, target: Path, file_type: str, progress: Progress, *, threads: int = 0, of_quantised: bool = False
+) -> None:
     """Write ``source`` to ``target`` in another type.
 
     The same input gives the same bytes, whatever the number of threads. Which tensors get better types than the name
@@ -121,6 +123,7 @@ def quantise_file(source: Path, target: Path, file_type: str, progress: Progress
         file_type: a name in :data:`FILE_TYPES`.
         progress: told of each tensor.
         threads: 0 takes every core that this process may use.
+        of_quantised: whether ``source`` may be quantised.
 
     Raises:
         ModelError: llama.cpp refused; its own last lines are in the message.
@@ -137,7 +140,9 @@ def quantise_file(source: Path, target: Path, file_type: str, progress: Progress
     # The library is found where this process found it.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
     code, said = run_captured(
-        [*command, str(threads or usable_cores())], environment=dict(environment), on_line=on_line
+        [*command, str(threads or usable_cores()), str(int(of_quantised))],
+        environment=dict(environment),
+        on_line=on_line,
     )
     if code != 0:
         refuse_full_disk(target)

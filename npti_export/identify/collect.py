@@ -72,7 +72,7 @@ def identify(
     stats, done = _resume(state, source, progress)
     asked = min(done * per_batch, len(questions))
     overlap = _overlap(stats, recipe, asked, len(questions))
-    runtime = load_runtime() if overlap < settings.overlap else None
+    runtime = load_runtime() if overlap < settings.overlap else None  # before the bar of the questions begins
     progress.start(f"identify {bench.trait}", len(questions))
     progress.advance(asked)
     while runtime is not None and overlap < settings.overlap:

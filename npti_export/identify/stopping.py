@@ -19,7 +19,8 @@ def expected_overlap(stats: ContrastStats, select: SelectSection, total: int) ->
     The ``delta`` of the questions to come is drawn for every neuron, the selection made again from all, and the two
     sets compared; the mean of the Jaccard indices, of the pole where it is smaller. What is to come is not simply like
     what was seen: a neuron ranks high partly by luck. So its true ``delta``, in units of its own standard error, has a
-    normal prior: their mean is that of all observed ones, their variance what theirs exceeds 1 by (empirical Bayes).
+    normal prior (empirical Bayes): its mean is that of all observed ones, as the answers of one pole may be longer or
+    of another kind for all neurons alike, its variance what theirs exceeds 1 by.
 
     Args:
         stats: of the questions so far.
@@ -38,17 +39,17 @@ def expected_overlap(stats: ContrastStats, select: SelectSection, total: int) ->
     if not np.isfinite(squared_error).all():
         return 0.0
     known = squared_error > 0  # the others never changed between questions
-    units = delta[known] / np.sqrt(squared_error[known])
-    excess = max(float(units.var()) - 1, 1e-6) if known.any() else 0.0
-    # the mean is not 0 where one pole's answers are of another kind or length, for all neurons alike
-    mean = np.sqrt(squared_error) * (float(units.mean()) if known.any() else 0.0)
-    shrink = np.where(known, excess / (excess + 1), 1.0)
+    error = np.sqrt(squared_error)
+    observed = np.divide(delta, error, out=np.zeros_like(delta), where=known)
+    mean, variance = (observed[known].mean(), observed[known].var()) if known.any() else (0.0, 1.0)
+    shrink = max(variance - 1, 1e-6) / max(variance, 1 + 1e-6)
+    expected = np.where(known, error * (mean + shrink * (observed - mean)), delta)
     deviation = np.sqrt(shrink * squared_error + squared_error * asked / rest)
     now = {sign: _chosen(delta, sign, select) for sign in SIGNS}
     found: dict[str, list[float]] = {sign: [] for sign in SIGNS}
     random = np.random.default_rng(0)
     for _ in range(_DRAWS):
-        coming = mean + shrink * (delta - mean) + deviation * random.standard_normal(len(delta))
+        coming = expected + deviation * random.standard_normal(len(delta))
         final = (asked * delta + rest * coming) / total
         for sign in SIGNS:
             found[sign].append(jaccard(now[sign], _chosen(final, sign, select)))

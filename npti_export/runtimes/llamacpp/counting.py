@@ -33,7 +33,8 @@ class GateCounter:
     """
 
     def __init__(self, layers: int, width: int, activation: str, groups: int, answers: int, where: object) -> None:
-        self._activation, self._bins, self._where = activation, _bin_of_bits(activation), where
+        self._where = where
+        self._activation, self._bins = activation, _bin_of_bits(activation)
         self._groups = [_Group(layers, width) for _ in range(groups)]
         # an answer's own counts: int32, as an answer may be longer than 65,535 tokens
         self._counts = np.zeros((answers, layers, width), np.int32)

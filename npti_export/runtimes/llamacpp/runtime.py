@@ -36,6 +36,7 @@ class LlamaCppRuntime:
         sequences: most sequences decoded together.
         source: what the file is, or its base if it is steered; needed where its neurons are looked at.
         control_vector: ``[layers - 1, hidden]``, added to the residual stream from the second layer on.
+        listens: whether neurons can be looked at; a plain program would not ask, which is a little faster.
 
     Raises:
         ModelError: llama.cpp refuses the file.
@@ -49,8 +50,9 @@ class LlamaCppRuntime:
         sequences: int = 1,
         source: ModelSource | None = None,
         control_vector: npt.NDArray[np.float32] | None = None,
+        listens: bool = True,
     ) -> None:
-        self._control_vector = control_vector
+        self._control_vector, self._listens = control_vector, listens
         self.settings, self.source, self._sequences = settings or Settings(), source, min(sequences, MAX_SEQUENCES)
         self.model = Model(path, self.settings)
         self.chat = Chat(self.model)
@@ -186,9 +188,7 @@ class LlamaCppRuntime:
             if held is not None:
                 held.close()
             self._context = None
-            self._context = Context(
-                self.model, limit or cells, sequences, self.settings, listens=self.source is not None
-            )
+            self._context = Context(self.model, limit or cells, sequences, self.settings, listens=self._listens)
             if self._control_vector is not None:
                 self._context.set_control_vector(self._control_vector)
         assert self._context is not None
