@@ -9,7 +9,7 @@ from tolerances import QUANTILE_BIN, QUANTILE_FULL_BINS
 
 from npti_export.errors import ProfileError
 from npti_export.runtimes.transformers import StatsAccumulator
-from npti_export.stats import BIN_COUNT, ActivationStats, load_stats, save_stats
+from npti_export.stats import BIN_COUNT, ActivationStats, ContrastStats, PairSpread, load_stats, save_stats
 
 
 def collect(activations):
@@ -87,11 +87,16 @@ def test_adding_shards_is_counting_everything_at_once():
 
 def test_saved_and_read_back(tmp_path):
     stats = collect(silu_like(np.random.default_rng(3), (2, 20, 5)))
-    save_stats(tmp_path / "s.safetensors", {"+": stats, "-": stats + stats}, {"batches": 3})
+    spread = PairSpread(7, (1, 2, 3), np.arange(30).reshape(3, 2, 5), np.arange(40).reshape(4, 2, 5))
+    save_stats(tmp_path / "s.safetensors", ContrastStats(stats, stats + stats, spread), {"batches": 3})
     read, progress = load_stats(tmp_path / "s.safetensors")
     assert progress == {"batches": 3}
-    assert (read["+"].tokens, read["-"].tokens) == (20, 40)
-    np.testing.assert_array_equal(read["-"].histogram, 2 * stats.histogram)
+    assert (read.plus.tokens, read.minus.tokens) == (20, 40)
+    np.testing.assert_array_equal(read.minus.histogram, 2 * stats.histogram)
+    np.testing.assert_array_equal(read.plus.largest, stats.largest)
+    assert (read.spread.pairs, read.spread.lengths) == (7, (1, 2, 3))
+    np.testing.assert_array_equal(read.spread.products, spread.products)
+    np.testing.assert_array_equal(read.spread.mixed, spread.mixed)
     (tmp_path / "s.safetensors").write_bytes((tmp_path / "s.safetensors").read_bytes()[:-7])
     with pytest.raises(ProfileError, match="damaged"):
         load_stats(tmp_path / "s.safetensors")
