@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from npti_export.errors import FidelityError, ModelError, NptiError
 from npti_export.identify.collect import identify
 from npti_export.job import Job, Prepared, held_out, prepared, with_base
 from npti_export.loader import Models, Timings
+from npti_export.models import ModelSource, gguf_source
 from npti_export.profile import NeuronProfile
 from npti_export.profile_io import save_profile
 from npti_export.progress import Progress
@@ -219,20 +221,32 @@ def measure_artifact(
     recipe = ready.recipe
     questions = [chat(None, text) for text in held_out(ready.benches, recipe, recipe.verify.prompts)]
     if _runs_in_llamacpp(ready, models):
+        from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
         from npti_export.verify_llamacpp import measure_file
 
-        base = models.llama()
-        artifact = ending.in_llamacpp(path, ready.source)
-        assert artifact is not None
-        with artifact:
+        base, baked_into = models.llama(), _baked_into(ready)
+        with ExitStack() as stack:
+            file = None
+            if baked_into.path != ready.source.path:
+                file = stack.enter_context(LlamaCppRuntime(baked_into.path, models.settings.llama, source=baked_into))
+            artifact = ending.in_llamacpp(path, baked_into)
+            assert artifact is not None
+            stack.enter_context(artifact)
             prompts = [base.encode(question) for question in questions]
-            fidelity, layers = measure_file(ready.source, base, artifact, saved.rule, prompts, recipe, progress)
+            fidelity, layers = measure_file(base, artifact, saved.rule, prompts, recipe, progress, file=file)
             return fidelity, layers if ready.job.format == "gguf" else None
     from npti_export.verify import measure
 
     runtime = models.exact()
     prompts = [runtime.encode(question) for question in questions]
     return measure(runtime, saved.rule, ending.artifact(path), ending.base(), prompts, recipe, progress), None
+
+
+def _baked_into(ready: Prepared) -> ModelSource:
+    """The GGUF that extra neurons are added to: the model itself, or ``--base``, the same model in another type."""
+    if ready.base is None or ready.base.path == ready.source.path:
+        return ready.source
+    return gguf_source(ready.base.path)
 
 
 def _runs_in_llamacpp(ready: Prepared, models: Models) -> bool:

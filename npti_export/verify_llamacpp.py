@@ -14,7 +14,6 @@ import numpy as np
 
 from npti_export.gguf.mlp import FileMLP, Floats
 from npti_export.gguf.shards import read_model
-from npti_export.models import ModelSource
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
@@ -27,42 +26,51 @@ _CHECKED_ROWS = 64  # of each pass, whose MLPs are compared layer by layer
 
 
 def measure_file(
-    source: ModelSource,
     base: LlamaCppRuntime,
     artifact: LlamaCppRuntime,
     rule: SteeringRule,
     prompts: Sequence[tuple[int, ...]],
     recipe: Recipe,
     progress: Progress,
+    *,
+    file: LlamaCppRuntime | None = None,
 ) -> tuple[Fidelity, LayerErrors]:
     """Compare rule, base and artifact on held-out prompts and the artifact's answers to them.
 
     Args:
-        source: the unsteered file.
-        base: that file, opened with its source.
-        artifact: what was made of the rule, opened with the base's source.
+        base: the unsteered model, opened with its source.
+        artifact: what was made of the rule, opened with the source of the file that it was baked into.
         rule: what it should do.
         prompts: token ids.
         recipe: its ``verify`` section.
         progress: told of each pass.
+        file: what the artifact was baked into, opened with its source, where that is not ``base``: the same model in
+            another type. Its distance from the model is noise that is not ours, and layers are held to its weights.
 
     Raises:
-        ModelError: llama.cpp cannot run one of the two files.
+        ModelError: llama.cpp cannot run one of the files.
     """
-    assert source.family is not None
-    mlp = FileMLP(read_model(source.path), source.family)
-    tally, layers = Tally(), _LayerSums(source.shape.layers)
+    mlp, file = _mlp_of(base), file or base
+    own = mlp if file is base else _mlp_of(file)
+    tally, layers = Tally(), _LayerSums(len(rule.shift))
     progress.start("verify", 1 + 4 * len(prompts))
     sequences = _answers(artifact, prompts, recipe)
     progress.advance(1, sum(map(len, sequences)))
     for some in _chunks(sequences, base.model.vocabulary_size, base.settings.context):
         want = base.run(some, _replaced(mlp, rule))
         plain = base.run(some, _replaced(mlp, None))
-        got = artifact.run(some, _watched(mlp, rule, layers.add_artifact))
-        floor = base.run(some, _watched(mlp, None, layers.add_base))
+        got = artifact.run(some, _watched(own, rule, layers.add_artifact))
+        floor = file.run(some, _watched(own, None, layers.add_base))
         tally.add(want, plain, got, floor)
         progress.advance(4 * len(some), 4 * sum(map(len, some)))
     return tally.result(), layers.result()
+
+
+def _mlp_of(runtime: LlamaCppRuntime) -> FileMLP:
+    source = runtime.source
+    assert source is not None
+    assert source.family is not None
+    return FileMLP(read_model(source.path), source.family)
 
 
 def _answers(steered: LlamaCppRuntime, prompts: Sequence[tuple[int, ...]], recipe: Recipe) -> list[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from npti_export.runtimes.base import Exchange, chat
 from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.counting import GateCounter, _bin_of_bits
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
-from npti_export.stats import BIN_COUNT, EDGES, Spread
+from npti_export.stats import BIN_COUNT, EDGES, AnswerCounts, PairSpread
 
 QUESTIONS = ["Hi", "Why?", "What do you do when it rains all day?", "Name three birds.", "Where is the sea?"]
 GROUPS = [0, 1, 1, 0, 1]
@@ -53,17 +53,13 @@ def check(stats, gates, activation="silu"):
     for index, edge in enumerate(EDGES, start=1):
         assert ((low >= edge).sum(1) <= above[..., index]).all()
         assert ((high >= edge).sum(1) >= above[..., index]).all()
-    # sums over answers, in plain Python; a count that is off by k moves a square by at most (2 n + k) k
-    assert stats.spread.answers == sum(one.shape[1] > 0 for one in gates)
-    assert stats.spread.tokens_squared == sum(one.shape[1] ** 2 for one in gates)
-    squares = weighted = slack = 0
-    for one in gates:
-        count, tokens = (one > 0).sum(1), one.shape[1]
-        off = (np.abs(one) < GATE_LLAMACPP).sum(1)
-        squares, weighted = squares + count**2, weighted + count * tokens
-        slack = slack + off * (2 * tokens + off)
-    assert (np.abs(stats.spread.active_squared - squares) <= slack).all()
-    assert (np.abs(stats.spread.active_tokens - weighted) <= slack).all()
+
+
+def check_answers(counts, gates):
+    """Each answer's own counts, against its pre-activations."""
+    assert counts.tokens.tolist() == [one.shape[1] for one in gates]
+    for active, one in zip(counts.active, gates, strict=True):
+        assert (np.abs(active - (one > 0).sum(1)) <= (np.abs(one) < GATE_LLAMACPP).sum(1)).all()
 
 
 def reference_gates(reference, exchange):
@@ -90,7 +86,7 @@ def test_observed_statistics_against_float64(make_tiny, biases, sequences):
     reference = ReferenceLlama(path)
     with opened(path, sequences) as runtime:
         prompts = prompts_of(runtime)
-        found = runtime.observe(prompts, GROUPS, shared=[12] * 5, **ANSWERS)
+        found, counts = runtime.observe(prompts, GROUPS, shared=[12] * 5, **ANSWERS)
         exchanges = runtime.generate(prompts, **ANSWERS)
         again = runtime.activation_stats(exchanges)
     assert len(found) == 2
@@ -100,13 +96,16 @@ def test_observed_statistics_against_float64(make_tiny, biases, sequences):
     assert np.abs(found[0].active / found[0].tokens - found[1].active / found[1].tokens).max() > 0.3
     check(again, gates)
     check(found[0] + found[1], gates)
+    check_answers(counts, gates)
+    for group, stats in enumerate(found):  # one count, two ways of adding it up
+        np.testing.assert_array_equal(counts.active[np.array(GROUPS) == group].sum(0), stats.active)
 
 
 def test_a_layer_narrower_than_another_and_none_at_all(make_tiny):
     path = make_tiny(family="deci", width=(96, 0, 64))
     with opened(path) as runtime:
         prompts = prompts_of(runtime)
-        (stats,) = runtime.observe(prompts, [0] * 5, **ANSWERS)
+        (stats,), _ = runtime.observe(prompts, [0] * 5, **ANSWERS)
         exchanges = runtime.generate(prompts, **ANSWERS)
     tokens = sum(len(one.response) - 1 for one in exchanges)
     assert stats.active.shape == (3, 96)
@@ -132,7 +131,7 @@ def test_families_that_keep_their_gate_elsewhere(make_tiny, family):
     row, path = gguf_family(family, "x"), make_tiny(family=family)
     with opened(path) as runtime:
         prompts = [tokens[-20:] for tokens in prompts_of(runtime)[:3]]
-        (stats,) = runtime.observe(prompts, [0] * 3, **ANSWERS)
+        (stats,), _ = runtime.observe(prompts, [0] * 3, **ANSWERS)
         exchanges = runtime.generate(prompts, **ANSWERS)
     gates = [
         np.array([node_gates(path, one, f"{row.gate}-{layer}")[:, :96] for layer in range(3)]).astype(np.float64)
@@ -160,25 +159,28 @@ def test_more_rows_than_the_buffer_and_answers_longer_than_a_batch(make_tiny):
 def test_no_answer_at_all(tiny):
     with opened(tiny) as runtime:
         stats = runtime.activation_stats([Exchange((5, 6), (2,)), Exchange((5, 6), ())])
-        assert (stats.tokens, stats.spread.answers, int(stats.active.sum())) == (0, 0, 0)
+        assert (stats.tokens, int(stats.active.sum())) == (0, 0)
         assert runtime.activation_stats([]).tokens == 0
 
 
 def test_both_runtimes_agree_on_a_tiny_model(tiny, tiny_runtime):
     with opened(tiny) as runtime:
         prompts = prompts_of(runtime)
-        ours = runtime.observe(prompts, GROUPS, **ANSWERS)
+        ours, counts = runtime.observe(prompts, GROUPS, **ANSWERS)
         exchanges = runtime.generate(prompts, **ANSWERS)
     for group, stats in enumerate(ours):
         chosen = [one for one, its in zip(exchanges, GROUPS, strict=True) if its == group]
         theirs = tiny_runtime.activation_stats(chosen)
-        assert (stats.tokens, stats.spread.answers, stats.spread.tokens_squared) == (
-            theirs.tokens,
-            theirs.spread.answers,
-            theirs.spread.tokens_squared,
-        )
+        assert stats.tokens == theirs.tokens
         assert np.abs(stats.active - theirs.active).sum() < (1 - SIGNS_QUANTISED) * stats.active.size * stats.tokens
         np.testing.assert_allclose(stats.largest, theirs.largest, atol=GATE_LLAMACPP)
+    _, their_counts = tiny_runtime.observe(prompts, GROUPS, **ANSWERS)
+    # float16 keys and values tip a nearly even choice of a token now and then: those answers aside
+    same = [one == other for one, other in zip(exchanges, tiny_runtime.generate(prompts, **ANSWERS), strict=True)]
+    assert sum(same) >= 4
+    np.testing.assert_array_equal(counts.tokens[same], their_counts.tokens[same])
+    differing = np.abs(counts.active - their_counts.active).sum((1, 2))
+    assert (differing < (1 - SIGNS_QUANTISED) * counts.active[0].size * counts.tokens)[same].all()
 
 
 def test_both_runtimes_agree_on_the_default_model(default_model):
@@ -186,14 +188,14 @@ def test_both_runtimes_agree_on_the_default_model(default_model):
     from npti_export.runtimes.transformers import TransformersRuntime
 
     with opened(default_model, 4) as runtime:
-        prompts = [runtime.encode(chat("You are a shy and quiet person.", text)) for text in QUESTIONS[:4]]
-        (observed,) = runtime.observe(prompts, [0] * 4, max_new_tokens=24, repetition_penalty=1.1)
+        prompts = [runtime.encode(chat("You are a shy and quiet person.", text)) for text in QUESTIONS[1:4]]
+        (observed,), _ = runtime.observe(prompts, [0] * 3, max_new_tokens=24, repetition_penalty=1.1)
         exchanges = runtime.generate(prompts, max_new_tokens=24, repetition_penalty=1.1)
         forced = runtime.activation_stats(exchanges)
-        assert len(runtime.decode(exchanges[2].response)) > 20
+        assert len(runtime.decode(exchanges[1].response)) > 20
     theirs = TransformersRuntime(gguf_source(default_model), device="cpu", dtype="float32").activation_stats(exchanges)
     for ours in (observed, forced):
-        assert ours.tokens == theirs.tokens > 50
+        assert ours.tokens == theirs.tokens > 40
         rates = np.corrcoef(ours.probability().ravel(), theirs.probability().ravel())[0, 1]
         assert rates > RATES_CORRELATION
         differing = np.abs(ours.active - theirs.active).sum()  # at least so many signs
@@ -228,8 +230,8 @@ def test_not_a_number_is_not_counted_in_silence():
     for bad in (np.nan, np.inf):
         counter.begin([0, 1], [0, 0])
         assert counter.see(0)(np.array([[1, 2, 3, 4], [1, bad, 3, 4]], np.float32)) is False
-        with pytest.raises(ModelError, match="x.gguf: computes gates that are not numbers"):
-            counter.results("silu")
+        with pytest.raises(ModelError, match=r"x\.gguf: computes gates that are not numbers"):
+            counter.results()
 
 
 def test_counted_by_hand():
@@ -239,30 +241,32 @@ def test_counted_by_hand():
     for (answers, groups), values in zip(passes, gates, strict=True):
         counter.begin(answers, groups)
         counter.see(0)(np.array(values, np.float32))
-    first, second = counter.results("silu")
+    first, second = counter.results()
     assert (first.tokens, second.tokens) == (3, 3)
     assert first.active.tolist() == [[2, 1, 1]]
     assert second.active.tolist() == [[2, 3, 0]]
-    assert first.spread.answers == 2
-    assert first.spread.tokens_squared == 5
-    assert first.spread.active_squared.tolist() == [[4, 1, 1]]
-    assert first.spread.active_tokens.tolist() == [[4, 1, 1]]
-    assert second.spread.active_squared.tolist() == [[4, 9, 0]]
+    assert counter.counts().tokens.tolist() == [2, 1, 3]
+    assert counter.counts().active.tolist() == [[[2, 0, 0]], [[0, 1, 1]], [[2, 3, 0]]]
     np.testing.assert_allclose(first.largest, [[3 / (1 + np.exp(-3)), 5 / (1 + np.exp(-5)), 0.00050025]], rtol=1e-5)
     assert second.largest[0, 2] == 0
 
 
-def test_sums_of_spread_are_exact():
+def test_sums_of_spread_are_exact_and_add_up():
     rng = np.random.default_rng(1)
-    active, tokens = rng.integers(0, 60_000, (4, 2, 3)).astype(np.int32), np.array([60_000, 0, 65_000, 100])
-    spread = Spread.of_answers(active, tokens)
-    for layer in range(2):
-        for neuron in range(3):
-            counts = [int(one) for one in active[:, layer, neuron]]
-            assert spread.active_squared[layer, neuron] == sum(one * one for one in counts)
-            want = sum(one * int(size) for one, size in zip(counts, tokens, strict=True))
-            assert spread.active_tokens[layer, neuron] == want
-    assert (spread.answers, spread.tokens_squared) == (3, 60_000**2 + 65_000**2 + 100**2)
+    active = rng.integers(0, 60_000, (2, 4, 2, 3)).astype(np.int32)
+    tokens = np.array([[60_000, 0, 65_000, 100], [5, 60_001, 0, 64_999]])
+    plus, minus = (AnswerCounts(*pole) for pole in zip(active, tokens, strict=True))
+    spread = PairSpread.of_answers(plus, minus)
+    parts = PairSpread.of_answers(plus[:1], minus[:1]) + PairSpread.of_answers(plus[1:], minus[1:])
+    for one in (spread, parts):
+        for layer in range(2):
+            for neuron in range(3):
+                a, b = ([int(count) for count in pole[:, layer, neuron]] for pole in active)
+                s, t = ([int(count) for count in pole] for pole in tokens)
+                dot = lambda left, right: sum(x * y for x, y in zip(left, right, strict=True))  # noqa: E731
+                assert one.products[:, layer, neuron].tolist() == [dot(a, a), dot(b, b), dot(a, b)]
+                assert one.mixed[:, layer, neuron].tolist() == [dot(a, s), dot(b, t), dot(a, t), dot(b, s)]
+        assert (one.pairs, one.lengths) == (4, (dot(s, s), dot(t, t), dot(s, t)))
 
 
 def test_the_activations_against_transformers():
@@ -313,9 +317,9 @@ def test_a_copy_that_is_written_back_is_what_a_view_is(tiny):
         plain, want = runtime.logits(tokens), runtime.run([tokens], change)
         runtime._context.tap._on_host = False
         np.testing.assert_array_equal(runtime.run([tokens], change), want)
-        (copied,) = runtime.observe([tokens], [0], **ANSWERS)
+        (copied,), _ = runtime.observe([tokens], [0], **ANSWERS)
     with opened(tiny) as runtime:
-        (viewed,) = runtime.observe([tokens], [0], **ANSWERS)
+        (viewed,), _ = runtime.observe([tokens], [0], **ANSWERS)
     np.testing.assert_array_equal(copied.active, viewed.active)
     assert np.abs(want - plain).max() > 0.1
 

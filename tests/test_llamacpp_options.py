@@ -56,6 +56,21 @@ def test_a_given_file_runs_in_transformers_too(tiny, finished, cli_environment, 
     assert theirs["fidelity"]["kl_rule_base"] == pytest.approx(ours["fidelity"]["kl_rule_base"], rel=0.3)
 
 
+def test_a_base_of_another_type_than_the_model(tiny, make_tiny, cli_environment, tmp_path):
+    """Identified on the float file, baked into the quantised one, whose own noise counts as noise."""
+    base = make_tiny("Q8_0")
+    done = npti(
+        *main_job(tiny, "m.gguf", "--base", base, "--report", "r.json"), environment=cli_environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    fidelity = json.loads((tmp_path / "r.json").read_text())["fidelity"]
+    assert 1e-5 < fidelity["kl_runtime_floor"] < 1e-2 < fidelity["kl_rule_base"]
+    arguments = ["verify", "m.gguf", "--model", tiny, "--base", base, "--json"]
+    verdict = json.loads(npti(*arguments, environment=cli_environment, cwd=tmp_path).stdout)
+    assert verdict["fault"] is None
+    assert verdict["fidelity"]["kl_runtime_floor"] == pytest.approx(fidelity["kl_runtime_floor"], rel=0.1)
+
+
 IDENTIFY = ["identify", "--trait", "calm", "--out", "p.safetensors"]
 BAD = [
     ([*IDENTIFY, "--trait", "neuroticism", "--model", "folder", "--runtime", "llama.cpp"], "llama.cpp runs GGUF files"),

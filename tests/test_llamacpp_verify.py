@@ -33,7 +33,7 @@ def measured(base, artifact, rule, settings=None):
         LlamaCppRuntime(artifact, settings, sequences=3, source=source) as steered,
     ):
         prompts = [unsteered.encode(chat(None, text)) for text in QUESTIONS]
-        return measure_file(source, unsteered, steered, rule, prompts, RECIPE, Silent())
+        return measure_file(unsteered, steered, rule, prompts, RECIPE, Silent())
 
 
 def accepted(found, exact):
@@ -157,3 +157,25 @@ def test_a_qwen2_file_that_is_steered_as_llama(make_tiny, tmp_path):
     found = measured(base, tmp_path / "s.gguf", rule)
     assert accepted(found, exact=True)
     assert found[0].kl_rule_artifact < KL_TINY_FLOAT < found[0].kl_rule_base
+
+
+def test_a_file_baked_into_another_than_the_model(tiny, make_tiny, tmp_path):
+    """As with ``--model F32 --base Q8_0``: the noise is the file's, and its layers are held to its own weights."""
+    base, rule = make_tiny("Q8_0"), rule_for(tiny)
+    bake(base, tmp_path / "s.gguf", rule)
+    settings = Settings(threads=1)
+    model, file = gguf_source(tiny), gguf_source(base)
+    with (
+        LlamaCppRuntime(tiny, settings, source=model) as unsteered,
+        LlamaCppRuntime(base, settings, source=file) as plain,
+        LlamaCppRuntime(tmp_path / "s.gguf", settings, sequences=3, source=file) as steered,
+    ):
+        prompts = [unsteered.encode(chat(None, text)) for text in QUESTIONS]
+        fidelity, layers = measure_file(unsteered, steered, rule, prompts, RECIPE, Silent(), file=plain)
+        sequences = [one.tokens for one in steered.generate(prompts, max_new_tokens=8, repetition_penalty=1.1)]
+        want, got = (np.concatenate([runtime.logits(tokens) for tokens in sequences]) for runtime in (unsteered, plain))
+    assert fidelity.kl_runtime_floor == pytest.approx(kl(want, got), rel=0.2)
+    assert fidelity.kl_runtime_floor > 1e-5  # of the same file twice: below 1e-9
+    assert accepted((fidelity, layers), exact=False)
+    assert max(layers.floor) < 0.02
+    assert max(layers.moved) > 0.1

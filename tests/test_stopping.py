@@ -15,20 +15,27 @@ from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
-from npti_export.stats import BIN_COUNT, ActivationStats, Spread
+from npti_export.stats import BIN_COUNT, ActivationStats, AnswerCounts, ContrastStats, PairSpread
 
 NEURONS, QUESTIONS = 1500, 128
 SELECTIONS = {"threshold": [], "fixed": ["select.at_least=150", "select.at_most=150"]}
 
 
-def stats_of(counts, tokens, layers=1):
-    """Of answers' active tokens [answers, neurons] and tokens [answers]; all activations in one bin."""
-    shaped = counts.reshape(len(counts), layers, -1)
-    histogram = np.zeros((*shaped.shape[1:], BIN_COUNT), np.int32)
-    histogram[..., 70] = shaped.sum(0)
-    largest = np.ones(shaped.shape[1:], np.float32)
-    active = shaped.sum(0, dtype=np.int64)
-    return ActivationStats(int(tokens.sum()), active, histogram, largest, Spread.of_answers(shaped, tokens))
+def counts_of(counts, tokens, layers=1):
+    """Of answers' active tokens [answers, neurons] and tokens [answers]."""
+    return AnswerCounts(counts.reshape(len(counts), layers, -1).astype(np.int32), tokens.astype(np.int64))
+
+
+def stats_of(answers):
+    """All activations in one bin."""
+    histogram = np.zeros((*answers.active.shape[1:], BIN_COUNT), np.int32)
+    histogram[..., 70] = answers.active.sum(0)
+    active = answers.active.sum(0, dtype=np.int64)
+    return ActivationStats(int(answers.tokens.sum()), active, histogram, np.ones(active.shape, np.float32))
+
+
+def contrast_of(plus, minus):
+    return ContrastStats(stats_of(plus), stats_of(minus), PairSpread.of_answers(plus, minus))
 
 
 def world(kind, seed):
@@ -73,8 +80,8 @@ def test_the_forecast_is_what_happens(kind, selection):
         answers = world(kind, seed)
         final = chosen(answers, QUESTIONS, section)
         for number in asked:
-            plus, minus = (stats_of(counts[:number], tokens[:number]) for counts, tokens in answers)
-            forecasts.append(expected_overlap(plus, minus, section, number, QUESTIONS))
+            stats = contrast_of(*(counts_of(counts, tokens)[:number] for counts, tokens in answers))
+            forecasts.append(expected_overlap(stats, section, QUESTIONS))
             now = chosen(answers, number, section)
             happened.append(min((now[s] & final[s]).sum() / max(1, (now[s] | final[s]).sum()) for s in "+-"))
     forecast, truth = (np.reshape(one, (4, -1)).mean(0) for one in (forecasts, happened))
@@ -86,16 +93,15 @@ def test_the_forecast_is_what_happens(kind, selection):
 
 def test_the_forecast_is_repeatable_and_ends_at_one():
     section = load_recipe("npti").select
-    (plus, plus_tokens), (minus, minus_tokens) = world("normal", 0)
-    some = [stats_of(plus[:40], plus_tokens[:40]), stats_of(minus[:40], minus_tokens[:40])]
-    first = expected_overlap(*some, section, 40, QUESTIONS)
+    plus, minus = (counts_of(*pole) for pole in world("normal", 0))
+    stats = contrast_of(plus[:40], minus[:40])
+    first = expected_overlap(stats, section, QUESTIONS)
     assert 0 < first < 1
     np.random.default_rng().normal(size=5)
-    assert expected_overlap(*some, section, 40, QUESTIONS) == first
-    assert expected_overlap(*some, section, 40, 40) == 1.0
-    assert expected_overlap(*some, section, 40, 41) > first
-    one = [stats_of(plus[:1], plus_tokens[:1]), stats_of(minus[:1], minus_tokens[:1])]
-    assert expected_overlap(*one, section, 1, QUESTIONS) == 0.0  # one answer says nothing of the spread
+    assert expected_overlap(stats, section, QUESTIONS) == first
+    assert expected_overlap(stats, section, 40) == 1.0
+    assert expected_overlap(stats, section, 41) > first
+    assert expected_overlap(contrast_of(plus[:1], minus[:1]), section, QUESTIONS) == 0.0  # no spread to be seen
 
 
 def test_jaccard():
@@ -105,24 +111,33 @@ def test_jaccard():
     assert jaccard(sets[2], sets[2]) == 1
 
 
-def test_the_variance_of_a_probability_against_the_formula_and_a_bootstrap():
+def test_the_variance_of_delta_against_the_formula_and_a_bootstrap():
+    """Questions at random, each answered as both poles, whose answers have something in common."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(1, 60, 300)
-    counts = rng.binomial(tokens[:, None], np.clip(rng.normal(0.4, 0.2, (300, 12)), 0, 1))
-    stats = stats_of(counts, tokens)
-    found = stats.probability_variance()[0]
+    common = 0.15 * rng.normal(size=(300, 12))
+    tokens = [rng.integers(1, 60, 300) for _ in range(2)]
+    counts = [
+        rng.binomial(length[:, None], np.clip(0.4 + common + 0.15 * rng.normal(size=(300, 12)), 0, 1))
+        for length in tokens
+    ]
+    stats = contrast_of(*map(counts_of, counts, tokens))
+    found = stats.spread.delta_variance(stats.plus, stats.minus)[0]
     for neuron in range(12):
-        p = sum(int(one) for one in counts[:, neuron]) / sum(int(one) for one in tokens)
-        residues = sum((float(a) - p * float(t)) ** 2 for a, t in zip(counts[:, neuron], tokens, strict=True))
-        assert found[neuron] == pytest.approx(300 / 299 * residues / float(tokens.sum()) ** 2, rel=1e-9)
+        residues = np.zeros(300)
+        for sign, active, length in ((1, counts[0][:, neuron], tokens[0]), (-1, counts[1][:, neuron], tokens[1])):
+            p = active.sum() / length.sum()
+            residues += sign * (active - p * length) / length.sum()
+        assert found[neuron] == pytest.approx(300 / 299 * sum(one * one for one in residues), rel=1e-9)
     draws = []
     for _ in range(800):
         some = rng.integers(0, 300, 300)
-        draws.append(counts[some].sum(0) / tokens[some].sum())
+        plus, minus = (active[some].sum(0) / length[some].sum() for active, length in zip(counts, tokens, strict=True))
+        draws.append(plus - minus)
     np.testing.assert_allclose(np.std(draws, axis=0), np.sqrt(found), rtol=0.15)
-    naive = stats.probability()[0] * (1 - stats.probability()[0]) / stats.tokens
-    assert (found > 2 * naive).all()  # tokens of one answer are alike
-    assert np.isinf(stats_of(counts[:1], tokens[:1]).probability_variance()).all()
+    naive = sum(one.probability() * (1 - one.probability()) / one.tokens for one in (stats.plus, stats.minus))[0]
+    assert (found > 1.5 * naive).all()  # tokens of one answer are alike
+    first = contrast_of(*(counts_of(*pole)[:1] for pole in zip(counts, tokens, strict=True)))
+    assert np.isinf(first.spread.delta_variance(first.plus, first.minus)).all()
 
 
 class Synthetic:
@@ -143,17 +158,19 @@ class Synthetic:
         self.calls += 1
         if self.calls == self.stops_at:
             raise KeyboardInterrupt
-        return [self._stats([one for one, its in zip(prompts, groups, strict=True) if its == g], g) for g in (0, 1)]
+        answers = self._answers(prompts, groups)
+        places = [[place for place, its in enumerate(groups) if its == group] for group in (0, 1)]
+        return [stats_of(AnswerCounts(answers.active[some], answers.tokens[some])) for some in places], answers
 
-    def _stats(self, prompts, group):
+    def _answers(self, prompts, groups):
         counts, tokens = [], []
-        for prompt in prompts:
+        for prompt, group in zip(prompts, groups, strict=True):
             rng = np.random.default_rng(zlib.crc32(bytes(prompt)))
             length = int(rng.integers(10, 30))
             rates = self.rate + (0.5 - group) * self.delta + self.noise * rng.normal(size=len(self.rate))
             counts.append(rng.binomial(length, np.clip(rates, 0, 1)))
             tokens.append(length)
-        return stats_of(np.array(counts), np.array(tokens), self.shape.layers)
+        return counts_of(np.array(counts), np.array(tokens), self.shape.layers)
 
 
 def asked(runtime, tiny, cache=None, *overrides, notes=None):

@@ -19,8 +19,8 @@ def expected_overlap(stats: ContrastStats, select: SelectSection, total: int) ->
     The ``delta`` of the questions to come is drawn for every neuron, the selection made again from all, and the two
     sets compared; the mean of the Jaccard indices, of the pole where it is smaller. What is to come is not simply like
     what was seen: a neuron ranks high partly by luck. So its true ``delta``, in units of its own standard error, has a
-    normal prior (empirical Bayes): its mean is that of all observed ones, as the answers of one pole may be longer or of
-    another kind for all neurons alike, its variance what theirs exceeds 1 by.
+    normal prior (empirical Bayes): its mean is that of all observed ones, as the answers of one pole may be longer or
+    of another kind for all neurons alike, its variance what theirs exceeds 1 by.
 
     Args:
         stats: of the questions so far.
