@@ -135,7 +135,7 @@ def capture_and_sharing(source, recipe, sequences, pairs):
         started = time.perf_counter()
         exchanges = plain.generate(prompts, **options)
         middle = time.perf_counter()
-        stats = llama.observe(prompts, groups, **options)
+        stats, _ = llama.observe(prompts, groups, **options)
         end = time.perf_counter()
         rates = (
             sum(len(one.response) - 1 for one in exchanges) / (middle - started),
