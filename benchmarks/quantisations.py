@@ -25,7 +25,7 @@ from npti_export.compiler.exact import compile_exact
 from npti_export.errors import ModelError
 from npti_export.evaluate.contrast import plain_prompts
 from npti_export.export.gguf import plan_bake, write_bake
-from npti_export.gguf.blocks import decode, decode_columns, type_name
+from npti_export.gguf.blocks import decode, decode_columns, type_id_of, type_name
 from npti_export.gguf.columns import quantise_columns
 from npti_export.gguf.reader import read_gguf
 from npti_export.models import gguf_source
@@ -43,6 +43,8 @@ TYPES = [
     *("MXFP4", "NVFP4", "Q1_0", "Q2_0"),
 ]
 
+# llama.cpp has no file type for these, or no way out where rows do not fit (Q1_0: 576 is no multiple of 128)
+_BY_TENSOR = {"MXFP4": b"ffn_.*", "NVFP4": b"ffn_.*", "Q1_0": b"ffn_down"}
 _QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
 
@@ -52,11 +54,12 @@ def quantised(source, target, kind):
 
     header = read_gguf(source)
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}", llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0)
-    params.token_embedding_type = params.output_tensor_type = 8
-    overrides = [(b"attn_.*", 8)]
-    if kind == "MXFP4":  # a file type of its own only for mixtures of experts
-        overrides.append((b"ffn_.*", 39))
+    by_tensor = _BY_TENSOR.get(kind)
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{'Q8_0' if by_tensor else kind}")
+    params.token_embedding_type = params.output_tensor_type = type_id_of("Q8_0")
+    overrides = [(b"attn_.*", type_id_of("Q8_0"))]
+    if by_tensor:
+        overrides.append((by_tensor, type_id_of(kind)))
     tensors = (llama_cpp.llama_model_tensor_override * (len(overrides) + 1))()
     for entry, (pattern, type_id) in zip(tensors, overrides, strict=False):
         entry.pattern, entry.type = pattern, type_id
