@@ -170,10 +170,12 @@ class Tally:
 
     def add(self, want: Logits, plain: Logits, got: Logits, floor: Logits) -> None:
         """Logits ``[positions, vocabulary]`` of rule, unsteered model, artifact, and unsteered model in its runtime."""
-        self.sums["artifact"] += float(kl_divergence(want, got).sum())
-        self.sums["base"] += float(kl_divergence(want, plain).sum())
-        self.sums["base_file"] += float(kl_divergence(want, floor).sum())
-        self.sums["floor"] += float(kl_divergence(plain, floor).sum())
+        for rule, base, artifact, file in zip(*map(_log_softmax, (want, plain, got, floor)), strict=True):
+            likely = np.exp(rule)
+            self.sums["artifact"] += float((likely * (rule - artifact)).sum())
+            self.sums["base"] += float((likely * (rule - base)).sum())
+            self.sums["base_file"] += float((likely * (rule - file)).sum())
+            self.sums["floor"] += float((np.exp(base) * (base - file)).sum())
         self.sums["agree"] += float((want.argmax(-1) == got.argmax(-1)).sum())
         self.worst = max(self.worst, float(np.abs(want - got).max()))
         self.positions += len(want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from types import FrameType
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 bad input, 3 unfaithful file, 4 disk full, 130 interrupted."""
     import click
+
+    # Read when numpy is imported: its idle threads sleep at once instead of spinning on the cores that llama.cpp needs.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
     from npti_export.cli.root import cli
     from npti_export.errors import NptiError
