@@ -19,7 +19,7 @@ from npti_export.gguf.blocks import (
 
 _SUPERBLOCK = 256  # QK_K in ggml-common.h
 _ONE_SCALE = ("TQ1_0", "TQ2_0")  # superblocks without scales inside
-_FINE = ("Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+_FINE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 _INNER = 32  # columns that share a scale inside all other superblocks, or a multiple of it
 
 
@@ -32,7 +32,8 @@ def granule(type_id: int) -> int:
 def is_fine(type_id: int) -> bool:
     """Whether plain rounding is lost in the runtime's own noise, so that corrections would only cost time.
 
-    Superblocks of four bits and more, whose corrections take ten times as long to quantise, and floats.
+    So it is from four bits on. Measured on the default model (Q4_1), three rules, KL to the rule: 0.0048 to 0.0069
+    with corrections, 0.0060 to 0.0064 without, where the runtime's own noise is 0.0051.
     """
     return is_float(type_id) or type_name(type_id) in _FINE
 
