@@ -31,10 +31,10 @@ import numpy as np
 from npti_export.compiler.exact import compile_exact
 from npti_export.export.gguf import check_base, plan_bake, write_bake
 from npti_export.files import atomic_output
-from npti_export.gguf import blocks
+from npti_export.gguf.ggml import ggml
 from npti_export.gguf.reader import read_gguf
 from npti_export.rule import SteeringRule
-blocks._ggml()
+ggml()
 
 def peak():  # ru_maxrss would count the parent's memory at the fork, too
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024

@@ -11,6 +11,7 @@ from npti_export.errors import ModelError
 from npti_export.gguf.mlp import FileMLP
 from npti_export.gguf.reader import GGUFFile
 from npti_export.gguf.shards import read_model
+from npti_export.gguf.weights import read_vector
 from npti_export.rule import SteeringRule
 from npti_export.runtimes.base import Exchange
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
@@ -37,7 +38,7 @@ def mean_effect(runtime: LlamaCppRuntime, rule: SteeringRule, exchanges: Sequenc
     assert source is not None
     assert source.family is not None
     header = read_model(source.path)
-    mlp = FileMLP(header, source.family)
+    mlp, norms = FileMLP(header, source.family), [_post_norm(header, layer) for layer in range(source.shape.layers)]
     sums = np.zeros((source.shape.layers, source.shape.hidden))
     count = 0
     for exchange in exchanges:
@@ -51,7 +52,8 @@ def mean_effect(runtime: LlamaCppRuntime, rule: SteeringRule, exchanges: Sequenc
             seen[layer] += len(x)
             y[:] = mlp(layer, x, rule)
             if rows.any():
-                change = _contribution(header, layer, y[rows]) - _contribution(header, layer, mlp(layer, x[rows]))
+                change = _contribution(header, norms[layer], y[rows])
+                change -= _contribution(header, norms[layer], mlp(layer, x[rows]))
                 sums[layer] += change.sum(0)
             return True
 
@@ -69,14 +71,16 @@ def as_directions(effect: Floats) -> Floats:
     return directions
 
 
-def _contribution(header: GGUFFile, layer: int, y: Floats) -> Floats:
+def _post_norm(header: GGUFFile, layer: int) -> Floats | None:
+    """Weight of the norm of an MLP's output, in families that have one."""
+    tensor = header.by_name.get(f"blk.{layer}.post_ffw_norm.weight")
+    return None if tensor is None else read_vector(header, tensor)
+
+
+def _contribution(header: GGUFFile, norm: Floats | None, y: Floats) -> Floats:
     """What an MLP's output ``[rows, hidden]`` adds to the residual stream, after the family's norm or scale."""
     architecture = header.architecture
-    norm = header.by_name.get(f"blk.{layer}.post_ffw_norm.weight")
     if norm is not None:
-        with header.holder(norm.name).path.open("rb") as stream:
-            stream.seek(norm.offset)
-            weight = np.frombuffer(stream.read(norm.nbytes), np.float32 if norm.type_id == 0 else np.float16)
         epsilon = float(header.get(f"{architecture}.attention.layer_norm_rms_epsilon", _EPSILON))
-        y = y / np.sqrt(np.square(y).mean(-1, keepdims=True) + epsilon) * weight
+        y = y / np.sqrt(np.square(y).mean(-1, keepdims=True) + epsilon) * norm
     return y * np.float32(header.get(f"{architecture}.residual_scale", 1.0))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from npti_export.errors import ModelError
-from npti_export.export.control_vector import ARCHITECTURE
 from npti_export.export.gguf import PREFIX
 from npti_export.gguf.blocks import type_name
+from npti_export.gguf.reader import CONTROL_VECTOR, is_control_vector
 from npti_export.gguf.shards import read_model
 from npti_export.profile import SAFETENSORS_SUFFIXES
 from npti_export.rule_io import artifact_format, load_rule
@@ -52,8 +52,8 @@ def _directory(path: Path) -> dict[str, Any]:
 def _gguf(path: Path) -> dict[str, Any]:
     header = read_model(path)
     steering = {entry.key: entry.shown for entry in header.keys if entry.key.startswith(PREFIX)}
-    if header.architecture == ARCHITECTURE:
-        return {"kind": "control vector", "for": header.text(f"{ARCHITECTURE}.model_hint"), **steering}
+    if is_control_vector(header):
+        return {"kind": "control vector", "for": header.text(f"{CONTROL_VECTOR}.model_hint"), **steering}
     sizes = [header.by_key.get(f"{header.architecture}.{key}") for key in ("block_count", "feed_forward_length")]
     types = sorted({type_name(tensor.type_id) for tensor in header.tensors})
     return {

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from npti_export.base_file import BasePlan, check_request, made_base, plan_base
-from npti_export.bench import TraitBench, load_bench
+from npti_export.bench import Question, TraitBench, load_bench
 from npti_export.endings.base import SINGLE_FILES, Format
 from npti_export.errors import AdapterError, ModelError, OutputError, ProfileError, RecipeError
-from npti_export.export.control_vector import is_control_vector
 from npti_export.export.gguf import strip
 from npti_export.files import check_writable, sha256_file
 from npti_export.gguf.reader import GGUFFile
@@ -23,7 +22,7 @@ from npti_export.profile import NeuronProfile
 from npti_export.profile_io import load_profile, profile_files
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe, recipe_from_json, select_recipe
-from npti_export.rule_io import SavedRule, Where, base_name, load_rule
+from npti_export.rule_io import SavedRule, Where, artifact_format, base_name, load_rule
 from npti_export.traits import TraitSpec, parse_trait
 
 _AFTER_THE_RULE = ("compile.", "verify.")  # what a recipe still says of an artifact whose rule is there
@@ -190,6 +189,17 @@ def held_out(benches: dict[str, TraitBench], recipe: Recipe, count: int) -> list
     """
     share = -(-count // len(benches))
     pools = [bench.test(share) for bench in benches.values()]
+    return _in_turn(pools, recipe, count)
+
+
+def searched(benches: dict[str, TraitBench], recipe: Recipe, count: int) -> list[str]:
+    """Search questions of the requested traits in turn, likewise; fewer where a bench has fewer."""
+    pools = [bench.search(0, recipe.identify.seed) for bench in benches.values()]
+    share = min(-(-count // len(benches)), *map(len, pools))
+    return _in_turn([pool[:share] for pool in pools], recipe, count)
+
+
+def _in_turn(pools: Sequence[Sequence[Question]], recipe: Recipe, count: int) -> list[str]:
     mixed = [question for turn in zip(*pools, strict=True) for question in turn]
     return [recipe.prompt.user.replace("{question}", question.text) for question in mixed[:count]]
 
@@ -221,7 +231,7 @@ def _source(job: Job, saved: SavedRule | None) -> Iterator[ModelSource]:
         yield source
         return
     assert job.rule_from is not None
-    if job.rule_from.is_file() and not is_control_vector(job.rule_from):
+    if artifact_format(job.rule_from) == "gguf":
         with tempfile.TemporaryDirectory(prefix="npti-") as folder:
             steered = read_model(job.rule_from)
             base = Path(folder) / base_name(steered)

@@ -16,6 +16,7 @@ from npti_export.models import ModelSource
 from npti_export.progress import Progress
 
 if TYPE_CHECKING:
+    from npti_export.gguf.reader import GGUFFile
     from npti_export.runtimes.base import Runtime
     from npti_export.runtimes.llamacpp.context import Settings
     from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
@@ -166,23 +167,27 @@ class Models:
         return self._bfloat16() if self._copies else self.llama()
 
     @cached_property
-    def _copies(self) -> bool:
-        from npti_export.gguf.bfloat16 import copy_pays
+    def _header(self) -> GGUFFile:
         from npti_export.gguf.shards import read_model
 
+        return read_model(self._source.path)
+
+    @cached_property
+    def _copies(self) -> bool:
+        from npti_export.gguf.bfloat16 import copy_pays
+
         if self.settings.weights == "auto":
-            return self.device() == "cpu" and copy_pays(read_model(self._source.path))
+            return self.device() == "cpu" and copy_pays(self._header)
         return self.settings.weights == "bfloat16"
 
     def _bfloat16(self) -> LlamaCppRuntime:
         from npti_export.gguf.bfloat16 import write_copy
-        from npti_export.gguf.shards import read_model
 
         if self._copy is None:
             self._folder = tempfile.TemporaryDirectory(prefix="npti-")
-            header = read_model(self._source.path)
+            folder = Path(self._folder.name)
             with self._timings.measure("load"):
-                path = write_copy(header, Path(self._folder.name), self._progress, threads=self.settings.threads)
+                path = write_copy(self._header, folder, self._progress, threads=self.settings.threads)
             self._copy = self._loaded(lambda: self._open_llama(path))
         return self._copy
 

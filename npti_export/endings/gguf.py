@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP
 from npti_export.compiler.exact import compile_exact
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
-from npti_export.export.gguf import check_base, plan_bake, record, write_bake
-from npti_export.export.metadata import steering_metadata
+from npti_export.export.gguf import check_base, plan_bake, write_bake
+from npti_export.export.metadata import record_fidelity, steering_metadata
 from npti_export.files import atomic_files, atomic_output, check_writable, sha256_file
 from npti_export.gguf.blocks import is_float
 from npti_export.gguf.reader import GGUFFile, layer_count
@@ -108,7 +108,7 @@ class GGUFEnding:
 
     def finish(self, path: Path, saved: SavedRule, report: dict[str, Any]) -> None:
         """A file has no card beside it; its metadata say the same."""
-        record(_file(path), {f"fidelity.{name}": value for name, value in saved.about.fidelity.items()})
+        record_fidelity(_file(path), saved.about)
 
     def digest(self, path: Path) -> str | dict[str, str]:
         """See :class:`npti_export.endings.base.Ending`."""

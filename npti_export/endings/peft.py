@@ -57,7 +57,7 @@ class PeftEnding:
         """Loaded by ``PeftModel.from_pretrained`` into the runtime's model, and switched on for its own logits only."""
 
         @contextmanager
-        def opened(_context: int) -> Iterator[LogitsOf]:
+        def opened() -> Iterator[LogitsOf]:
             runtime = self._exact()
             adapted = self._loaded(runtime, path)
             adapted.base_model.disable_adapter_layers()

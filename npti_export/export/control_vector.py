@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.errors import GGUFError
-from npti_export.gguf.reader import DEFAULT_ALIGNMENT, GGUFFile, read_gguf
+from npti_export.gguf.reader import CONTROL_VECTOR, DEFAULT_ALIGNMENT, is_control_vector, read_gguf
+from npti_export.gguf.weights import read_vector
 from npti_export.gguf.writer import NewTensor, Value, encode_header, encode_uint32, encode_value, lay_out
 
-ARCHITECTURE = "controlvector"
 _VERSION, _F32 = 3, 0
 Floats = npt.NDArray[np.float32]
 
@@ -34,9 +34,9 @@ def write_control_vector(path: Path, directions: Floats, model: str, metadata: d
     """
     layers, hidden = directions.shape
     keys = [
-        ("general.architecture", encode_value(ARCHITECTURE)),
-        (f"{ARCHITECTURE}.model_hint", encode_value(model)),
-        (f"{ARCHITECTURE}.layer_count", encode_uint32(layers)),
+        ("general.architecture", encode_value(CONTROL_VECTOR)),
+        (f"{CONTROL_VECTOR}.model_hint", encode_value(model)),
+        (f"{CONTROL_VECTOR}.layer_count", encode_uint32(layers)),
         *((f"npti.{key}", encode_value(value)) for key, value in metadata.items()),
     ]
     tensors = [NewTensor(f"direction.{layer + 1}", (hidden,), _F32, 4 * hidden) for layer in range(layers)]
@@ -47,11 +47,6 @@ def write_control_vector(path: Path, directions: Floats, model: str, metadata: d
     return path.write_bytes(encode_header(_VERSION, keys, placed, DEFAULT_ALIGNMENT) + data)
 
 
-def is_control_vector(path: Path) -> bool:
-    """Whether a GGUF is one."""
-    return read_gguf(path).text("general.architecture") == ARCHITECTURE
-
-
 def read_directions(path: Path, layers: int, hidden: int) -> Floats:
     """``[layers - 1, hidden]`` float32 of a control vector for a model of these sizes; zeros where it says nothing.
 
@@ -59,7 +54,7 @@ def read_directions(path: Path, layers: int, hidden: int) -> Floats:
         GGUFError: not a control vector, for other sizes, or with values that are not finite.
     """
     header = read_gguf(path)
-    if header.text("general.architecture") != ARCHITECTURE:
+    if not is_control_vector(header):
         raise GGUFError(f"{path}: is not a control vector of llama.cpp")
     directions = np.zeros((layers - 1, hidden), np.float32)
     for tensor in header.tensors:
@@ -70,13 +65,7 @@ def read_directions(path: Path, layers: int, hidden: int) -> Floats:
                 f"{path}: {tensor.name} {tensor.shape} does not fit a model of {layers} layers of size {hidden}; "
                 "take the control vector of this model"
             )
-        directions[layer - 1] = _values(header, tensor.offset, tensor.nbytes)
+        directions[layer - 1] = read_vector(header, tensor)
     if not np.isfinite(directions).all():
         raise GGUFError(f"{path}: holds values that are not finite; make it again")
     return directions
-
-
-def _values(header: GGUFFile, offset: int, nbytes: int) -> Floats:
-    with header.path.open("rb") as stream:
-        stream.seek(offset)
-        return np.frombuffer(stream.read(nbytes), "<f4").astype(np.float32)

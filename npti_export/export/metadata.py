@@ -6,8 +6,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from npti_export.export.gguf import record
 from npti_export.gguf.writer import Value
-from npti_export.rule_io import SavedRule, encode_rule
+from npti_export.rule_io import Provenance, SavedRule, encode_rule
 from npti_export.verify import Fidelity
 
 
@@ -33,6 +34,11 @@ def steering_metadata(saved: SavedRule, base: Path) -> dict[str, Value]:
         "rule": encode_rule(saved.rule),
         **placeholders,
     }
+
+
+def record_fidelity(path: Path, about: Provenance) -> None:
+    """Fill in what verification measured, in place of the NaNs."""
+    record(path, {f"fidelity.{name}": value for name, value in about.fidelity.items()})
 
 
 def _ascii_name(path: Path) -> str:

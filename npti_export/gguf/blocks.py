@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from npti_export.errors import GGUFError
+from npti_export.gguf.ggml import ggml
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -219,7 +219,7 @@ def decode(rows: Bytes, type_id: int) -> Floats:
     block, nbytes = _sizes()[type_id]
     result = np.empty((len(rows), rows.shape[1] // nbytes * block), np.float32)
     # void dequantize_row_<type>(const block_<type> * x, float * y, int64_t k), ggml-quants.h
-    function = getattr(_ggml(), f"dequantize_row_{name.lower().replace('_k', '_K')}")
+    function = getattr(ggml(), f"dequantize_row_{name.lower().replace('_k', '_K')}")
     function(ctypes.c_void_p(rows.ctypes.data), ctypes.c_void_p(result.ctypes.data), ctypes.c_int64(result.size))
     return result
 
@@ -267,7 +267,7 @@ def quantise(values: Floats, type_id: int, *, even: bool = False) -> Bytes:
     if not result.size:
         return result  # ggml divides by the row length
     # size_t ggml_quantize_chunk(type, src, dst, start, nrows, n_per_row, imatrix), ggml.h; sets up its own tables
-    written = _ggml().ggml_quantize_chunk(
+    written = ggml().ggml_quantize_chunk(
         type_id,
         values.ctypes.data,
         result.ctypes.data,
@@ -279,16 +279,3 @@ def quantise(values: Floats, type_id: int, *, even: bool = False) -> Bytes:
     if written != result.nbytes:
         raise GGUFError(f"ggml wrote {written} bytes of {name} where {result.nbytes} were due")
     return result
-
-
-@cache
-def _ggml() -> Any:
-    """The ggml that llama-cpp-python bundles, without a compiler: its C functions by ctypes."""
-    import llama_cpp._ctypes_extensions as loader
-    import llama_cpp._ggml as bundled
-
-    library: Any = loader.load_shared_library("ggml-base", bundled.libggml_base_path)
-    function = library.ggml_quantize_chunk
-    function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-    function.restype = ctypes.c_size_t
-    return library

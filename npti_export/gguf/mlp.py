@@ -11,6 +11,7 @@ from npti_export.activations import activate
 from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, GGUFFamily
 from npti_export.gguf.blocks import decode
 from npti_export.gguf.reader import GGUFFile, TensorInfo, mlp_widths
+from npti_export.gguf.weights import read_rows, read_vector
 from npti_export.rule import SteeringRule
 
 Floats = npt.NDArray[np.float32]
@@ -70,15 +71,15 @@ class FileMLP:
         fused = self._family.fused  # then the gate's rows come first in the up projection
         gate = up if fused else self._header.require_tensor(FFN_GATE.format(layer) + ".weight")
         width = down.row_length
-        columns = self._rows(down, 0, down.rows)
+        columns = read_rows(self._header, down, 0, down.rows)
         for start in range(0, width, _NEURONS):
             end = min(start + _NEURONS, width)
             shift = width if fused else 0
             cut = slice(start * down.row_bytes // width, end * down.row_bytes // width)
             yield (
                 slice(start, end),
-                decode(self._rows(gate, start, end), gate.type_id),
-                decode(self._rows(up, shift + start, shift + end), up.type_id),
+                decode(read_rows(self._header, gate, start, end), gate.type_id),
+                decode(read_rows(self._header, up, shift + start, shift + end), up.type_id),
                 decode(columns[:, cut], down.type_id),
             )
 
@@ -87,11 +88,4 @@ class FileMLP:
 
     def _bias(self, stem: str) -> Floats | None:
         tensor = self._header.by_name.get(stem + ".bias")
-        return None if tensor is None else decode(self._rows(tensor, 0, 1), tensor.type_id)[0]
-
-    def _rows(self, tensor: TensorInfo, start: int, end: int) -> npt.NDArray[np.uint8]:
-        """Encoded rows ``[end - start, row bytes]``."""
-        with self._header.holder(tensor.name).path.open("rb") as stream:
-            stream.seek(tensor.offset + start * tensor.row_bytes)
-            data = stream.read((end - start) * tensor.row_bytes)
-        return np.frombuffer(data, np.uint8).reshape(end - start, tensor.row_bytes)
+        return None if tensor is None else read_vector(self._header, tensor)

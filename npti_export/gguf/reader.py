@@ -21,6 +21,7 @@ from npti_export.errors import GGUFError, shortened
 from npti_export.gguf.cursor import ARRAY, INT32, STRING, UINT8, UINT32, Cursor, decode_value, skip_value
 
 MAGIC = b"GGUF"
+CONTROL_VECTOR = "controlvector"  # general.architecture of one (llama.cpp, tools/cvector-generator)
 DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
 _LONGEST_KEY = 65535  # ggml docs/gguf.md, gguf_metadata_kv_t
@@ -269,6 +270,11 @@ def is_mixture(header: GGUFFile) -> bool:
     """Whether the MLPs are experts."""
     experts = header.by_key.get(f"{header.architecture}.expert_count")
     return experts is not None and (experts.array is not None or experts.value != 0)
+
+
+def is_control_vector(header: GGUFFile) -> bool:
+    """Whether a file is a control vector of llama.cpp, not a model."""
+    return header.text("general.architecture") == CONTROL_VECTOR
 
 
 def read_gguf(path: Path) -> GGUFFile:

@@ -115,8 +115,8 @@ class Context:
         parameters.n_seq_max = sequences
         parameters.n_batch = parameters.n_ubatch = self.batch = min(settings.batch, self.cells)
         parameters.n_threads = parameters.n_threads_batch = settings.threads or usable_cores()
-        parameters.kv_unified = True  # rows keep the order of the batch, and sequences can share cells
-        parameters.swa_full = True  # a sliding window that forgets could not be cut back to a shared beginning
+        parameters.kv_unified = True  # rows keep the order of the batch
+        parameters.swa_full = True  # a shared beginning is saved whole, whatever the sliding window
         parameters.no_perf = True
         # else a build for GPUs computes large batches there even with no layer on them, and nodes are not on the host
         parameters.op_offload = parameters.offload_kqv = not model.on_host
@@ -192,9 +192,9 @@ class Context:
         """Forget all sequences."""
         llama().llama_memory_clear(self._memory, False)
 
-    def cut(self, sequence: int, length: int) -> None:
-        """Forget what a sequence holds from a position on."""
-        llama().llama_memory_seq_rm(self._memory, sequence, length, -1)
+    def forget(self, sequence: int) -> None:
+        """Forget what a sequence holds."""
+        llama().llama_memory_seq_rm(self._memory, sequence, 0, -1)
 
     def save(self, sequence: int) -> bytes:
         """What the cache holds of a sequence."""
@@ -215,22 +215,16 @@ class Context:
         if not lib.llama_state_seq_set_data(self._pointer, data, len(saved), sequence):
             raise ModelError(f"{self.model.path}: llama.cpp cannot restore a shared beginning: {log_tail()}")
 
-    def set_control_vector(self, directions: npt.NDArray[np.float32] | None) -> None:
-        """Add ``directions`` ``[layers - 1, hidden]``, from the second layer on, to the residual stream; None: nothing.
+    def set_control_vector(self, directions: npt.NDArray[np.float32]) -> None:
+        """Add ``directions`` ``[layers - 1, hidden]`` to the residual stream, from the second layer on.
 
         Raises:
             ModelError: llama.cpp does not take it.
         """
         lib = llama()
-        if directions is None:
-            failed = lib.llama_set_adapter_cvec(self._pointer, None, 0, 0, 0, 0)
-        else:
-            values = np.ascontiguousarray(directions, np.float32)
-            layers, hidden = values.shape
-            failed = lib.llama_set_adapter_cvec(
-                self._pointer, _as(values, ctypes.c_float), values.size, hidden, 1, layers
-            )
-        if failed:
+        values = np.ascontiguousarray(directions, np.float32)
+        layers, hidden = values.shape
+        if lib.llama_set_adapter_cvec(self._pointer, _as(values, ctypes.c_float), values.size, hidden, 1, layers):
             raise ModelError(f"{self.model.path}: llama.cpp does not take the control vector: {log_tail()}")
 
 

@@ -146,7 +146,7 @@ class Decoder:
                 active.remove(answer)
                 finished.append(answer)
                 free.append(answer.slot)
-                self._context.cut(answer.slot, 0)
+                self._context.forget(answer.slot)
         self._beginnings.trim()
         finished.sort(key=lambda answer: answer.index)
         return [Exchange(answer.prompt, tuple(answer.response)) for answer in finished]

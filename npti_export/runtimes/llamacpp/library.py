@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.errors import ModelError
+from npti_export.gguf.ggml import ggml
 
 _KEPT_LINES = 400
 _SHOWN_LINES = 3
@@ -54,29 +55,6 @@ def log_tail() -> str:
     """The last errors that llama.cpp logged, else its last lines, in one line."""
     lines = [text for level, text in _log if level == _LOG_ERROR and text] or [text for _, text in _log if text]
     return "; ".join(list(dict.fromkeys(lines))[-_SHOWN_LINES:]) or "it logged nothing"
-
-
-@cache
-def ggml() -> Any:
-    """ggml's C functions, with their types set."""
-    import llama_cpp._ctypes_extensions as loader
-    import llama_cpp._ggml as bundled
-
-    library: Any = loader.load_shared_library("ggml-base", bundled.libggml_base_path)
-    tensor, size = ctypes.c_void_p, ctypes.c_size_t
-    signatures: dict[str, tuple[Any, list[Any]]] = {
-        "ggml_get_name": (ctypes.c_char_p, [tensor]),
-        "ggml_get_data": (ctypes.c_void_p, [tensor]),
-        "ggml_nbytes": (size, [tensor]),
-        "ggml_nelements": (ctypes.c_int64, [tensor]),
-        "ggml_nrows": (ctypes.c_int64, [tensor]),
-        "ggml_backend_tensor_get": (None, [tensor, ctypes.c_void_p, size, size]),
-        "ggml_backend_tensor_set": (None, [tensor, ctypes.c_void_p, size, size]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return library
 
 
 def tensor_values(tensor: int, *, on_host: bool) -> npt.NDArray[np.float32]:

@@ -106,10 +106,10 @@ class LlamaCppRuntime:
     ) -> tuple[list[ActivationStats], AnswerCounts]:
         """See :class:`npti_export.runtimes.base.Runtime`: counted while decoding, which saves the second pass."""
         counter = self._counter(max(groups) + 1, len(prompts))
-        tap = self.context(*self._room(prompts, max_new_tokens)).tap
+        tap, gates = self.context(*self._room(prompts, max_new_tokens)).tap, self._gates(counter)
 
         def watch(rows: Sequence[int]) -> None:
-            tap.nodes = self._gates(counter) if rows else {}
+            tap.nodes = gates if rows else {}
             if rows:
                 counter.begin(rows, [groups[row] for row in rows])
 
@@ -123,6 +123,7 @@ class LlamaCppRuntime:
     def activation_stats(self, exchanges: Sequence[Exchange]) -> ActivationStats:
         """See :class:`npti_export.runtimes.base.Runtime`."""
         counter = self._counter(1, len(exchanges))
+        gates = self._gates(counter)
         context = self.context(max((len(exchange.tokens) for exchange in exchanges), default=1), 1)
         for index, exchange in enumerate(exchanges):
             context.clear()
@@ -133,7 +134,7 @@ class LlamaCppRuntime:
                 for start in range(len(exchange.prompt), len(rows), context.batch):
                     piece = rows[start : start + context.batch]
                     counter.begin([index] * len(piece), [0] * len(piece))
-                    context.tap.nodes = self._gates(counter)
+                    context.tap.nodes = gates
                     context.decode(piece)
             finally:
                 context.tap.nodes = {}
@@ -259,11 +260,11 @@ class LlamaCppRuntime:
 
 def opener(
     path: Path, settings: Settings | None = None
-) -> Callable[[int], AbstractContextManager[Callable[[Sequence[int]], npt.NDArray[np.float32]]]]:
+) -> Callable[[], AbstractContextManager[Callable[[Sequence[int]], npt.NDArray[np.float32]]]]:
     """Opens the file for as long as a block lasts, and gives its logits."""
 
     @contextmanager
-    def opened(_context: int) -> Iterator[Callable[[Sequence[int]], npt.NDArray[np.float32]]]:
+    def opened() -> Iterator[Callable[[Sequence[int]], npt.NDArray[np.float32]]]:
         with LlamaCppRuntime(path, settings) as runtime:
             yield runtime.logits
 

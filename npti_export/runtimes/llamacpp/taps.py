@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.runtimes.llamacpp.library import ggml, tensor_values
+from npti_export.gguf.ggml import ggml
+from npti_export.runtimes.llamacpp.library import tensor_values
 
 Floats = npt.NDArray[np.float32]
 See = Callable[[Floats], bool]

@@ -1,0 +1,22 @@
+"""Reading tensors of a model, from whichever of its files has them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from npti_export.gguf.blocks import Bytes, Floats, decode
+from npti_export.gguf.reader import GGUFFile, TensorInfo
+
+
+def read_rows(header: GGUFFile, tensor: TensorInfo, start: int, end: int) -> Bytes:
+    """Encoded rows ``[end - start, row bytes]`` of a tensor of the model."""
+    with header.holder(tensor.name).path.open("rb") as stream:
+        stream.seek(tensor.offset + start * tensor.row_bytes)
+        data = stream.read((end - start) * tensor.row_bytes)
+    return np.frombuffer(data, np.uint8).reshape(end - start, tensor.row_bytes)
+
+
+def read_vector(header: GGUFFile, tensor: TensorInfo) -> Floats:
+    """The float32 values of a tensor with one dimension."""
+    values: Floats = decode(read_rows(header, tensor, 0, 1), tensor.type_id)[0]
+    return values
