@@ -13,6 +13,7 @@ import torch
 from npti_export.attached import AttachedActivation
 from npti_export.errors import AdapterError
 from npti_export.positions import find_positions, positions_of
+from npti_export.routing import routing_of
 from npti_export.rule_io import SavedRule, Where, check_strength, check_where, load_rule
 from npti_export.steer import Share
 
@@ -132,6 +133,8 @@ class Attachment:
             module = getattr(parent, name)
             if isinstance(module, AttachedActivation) and not module.shares:
                 setattr(parent, name, module.base)
+                if module.npti_routing is not None:
+                    module.npti_routing.release()
         if self._positions is not None:
             self._positions.release()
 
@@ -149,6 +152,9 @@ def _wrapper(target: Target, place: str) -> AttachedActivation:
     module = getattr(parent, name)
     if not isinstance(module, AttachedActivation):
         module = AttachedActivation(module).train(module.training)
+        if target.mixture:
+            module.npti_routing = routing_of(parent)
+            module.npti_routing.retain()
         setattr(parent, name, module)
     return module
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from npti_export.errors import AdapterError
+from npti_export.routing import ExpertRows, routing_for
 from npti_export.rule import SteeringRule
 from npti_export.rule_io import Where
 
@@ -29,7 +30,8 @@ def steered(activations: Sequence[torch.nn.Module], rule: SteeringRule) -> Itera
     This is the definition that every output is measured against.
 
     Args:
-        activations: one module a layer, whose output is the gate activation ``[…, width]``.
+        activations: one module a layer, whose output is the gate activation ``[…, width]``; in a mixture of experts
+            it was told of its :class:`npti_export.routing.ExpertRouting`.
         rule: of the same sizes.
 
     The shift is added in float32 and the result rounded once to the activation's dtype.
@@ -37,6 +39,9 @@ def steered(activations: Sequence[torch.nn.Module], rule: SteeringRule) -> Itera
     with ExitStack() as stack:
         for module, shift, clamp in zip(activations, rule.shift, rule.clamp, strict=True):
             if shift.any() or clamp.any():
+                routing = routing_for(module)
+                if routing is not None:
+                    stack.enter_context(routing.listening())
                 stack.callback(module.register_forward_hook(_Rule(shift, clamp)).remove)
         yield
 
@@ -49,10 +54,12 @@ class _Rule:
         self.limit = torch.from_numpy(np.where(clamp, np.float32(0), np.float32(np.inf)))
         self.shift = torch.from_numpy(shift)
 
-    def __call__(self, _module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def __call__(self, module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
         if self.limit.device != output.device:
             self.limit, self.shift = self.limit.to(output.device), self.shift.to(output.device)
-        return (output.float().minimum(self.limit) + self.shift).to(output.dtype)
+        routing = routing_for(module)
+        neurons = slice(None) if routing is None else routing.rows_of(output).neurons
+        return (output.float().minimum(self.limit[neurons]) + self.shift[neurons]).to(output.dtype)
 
 
 class Share(NamedTuple):
@@ -125,6 +132,20 @@ class LayerSteering:
         if isinstance(response, torch.Tensor):
             return torch.where(response[..., None], self._apply(a, shares, True), self._apply(a, everywhere, False))
         return self._apply(a, shares, True) if response else self._apply(a, everywhere, False)
+
+    def of_expert(
+        self, a: torch.Tensor, shares: Sequence[Share], rows: ExpertRows, positions: ResponsePositions | None = None
+    ) -> torch.Tensor:
+        """The same of one expert's activation ``[rows, neurons of the expert]``; nothing is kept between calls."""
+        self._check_loaded(shares)
+        cut = [one._replace(shift=one.shift[rows.neurons], clamp=one.clamp[rows.neurons]) for one in shares]
+        everywhere = [one for one in cut if one.where == "all"]
+        if len(everywhere) == len(cut):
+            return _apply_plainly(a, cut)
+        response = False if positions is None else positions.of_tokens(rows.tokens)
+        if isinstance(response, torch.Tensor):
+            return torch.where(response[:, None], _apply_plainly(a, cut), _apply_plainly(a, everywhere))
+        return _apply_plainly(a, cut if response else everywhere)
 
     def _apply(self, a: torch.Tensor, shares: Sequence[Share], in_response: bool) -> torch.Tensor:
         # This runs for each layer and token: plain loops, and nothing that can wait.

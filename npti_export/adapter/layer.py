@@ -13,6 +13,7 @@ from torch import nn
 from npti_export.adapter.config import NptiConfig
 from npti_export.errors import AdapterError
 from npti_export.positions import ResponsePositions
+from npti_export.routing import ExpertRouting
 from npti_export.rule_io import Where, check_strength, check_where
 from npti_export.steer import NOT_LOADED, LayerSteering, Share
 
@@ -30,6 +31,7 @@ class NptiLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is unt
         npti_strength: per adapter.
         npti_where: per adapter ``all`` or ``response``.
         positions: follows the model's passes, if an adapter steers the response only.
+        npti_routing: in a mixture of experts, says whose activation it is given.
     """
 
     adapter_layer_names = ("npti_shift",)
@@ -43,6 +45,7 @@ class NptiLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is unt
         self.npti_strength: dict[str, float] = {}
         self.npti_where: dict[str, Where] = {}
         self.positions: ResponsePositions | None = None
+        self.npti_routing: ExpertRouting | None = None
         self.steering = LayerSteering()
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -76,15 +79,31 @@ class NptiLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is unt
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``x`` is the gate projection's output ``[…, width]``."""
         a: torch.Tensor = cast(nn.Module, self._modules["base_layer"])(x, *args, **kwargs)
+        routing = self.npti_routing
+        if routing is not None:
+            if not self.steers:
+                return a
+            return self.steering.of_expert(a, self.shares(), routing.rows_of(a), self.positions)
         if self._disable_adapters:
             return a
         return self.steering(a, self.shares(), self.positions)
+
+    @property
+    def steers(self) -> bool:
+        """Whether an adapter is at work here."""
+        return not self._disable_adapters and any(share.strength for share in self.shares())
 
     def follow(self, positions: ResponsePositions) -> None:
         """Learn which positions are the response's, if an adapter here steers these only."""
         if self.positions is None and "response" in self.npti_where.values():
             self.positions = positions
             positions.retain()
+
+    def listen(self, routing: ExpertRouting | None) -> None:
+        """Learn whose activation it is given, in a mixture of experts."""
+        self.npti_routing = routing
+        if routing is not None:
+            routing.retain()
 
     def let_go(self) -> None:
         """The inverse of :meth:`follow`."""

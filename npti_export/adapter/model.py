@@ -17,6 +17,7 @@ from npti_export.adapter.target import Target, find_target
 from npti_export.attached import AttachedActivation
 from npti_export.errors import AdapterError
 from npti_export.positions import positions_of
+from npti_export.routing import routing_of
 from npti_export.rule_io import CLAMP, SHIFT, check_names, from_layers
 
 
@@ -84,6 +85,7 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         device = next((weight.device for weight in parent.parameters()), torch.device("cpu"))
         if not isinstance(target, NptiLayer):
             wrapper = NptiLayer(target)
+            wrapper.listen(routing_of(parent) if self._target.mixture else None)
             self._replace_module(parent, target_name, wrapper, target)
             target = wrapper
         width = self._target.width
@@ -95,6 +97,9 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         setattr(parent, child_name, new_module)  # an activation has no weight whose device or state could be taken over
         if isinstance(child, NptiLayer):
             child.let_go()
+            if child.npti_routing is not None:
+                child.npti_routing.release()
+                child.npti_routing = None
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

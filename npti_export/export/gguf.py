@@ -79,11 +79,10 @@ def check_base(base: GGUFFile) -> None:
         ModelError: already steered, of a family that is re-homed and with something that has no place there, or a
             tensor type that cannot be widened.
     """
-    check_bakeable(gguf_family(base.architecture, str(base.path)), str(base.path))
+    family = gguf_family(base.architecture, str(base.path), mixture=is_mixture(base))
+    check_bakeable(family, str(base.path))
     if any(entry.key.startswith(PREFIX) for part in base.parts for entry in part.keys):
         raise ModelError(f"{base.path}: is steered already; npti-export strip it first, or give --trait several times")
-    if is_mixture(base):
-        raise ModelError(f"{base.path}: is a mixture of experts, which cannot be baked yet; take a dense model")
     home_of(base)
     hidden = base.require_int(f"{base.architecture}.embedding_length")
     for layer, width in enumerate(mlp_widths(base)):
