@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from npti_export.down_input import DownInput
 from npti_export.positions import ResponsePositions
 from npti_export.steer import LayerSteering, Share
 
@@ -27,8 +28,15 @@ class AttachedActivation(nn.Module):
         self.shares: dict[Any, Share] = {}  # by attachment
         self.positions: ResponsePositions | None = None
         self.steering = LayerSteering()
+        self.down: DownInput | None = None  # once an attachment has a constant
+
+    def active_shares(self) -> list[Share]:
+        """See :class:`npti_export.down_input.HasShares`."""
+        return list(self.shares.values())
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``x`` is the gate projection's output ``[…, width]``."""
         a: torch.Tensor = self.base(x, *args, **kwargs)
+        if self.down is not None and not torch.compiler.is_compiling():
+            self.down.place()
         return self.steering(a, list(self.shares.values()), self.positions)

@@ -75,6 +75,8 @@ class LayerProgram:
         bias: ``[m]`` float32, what is added to the gates of ``biased`` before the non-linearity.
         dense: units of their own, or None.
         down_bias: ``[hidden]`` float32 added to the down projection's output before the model scales it, or None.
+        constant: ``[width]`` float32 added to the down projection's input, or None. Whoever has the weights folds
+            ``W_down · constant`` into the down bias.
 
     Raises:
         ProfileError: sizes that do not go together, a neuron both biased and off, or a value that is not finite.
@@ -91,11 +93,13 @@ class LayerProgram:
     bias: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
     dense: DenseUnits | None = None
     down_bias: Floats | None = None
+    constant: Floats | None = None
 
     def __post_init__(self) -> None:
         if len(self.biased) != len(self.bias) or np.isin(self.biased, self.off).any():
             raise ProfileError("a program biases a neuron that it switches off, or lacks a bias; compile again")
-        _refuse_infinite("a bias", self.gate_bias, self.bias, *([] if self.down_bias is None else [self.down_bias]))
+        outer = [one for one in (self.down_bias, self.constant) if one is not None]
+        _refuse_infinite("a bias", self.gate_bias, self.bias, *outer)
 
     @property
     def copied(self) -> int:
@@ -116,7 +120,7 @@ class LayerProgram:
     @property
     def changes_output(self) -> bool:
         """Whether the down projection needs a bias."""
-        return self.down_bias is not None and bool(self.down_bias.any())
+        return any(one is not None and bool(one.any()) for one in (self.down_bias, self.constant))
 
     def padded(self, units: int) -> LayerProgram:
         """The same program with units that do nothing (zero gate and up rows), ``units`` in all, dense ones last.

@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from npti_export.architectures import FFN_DOWN, FFN_GATE
 from npti_export.compiler.program import OFF_BIAS, Floats, LayerProgram, MLPProgram
-from npti_export.errors import ModelError
+from npti_export.errors import GGUFError, ModelError
 from npti_export.export import layout, widen
-from npti_export.gguf.reader import GGUFFile
+from npti_export.gguf.blocks import decode
+from npti_export.gguf.reader import GGUFFile, TensorInfo
+from npti_export.gguf.weights import read_rows, read_vector
 from npti_export.gguf.writer import NewTensor, Value
 
 _F32 = 0
+_FOLDED = 1 << 20  # weights: 8 MB in float64
 
 
 def check_sizes(base: GGUFFile, layer: LayerProgram, number: int, width: int) -> None:
@@ -23,7 +27,8 @@ def check_sizes(base: GGUFFile, layer: LayerProgram, number: int, width: int) ->
         ModelError: it is for another model.
     """
     hidden = base.require_int(f"{base.architecture}.embedding_length")
-    named = [*layer.source.tolist(), *layer.off.tolist(), *layer.biased.tolist()]
+    constant = np.zeros(0, np.int64) if layer.constant is None else np.flatnonzero(layer.constant)
+    named = [*layer.source.tolist(), *layer.off.tolist(), *layer.biased.tolist(), *constant[-1:].tolist()]
     if max(named, default=-1) >= width:
         raise ModelError(
             f"{base.path}: layer {number} has {width} neurons, and the rule steers one beyond; it is for another model"
@@ -59,11 +64,32 @@ def new_biases(base: GGUFFile, program: MLPProgram, widths: list[int]) -> dict[s
     return result
 
 
-def down_bias(source: BinaryIO, part: GGUFFile, layer: LayerProgram, name: str) -> Floats:
-    """The down bias of a layer, ``[hidden]`` float32: the base's own and the program's."""
-    assert layer.down_bias is not None
-    old = part.by_name.get(name)
-    return layer.down_bias if old is None else widen.read_floats(source, old) + layer.down_bias
+def down_bias(base: GGUFFile, layer: LayerProgram, number: int) -> Floats:
+    """The down bias of a steered layer, ``[hidden]`` float32: the base's own, the program's and its folded constant.
+
+    Raises:
+        GGUFError: a weight is not finite.
+    """
+    weight = base.require_tensor(FFN_DOWN.format(number) + ".weight")
+    total = np.zeros(weight.rows) if layer.down_bias is None else layer.down_bias.astype(np.float64)
+    old = base.by_name.get(FFN_DOWN.format(number) + ".bias")
+    if old is not None:
+        total += read_vector(base, old)
+    if layer.constant is not None:
+        total += _folded(base, weight, layer.constant.astype(np.float64))
+    if not np.isfinite(total).all():
+        raise GGUFError(f"{base.path}: {weight.name}: a weight is not finite; the file is damaged, take another copy")
+    return total.astype(np.float32)
+
+
+def _folded(base: GGUFFile, weight: TensorInfo, constant: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """``W · constant`` ``[rows]``, summed in float64 over the dequantised weights, :data:`_FOLDED` of them at once."""
+    step, width = max(1, _FOLDED // weight.row_length), weight.row_length
+    result = np.empty(weight.rows)
+    for start in range(0, weight.rows, step):
+        end = min(start + step, weight.rows)
+        result[start:end] = decode(read_rows(base, weight, start, end), weight.type_id) @ constant[:width]
+    return result
 
 
 def kept(part: GGUFFile, program: MLPProgram, stream: BinaryIO) -> dict[str, Value]:

@@ -231,7 +231,7 @@ def _bias(weight: Weight, width: int, layer: LayerProgram) -> OutTensor:
     if name.endswith("up_proj.bias"):
         return _zeros(name, rows + layer.units, weight.dtype)
     if name.endswith("down_proj.bias"):
-        return OutTensor(name, (rows,), weight.dtype, lambda: dense.down_bias(rows, layer, dtype))
+        return OutTensor(name, (rows,), weight.dtype, lambda: dense.down_bias(rows, layer, dtype, weight.read))
     return OutTensor(name, (width + layer.units,), weight.dtype, lambda: dense.gate_bias(width, layer, dtype))
 
 

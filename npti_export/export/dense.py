@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from npti_export.compiler.program import LayerProgram
 from npti_export.export import widen
+
+_ROWS = 256  # of a down projection that are float64 at once
 
 
 def wide_rows(weight: torch.Tensor, source: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -30,11 +34,16 @@ def gate_bias(width: int, layer: LayerProgram, dtype: torch.dtype) -> torch.Tens
     return torch.from_numpy(widen.gate_bias(width, layer)).to(dtype)
 
 
-def down_bias(hidden: int, layer: LayerProgram, dtype: torch.dtype) -> torch.Tensor:
-    """The down bias ``[hidden]`` of a widened layer."""
-    if layer.down_bias is None:
-        return torch.zeros(hidden, dtype=dtype)
-    return torch.from_numpy(layer.down_bias).to(dtype)
+def down_bias(hidden: int, layer: LayerProgram, dtype: torch.dtype, read: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The down bias ``[hidden]`` of a widened layer; ``read`` gives the down projection, ``[hidden, width]``."""
+    total = torch.zeros(hidden, dtype=torch.float64)
+    if layer.down_bias is not None:
+        total += torch.from_numpy(layer.down_bias)
+    if layer.constant is not None:
+        constant, weight = torch.from_numpy(layer.constant).double(), read()
+        starts = range(0, hidden, _ROWS)
+        total += torch.cat([weight[start : start + _ROWS].cpu().double() @ constant for start in starts])
+    return total.to(dtype)
 
 
 def widened(name: str, tensor: torch.Tensor, layer: LayerProgram) -> torch.Tensor:

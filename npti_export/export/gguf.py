@@ -256,7 +256,7 @@ def _content(source: BinaryIO, plan: BakePlan, part: PartPlan, tensor: NewTensor
     if found is None:
         below = layout.down_bias_layer(tensor.name)
         if below is not None and plan.program.layers[below].changes_output:
-            return iter([biases.down_bias(source, part.base, plan.program.layers[below], tensor.name).data])
+            return iter([biases.down_bias(plan.base, plan.program.layers[below], below).data])
         assert old is not None
         order = plan.home.steered_order(tensor.name)
         return widen.copy(old) if order is None else widen.reorder_rows(source, old, order)
