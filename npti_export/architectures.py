@@ -31,6 +31,7 @@ class Architecture:
         act: attribute path of the activation module inside a layer; its output is ``a`` of the method. It must be
             elementwise, and a module of its own in each layer. Where it belongs to an ``experts`` module, the layer is
             a mixture, see :mod:`npti_export.routing`.
+        down: attribute path of the down projection inside a layer; a mixture has none of its own.
         norms: names of the per-layer norm weights in a transformers checkpoint, in the order of the ``norms`` of its
             :class:`GGUFFamily`.
         final_norm: name of the last norm's weight in a transformers checkpoint.
@@ -42,6 +43,7 @@ class Architecture:
     checkpoint: bool = False
     layers: str = "model.layers"
     act: str = "mlp.act_fn"
+    down: str = "mlp.down_proj"
     norms: tuple[str, ...] = _TWO_NORMS
     final_norm: str = "model.norm.weight"
     norm_offset: float = 0.0

@@ -24,19 +24,35 @@ NOT_LOADED = 255  # a clamp vector of an adapter whose weights have not come yet
 
 
 @contextmanager
-def steered(activations: Sequence[torch.nn.Module], rule: SteeringRule) -> Iterator[None]:
+def steered(
+    activations: Sequence[torch.nn.Module],
+    rule: SteeringRule,
+    down_projections: Sequence[torch.nn.Module] | None = None,
+) -> Iterator[None]:
     """Within the block, each activation module returns ``where(clamp, min(a, 0), a) + shift``.
 
-    This is the definition that every output is measured against.
+    And each down projection gets ``constant`` added to its input. This is the definition that every output is measured
+    against.
 
     Args:
         activations: one module a layer, whose output is the gate activation ``[…, width]``; in a mixture of experts
             it was told of its :class:`npti_export.routing.ExpertRouting`.
         rule: of the same sizes.
+        down_projections: one module a layer, whose input is ``a ⊙ up`` ``[…, width]``; needed for constants.
 
-    The shift is added in float32 and the result rounded once to the activation's dtype.
+    Sums are computed in float32 and rounded once to the dtype of what they are added to.
+
+    Raises:
+        AdapterError: the rule has constants, and there are no down projections.
     """
+    if rule.constants and down_projections is None:
+        raise AdapterError("the rule has constants, which belong at down projections; give these modules, too")
     with ExitStack() as stack:
+        for module, constant in zip(
+            down_projections or (), () if rule.constant is None else rule.constant, strict=False
+        ):
+            if constant.any():
+                stack.callback(module.register_forward_pre_hook(_Constant(constant)).remove)
         for module, shift, clamp in zip(activations, rule.shift, rule.clamp, strict=True):
             if shift.any() or clamp.any():
                 routing = routing_for(module)
@@ -62,6 +78,17 @@ class _Rule:
         return (output.float().minimum(self.limit[neurons]) + self.shift[neurons]).to(output.dtype)
 
 
+class _Constant:
+    """A forward pre-hook with one layer's constant ``[width]``."""
+
+    def __init__(self, constant: npt.NDArray[np.float32]) -> None:
+        self.constant = torch.from_numpy(constant)
+
+    def __call__(self, _module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = inputs[0]
+        return ((x.float() + self.constant.to(x.device)).to(x.dtype), *inputs[1:])
+
+
 class Share(NamedTuple):
     """One adapter's part in one layer.
 
@@ -69,8 +96,9 @@ class Share(NamedTuple):
         name: of the adapter, for messages.
         shift: ``[width]`` float32.
         clamp: ``[width]`` uint8, 1 for a clamped neuron.
-        strength: multiplies the shift; at 0 the clamp is off, too.
+        strength: multiplies shift and constant; at 0 the clamp is off, too.
         where: ``all`` positions or only those of the ``response``.
+        constant: ``[width]`` float32, for :mod:`npti_export.down_input`; None where nothing is added there.
     """
 
     name: str
@@ -78,6 +106,7 @@ class Share(NamedTuple):
     clamp: torch.Tensor
     strength: float
     where: Where
+    constant: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +181,7 @@ class LayerSteering:
         if torch.compiler.is_compiling():
             return _apply_plainly(a, shares)
         key: list[Any] = [a.device, a.dtype]
-        for _, shift, clamp, strength, _ in shares:
+        for _, shift, clamp, strength, *_ in shares:
             if shift.requires_grad or shift.is_inference():  # needs its gradient, or does not count its changes
                 self._check_loaded(shares)
                 return _apply_plainly(a, shares)

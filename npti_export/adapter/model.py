@@ -18,7 +18,7 @@ from npti_export.attached import AttachedActivation
 from npti_export.errors import AdapterError
 from npti_export.positions import positions_of
 from npti_export.routing import routing_of
-from npti_export.rule_io import CLAMP, SHIFT, check_names, from_layers
+from npti_export.rule_io import CLAMP, CONSTANT, SHIFT, check_names, from_layers
 
 
 class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
@@ -90,7 +90,7 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
             target = wrapper
         width = self._target.width
         device = torch.device("cpu") if device.type == "meta" else device
-        target.update_layer(adapter_name, peft_config, width, device)
+        target.update_layer(adapter_name, peft_config, width, device, parent)
         cast(Any, target).set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -100,6 +100,7 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
             if child.npti_routing is not None:
                 child.npti_routing.release()
                 child.npti_routing = None
+            child.leave_down()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -146,7 +147,7 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
 
 def _endings(adapter_name: str) -> tuple[str, ...]:
     """What the names of an adapter's tensors in a model end with."""
-    return tuple(f".{kind}.{adapter_name}" for kind in (SHIFT, CLAMP))
+    return tuple(f".{kind}.{adapter_name}" for kind in (SHIFT, CLAMP, CONSTANT))
 
 
 def _follow_positions(target: Target) -> None:

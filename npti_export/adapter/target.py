@@ -11,6 +11,7 @@ from torch import nn
 
 from npti_export.adapter.config import NptiConfig
 from npti_export.architectures import Architecture, by_model_type
+from npti_export.down_input import DOWN
 from npti_export.errors import AdapterError, ArchitectureError
 from npti_export.fingerprint import fingerprint
 from npti_export.routing import experts_width
@@ -54,7 +55,8 @@ def find_target(model: nn.Module, config: NptiConfig | None) -> Target:
         config: of the adapter; None checks nothing.
 
     Raises:
-        AdapterError: other sizes, another fingerprint, or MLPs that do not call their activation module.
+        AdapterError: other sizes, another fingerprint, MLPs that do not call their activation module, or that have no
+            down projection where the adapter needs one.
         ArchitectureError: a family that is not in the table, and no ``target_modules``.
     """
     inner = _unwrapped(model)
@@ -76,6 +78,8 @@ def find_target(model: nn.Module, config: NptiConfig | None) -> Target:
         width = _neurons(inner, names)
     target = Target(inner, decoder, pattern, layers, names, width, row, mixture)
     _refuse_deaf(target)
+    if config is not None and config.constant:
+        _refuse_without_down(target)
     if config is not None:
         _refuse_other_sizes(target, config)
         _refuse_other_model(target, config)
@@ -143,6 +147,16 @@ def _refuse_other_model(target: Target, config: NptiConfig) -> None:
             f"the adapter was made for another model ({about.model}; fingerprint {about.fingerprint.float32[:12]}…, "
             f"this one has {found[:12]}…); make one for this model, or remove provenance from its adapter_config.json"
         )
+
+
+def _refuse_without_down(target: Target) -> None:
+    for name in target.names:
+        mlp = target.model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(getattr(mlp, DOWN, None), nn.Module):
+            raise AdapterError(
+                f"{name}: {type(mlp).__name__} has no {DOWN} beside it, at whose input the adapter's constants belong; "
+                "bake this rule into a GGUF instead"
+            )
 
 
 def _refuse_deaf(target: Target) -> None:

@@ -53,7 +53,6 @@ class TransformersRuntime:
         dtype: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
-
         self.source = source
         self.device = usable_device(device)
         self.dtype = pick_dtype(self.device) if dtype == "auto" else parse_dtype(dtype)
@@ -79,14 +78,19 @@ class TransformersRuntime:
     @property
     def layers(self) -> Sequence[torch.nn.Module]:
         """The decoder layers."""
-        layers: Sequence[torch.nn.Module] = operator.attrgetter(self.source.architecture.layers)(self.model)
-        return layers
+        return list(operator.attrgetter(self.source.architecture.layers)(self.model))
 
     @property
     def activations(self) -> list[torch.nn.Module]:
         """Per layer, the module whose output is the gate activation ``a``."""
-        get = operator.attrgetter(self.source.architecture.act)
-        return [get(layer) for layer in self.layers]
+        return [operator.attrgetter(self.source.architecture.act)(layer) for layer in self.layers]
+
+    @property
+    def down_projections(self) -> list[torch.nn.Module] | None:
+        """Per layer, the module whose input is ``a ⊙ up``; None in a mixture of experts, which has no such module."""
+        if self.source.architecture.mixture:
+            return None
+        return [operator.attrgetter(self.source.architecture.down)(layer) for layer in self.layers]
 
     @property
     def _experts(self) -> list[torch.nn.Module]:
@@ -135,11 +139,8 @@ class TransformersRuntime:
                 eos_token_id=sorted(self._stop) or None,
                 pad_token_id=min(self._stop, default=0),
             )
-        answers = output[:, ids.shape[1] :].tolist()
-        return [
-            Exchange(tuple(prompt), self._cut(answer, max_new_tokens))
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        pairs = zip(prompts, output[:, ids.shape[1] :].tolist(), strict=True)
+        return [Exchange(tuple(prompt), self._cut(answer, max_new_tokens)) for prompt, answer in pairs]
 
     def _cut(self, answer: list[int], limit: int) -> tuple[int, ...]:
         end = next((index + 1 for index, token in enumerate(answer) if token in self._stop), limit)
