@@ -64,6 +64,13 @@ from npti_export.version import __version__
     metavar="TYPE",
     help="Quantise a float GGUF or directory first, by llama.cpp: Q4_K_M, Q8_0, IQ4_XS …",
 )
+@click.option(
+    "--imatrix",
+    type=FILE,
+    metavar="FILE",
+    help="Importance matrix of the model for --requantize, as llama.cpp's llama-imatrix writes it; IQ2_XS and the like "
+    "need one",
+)
 @click.option("--base-id", metavar="ID", help="Hub id to record as the base model")
 @click.option(
     "--where",
