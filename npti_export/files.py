@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -123,6 +124,16 @@ def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(temporary: Path, out: Path) -> Path:
+    """Keep an artifact that was not delivered, under a name that is free."""
+    names = itertools.chain(
+        [f"{out.name}.rejected"], (f"{out.name}.rejected-{number}" for number in itertools.count(2))
+    )
+    aside = next(path for name in names if not (path := out.with_name(name)).exists())
+    temporary.rename(aside)
+    return aside
 
 
 def is_ours(directory: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from npti_export.endings.base import SINGLE_FILES, Ending, Written
 from npti_export.errors import FidelityError, ModelError, NptiError
+from npti_export.files import set_aside
 from npti_export.identify.collect import identify
 from npti_export.job import Job, Prepared, held_out, prepared, searched, with_base
 from npti_export.loader import Models, Timings
@@ -198,7 +198,7 @@ def _deliver(
         report["layers"] = layers and asdict(layers)
         ending.finish(temporary, saved, report)
         if fault is not None:
-            raise FidelityError(f"{out}: not delivered: {fault}; it is kept as {_set_aside(temporary, out)}")
+            raise FidelityError(f"{out}: not delivered: {fault}; it is kept as {set_aside(temporary, out)}")
         report["artifact"]["sha256"] = ending.digest(temporary)
     return report
 
@@ -244,16 +244,6 @@ def _baked_into(ready: Prepared) -> ModelSource:
 
 def _runs_in_llamacpp(ready: Prepared, models: Models) -> bool:
     return ready.job.format in SINGLE_FILES and models.engine == "llama.cpp"
-
-
-def _set_aside(temporary: Path, out: Path) -> Path:
-    """Keep an artifact that was not delivered, under a name that is free."""
-    names = itertools.chain(
-        [f"{out.name}.rejected"], (f"{out.name}.rejected-{number}" for number in itertools.count(2))
-    )
-    aside = next(path for name in names if not (path := out.with_name(name)).exists())
-    temporary.rename(aside)
-    return aside
 
 
 def _sample(ready: Prepared, ending: Ending, artifact: Path, progress: Progress) -> dict[str, str] | None:

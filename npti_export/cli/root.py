@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from npti_export.cli.bake_vector import bake_vector
 from npti_export.cli.identify import identify
 from npti_export.cli.inspect import inspect
 from npti_export.cli.options import FILE, RichProgress, job_options, model_options
@@ -163,5 +164,5 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
             click.echo(f"pushed {push(job, report, progress)}")
 
 
-for command in (identify, inspect, strip, traits, verify):
+for command in (bake_vector, identify, inspect, strip, traits, verify):
     cli.add_command(command)
