@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from npti_export.cli.dial import dial
 from npti_export.cli.identify import identify
 from npti_export.cli.inspect import inspect
 from npti_export.cli.options import FILE, RichProgress, job_options, model_options
@@ -91,6 +92,7 @@ def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | 
       npti-export --trait openness- --profile openness.safetensors --gamma 1.0 --out plain.gguf
       npti-export --trait calm --model ./Qwen2.5-0.5B-Instruct --format peft --out calm/
       npti-export --from calm/ --format checkpoint --out calm-qwen/
+      npti-export dial --traits all --out persona/
     """
     if context.invoked_subcommand is not None:
         if _given(context):
@@ -156,5 +158,5 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
             click.echo(f"pushed {push(job, report, progress)}")
 
 
-for command in (identify, inspect, strip, traits, verify):
+for command in (dial, identify, inspect, strip, traits, verify):
     cli.add_command(command)

@@ -31,6 +31,7 @@ class LayerProgram:
         copies: the last ``copies * len(off)`` units stand for the neurons in ``off``, ``copies`` in a row for each.
         corrects: ``[units]`` int64 or None. Where it is ``v >= 0``, unit ``u`` is unit ``v`` over again but for its
             down column, which is what quantising lost of that of ``v``; elsewhere it is -1.
+        silent: whether the new down columns are zero, so that the units are computed and change nothing.
     """
 
     source: Indices
@@ -40,6 +41,7 @@ class LayerProgram:
     off: Indices
     copies: int = 1
     corrects: Indices | None = None
+    silent: bool = False
 
     @property
     def units(self) -> int:

@@ -167,7 +167,8 @@ def _placed(base: GGUFFile, number: int, layer: LayerProgram, extra: int) -> Lay
     if not extra or not layer.units:
         return layer.padded(extra)
     kind = base.require_tensor(FFN_DOWN.format(number) + ".weight").type_id
-    return layer.padded(extra) if is_fine(kind) else arrange(layer, extra, granule(kind), is_codebook(kind))
+    plain = layer.silent or is_fine(kind)
+    return layer.padded(extra) if plain else arrange(layer, extra, granule(kind), is_codebook(kind))
 
 
 def _extras(base: GGUFFile, program: MLPProgram, widths: Sequence[int]) -> list[int]:

@@ -27,7 +27,7 @@ def steering_metadata(saved: SavedRule, base: Path) -> dict[str, Value]:
         **({} if about.gamma is None else {"gamma": about.gamma}),
         "recipe": saved.about.recipe,
         "model.fingerprint": about.fingerprint.float32,
-        "base.name": _ascii_name(base),
+        "base.name": ascii_name(base),
         "neurons.shift": saved.rule.shifted,
         "neurons.clamp": saved.rule.clamped,
         "provenance": json.dumps(about.to_dict(), sort_keys=True, ensure_ascii=False),
@@ -41,6 +41,6 @@ def record_fidelity(path: Path, about: Provenance) -> None:
     record(path, {f"fidelity.{name}": value for name, value in about.fidelity.items()})
 
 
-def _ascii_name(path: Path) -> str:
+def ascii_name(path: Path) -> str:
     """A file's name with what is not ASCII escaped, fit for metadata whatever bytes the file system holds."""
     return path.name.encode("ascii", "backslashreplace").decode("ascii")
