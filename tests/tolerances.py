@@ -107,3 +107,7 @@ KL_TWO_MEASURES = 2.0
 # 0.07. Where nearly all deltas have one sign, the few of the other are too few for a fixed prior: measured 0.06.
 OVERLAP_FORECAST = 0.1
 OVERLAP_FORECAST_SKEWED = 0.12
+
+# A dial's shifts in float32 files, against float64: no clamp basis is involved, only float32 sums and float16 keys and
+# values.
+KL_DIAL_SHIFTS = 1e-6

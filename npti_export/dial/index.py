@@ -98,8 +98,8 @@ class Dial:
         for some in combinations(poles, self.mixed + 1):
             if all(frozenset(fewer) in common for fewer in combinations(some, self.mixed)):
                 raise TraitError(
-                    f"{', '.join(some)}: may clamp neurons in common, and this dial mixes {self.mixed} such poles; make "
-                    f"it again with --mix {len(some)}"
+                    f"{', '.join(some)}: may clamp neurons in common, and this dial mixes {self.mixed} such poles; "
+                    f"make it again with --mix {len(some)}"
                 )
 
 
@@ -127,9 +127,7 @@ def parse_poles(text: str) -> tuple[TraitSpec, ...]:
         raise TraitError("--traits names no pole; give all, or poles such as extraversion+,calm")
     for spec, part in zip(specs, text.split(","), strict=True):
         if ":" in part:
-            raise TraitError(
-                f"--traits {shortened(part)}: strengths are for requests; name the pole alone, {spec.pole}"
-            )
+            raise TraitError(f"--traits {shortened(part)}: strengths are for requests; give {spec.pole} alone")
     return specs
 
 

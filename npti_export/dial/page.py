@@ -25,8 +25,9 @@ files are LoRA adapters that use them. `npti-export strip {base} --out model.ggu
 
 - Each pole has a `shift` adapter, whose scale is its strength (0.5, 1, 1.5 …), and mostly a `clamp` adapter, whose
   scale is 1 as soon as the pole is on. Ids are places in `index.json`.
-{overlaps}- Send `lora` with every request, `[{{"id": 0, "scale": 0}}]` for none: without it, or with an empty list, the server may
-  go on from what it cached of a steered conversation.
+{overlaps}- Send `lora` with every request, `[{{"id": 0, "scale": 0}}]` for none. After one without it, or with an empty
+  list, the server goes on from what it cached of steered text, and keeps doing so. Where a client cannot be made to
+  send it, start the server with `--no-cache-prompt`.
 
 Measured on held-out questions and the steered answers to them, KL in nats per token; "moved" is the rule against the
 unsteered model, "error" the rule against the dial at strength 1.
@@ -35,8 +36,8 @@ unsteered model, "error" the rule against the dial at strength 1.
 |---|---|---|---|---|---|
 {rows}
 """
-_OVERLAPS = """- An `overlap` adapter holds what its poles clamp in common, which would else count twice. When all of them are on, its
-  scale is -1 (two poles), 1 (three), -1 (four) …; this dial mixes up to {mixed} poles that overlap.
+_OVERLAPS = """- An `overlap` adapter holds what its poles clamp in common, which would else count twice. When all of
+  them are on, its scale is -1 (two poles), 1 (three), -1 (four) …; this dial mixes up to {mixed} poles that overlap.
 """
 
 
@@ -71,8 +72,8 @@ def closing_lines(index: dict[str, Any], folder: str) -> list[str]:
     return [
         *(f"{name}: {_faithful(one['fidelity'])}" for name, one in measured),
         f"all at zero: {_unsteered(index)}",
-        f"wrote {folder}: {dial.base} {sizes['base'] / 1e6:.1f} MB (unsteered {sizes['unsteered'] / 1e6:.1f} MB, its MLPs "
-        f"now wider by {index['extra_width']}), {len(dial.adapters)} adapters, {adapters:.1f} MB",
+        f"wrote {folder}: {dial.base} {sizes['base'] / 1e6:.1f} MB (unsteered {sizes['unsteered'] / 1e6:.1f} MB, "
+        f"MLPs wider by {index['extra_width']}), {len(dial.adapters)} adapters, {adapters:.1f} MB",
         "",
         f"cd {folder} && {server_command(dial)}",
         "",

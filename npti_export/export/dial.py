@@ -109,7 +109,7 @@ def write_dial(plan: DialPlan, base_path: Path) -> None:
                 file.write(layer, ranks.signs, columns)
             except ArithmeticError as error:
                 raise GGUFError(
-                    f"{base.path}: {down.name}: {error}; the file is damaged or ill-conditioned, take another copy or type"
+                    f"{base.path}: {down.name}: {error}; the file is damaged, take another copy or type"
                 ) from error
 
 
