@@ -108,6 +108,10 @@ KL_TWO_MEASURES = 2.0
 OVERLAP_FORECAST = 0.1
 OVERLAP_FORECAST_SKEWED = 0.12
 
+# KL(rule || dial) on the tiny model with five units a clamp, at every strength and mix: what is promised of dials in
+# float32. Measured 4.8e-6 to 7.6e-6, nearly all of it the clamp basis.
+KL_DIAL = 1e-5
+
 # A dial's shifts in float32 files, against float64: no clamp basis is involved, only float32 sums and float16 keys and
-# values.
-KL_DIAL_SHIFTS = 1e-6
+# values. Measured 8.5e-7, of the unsteered model 7.4e-7.
+KL_DIAL_SHIFTS = 2e-6
