@@ -47,7 +47,7 @@ def answer_as(condition, runtime, source, pole, questions, recipe, tokens):
     if condition == "base":
         return answer(runtime, plain, recipe, tokens)
     rule = build_rule(profile_of(trait, source, runtime, recipe), TraitSpec(trait, sign), recipe)
-    with steered(runtime.activations, rule):
+    with steered(runtime.activations, rule, runtime.down_projections):
         return answer(runtime, plain, recipe, tokens)
 
 

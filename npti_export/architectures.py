@@ -29,7 +29,9 @@ class Architecture:
             llama's do, with the same tensor names, or with biases of q, k and v that ``attention_bias`` holds.
         layers: attribute path to the list of decoder layers in the transformers model.
         act: attribute path of the activation module inside a layer; its output is ``a`` of the method. It must be
-            elementwise, and a module of its own in each layer.
+            elementwise, and a module of its own in each layer. Where it belongs to an ``experts`` module, the layer is
+            a mixture, see :mod:`npti_export.routing`.
+        down: attribute path of the down projection inside a layer; a mixture has none of its own.
         norms: names of the per-layer norm weights in a transformers checkpoint, in the order of the ``norms`` of its
             :class:`GGUFFamily`.
         final_norm: name of the last norm's weight in a transformers checkpoint.
@@ -41,9 +43,15 @@ class Architecture:
     checkpoint: bool = False
     layers: str = "model.layers"
     act: str = "mlp.act_fn"
+    down: str = "mlp.down_proj"
     norms: tuple[str, ...] = _TWO_NORMS
     final_norm: str = "model.norm.weight"
     norm_offset: float = 0.0
+
+    @property
+    def mixture(self) -> bool:
+        """Whether the MLPs are experts."""
+        return self.act.endswith("experts.act_fn")
 
     @property
     def act_pattern(self) -> str:
@@ -70,16 +78,20 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("seed_oss", ("seed_oss",)),
     Architecture("ernie4_5", ("ernie4_5",)),
     Architecture("hunyuan", ("hunyuan_v1_dense",)),
+    Architecture("mixtral", ("mixtral",), act="mlp.experts.act_fn"),
+    Architecture("qwen3_moe", ("qwen3_moe",), act="mlp.experts.act_fn"),
+    Architecture("olmoe", ("olmoe",), act="mlp.experts.act_fn"),
 )
 
 Activation = Literal["silu", "gelu_pytorch_tanh"]
 _NO_BIASES = "llama.cpp loads no biases for its MLPs, which extra neurons need"
+_EXPERTS = "its MLPs are experts, for which llama.cpp loads no biases, which extra neurons need"
 _NOT_SILU = "its activation is GELU, and a rule is compiled into extra neurons for SiLU only"
 
 
 @dataclass(frozen=True)
 class GGUFFamily:
-    """One dense family of GGUF files, as the llama.cpp that llama-cpp-python 0.3.36 bundles runs it.
+    """One family of GGUF files, as the llama.cpp that llama-cpp-python 0.3.36 bundles runs it.
 
     Graph nodes are given without the ``-N`` of their layer.
 
@@ -99,6 +111,8 @@ class GGUFFamily:
             ``[rows, n_embd]``.
         norms: names of the per-layer norm weights in the file, in the order of :attr:`Architecture.norms`.
         why_not: where ``bake`` is None, the reason.
+        mixture: its MLPs are experts. Then ``gate`` is ``[n_ff, experts per token]`` for each row, and there are the
+            nodes of :mod:`npti_export.runtimes.llamacpp.experts`, too.
     """
 
     name: str
@@ -111,6 +125,7 @@ class GGUFFamily:
     mlp_output: str = "ffn_out"
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
     why_not: str = _NO_BIASES
+    mixture: bool = False
 
     @property
     def architecture(self) -> Architecture:
@@ -149,6 +164,10 @@ GGUF_FAMILIES: tuple[GGUFFamily, ...] = (
     GGUFFamily("ernie4_5", "ernie4_5"),
     GGUFFamily("hunyuan-dense", "hunyuan_v1_dense"),
 )
+GGUF_MIXTURES: tuple[GGUFFamily, ...] = tuple(
+    GGUFFamily(name, model, gate="ffn_moe_gate", mlp_output="ffn_moe_out", why_not=_EXPERTS, mixture=True)
+    for name, model in (("llama", "mixtral"), ("qwen3moe", "qwen3_moe"), ("olmoe", "olmoe"))
+)
 
 FFN_GATE, FFN_UP, FFN_DOWN = "blk.{}.ffn_gate", "blk.{}.ffn_up", "blk.{}.ffn_down"
 
@@ -166,16 +185,22 @@ def by_model_type(model_type: str, where: str) -> Architecture:
     raise ArchitectureError(f"{where}: architecture {shortened(model_type)} is not supported; supported are {known}")
 
 
-def gguf_family(architecture: str, where: str) -> GGUFFamily:
-    """The row for a ``general.architecture``.
+def gguf_family(architecture: str, where: str, *, mixture: bool = False) -> GGUFFamily:
+    """The row for a ``general.architecture`` of dense models or of mixtures of experts.
 
     Raises:
         ArchitectureError: not in the table.
     """
-    for row in GGUF_FAMILIES:
+    table = GGUF_MIXTURES if mixture else GGUF_FAMILIES
+    for row in table:
         if row.name == architecture:
             return row
-    known = ", ".join(row.name for row in GGUF_FAMILIES)
+    known = ", ".join(row.name for row in table)
+    if mixture:
+        raise ArchitectureError(
+            f"{where}: mixtures of experts of the GGUF architecture {shortened(architecture)} are not supported; "
+            f"supported are those of {known}, and dense models"
+        )
     raise ArchitectureError(
         f"{where}: GGUF architecture {shortened(architecture)} is not supported; supported are {known} "
         "(SmolLM2, Llama, Mistral, TinyLlama, Yi and others are stored as llama)"

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from npti_export.attached import AttachedActivation
+from npti_export.down_input import DownInput
 from npti_export.errors import AdapterError
 from npti_export.positions import find_positions, positions_of
+from npti_export.routing import routing_of
 from npti_export.rule_io import SavedRule, Where, check_strength, check_where, load_rule
 from npti_export.steer import Share
 
@@ -36,12 +38,12 @@ def attach(
         with npti_export.attach(model, "calm/", strength=0.5, where="response"):
             model.generate(...)                              # only in the block
 
-    Several may be attached at once: clamps unite, shifts add.
+    Several may be attached at once: clamps unite, shifts and constants add.
 
     Args:
         model: a loaded transformers model, also one with PEFT adapters of other kinds.
         path: an adapter directory, a steered checkpoint directory or a steered GGUF, of the same base model.
-        strength: multiplies the shifts; 0 is exactly the base.
+        strength: multiplies shifts and constants; 0 is exactly the base.
         where: ``all`` positions, or those of the ``response`` only; None takes what the artifact says.
         any_model: accept the rule of another model of the same shape.
 
@@ -59,7 +61,9 @@ def attach(
     from npti_export.adapter.target import find_target
 
     about = None if any_model else saved.about.to_dict()
-    target = find_target(model, NptiConfig(layers=layers, width=width, provenance=about))
+    target = find_target(
+        model, NptiConfig(layers=layers, width=width, constant=bool(saved.rule.constants), provenance=about)
+    )
     if any(isinstance(module, NptiLayer) for module in target.activations()):
         raise AdapterError("this model holds an npti adapter already: add the other one to it with load_adapter")
     return Attachment(target, saved, str(path), check_strength(strength), where)
@@ -100,12 +104,17 @@ class Attachment:
         if self._positions is not None:
             self._positions.retain()
         self._wrappers: list[AttachedActivation] = []
-        for place, shift, clamp in zip(target.names, saved.rule.shift, saved.rule.clamp, strict=True):
-            if shift.any() or clamp.any():
+        rule = saved.rule
+        for layer, place in enumerate(target.names):
+            constant = None if rule.constant is None or not rule.constant[layer].any() else rule.constant[layer]
+            if rule.shift[layer].any() or rule.clamp[layer].any() or constant is not None:
                 wrapper = _wrapper(target, place)
-                vectors = torch.from_numpy(shift), torch.from_numpy(clamp.view("uint8"))
-                wrapper.shares[self] = Share(name, *vectors, strength, where)
+                vectors = torch.from_numpy(rule.shift[layer]), torch.from_numpy(rule.clamp[layer].view("uint8"))
+                added = None if constant is None else torch.from_numpy(constant)
+                wrapper.shares[self] = Share(name, *vectors, strength, where, added)
                 wrapper.positions = self._positions or wrapper.positions
+                if added is not None and wrapper.down is None:
+                    wrapper.down = DownInput(_parent(target, place)[0], wrapper)
                 self._wrappers.append(wrapper)
 
     @property
@@ -130,8 +139,14 @@ class Attachment:
         for place in self._target.names:
             parent, name = _parent(self._target, place)
             module = getattr(parent, name)
-            if isinstance(module, AttachedActivation) and not module.shares:
-                setattr(parent, name, module.base)
+            if isinstance(module, AttachedActivation):
+                if module.down is not None and all(share.constant is None for share in module.shares.values()):
+                    module.down.remove()
+                    module.down = None
+                if not module.shares:
+                    setattr(parent, name, module.base)
+                    if module.npti_routing is not None:
+                        module.npti_routing.release()
         if self._positions is not None:
             self._positions.release()
 
@@ -149,6 +164,9 @@ def _wrapper(target: Target, place: str) -> AttachedActivation:
     module = getattr(parent, name)
     if not isinstance(module, AttachedActivation):
         module = AttachedActivation(module).train(module.training)
+        if target.mixture:
+            module.npti_routing = routing_of(parent)
+            module.npti_routing.retain()
         setattr(parent, name, module)
     return module
 

@@ -26,15 +26,18 @@ from npti_export.export.convert import (
 )
 from npti_export.export.gguf import check_base
 from npti_export.files import check_place, translate_os_errors
+from npti_export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from npti_export.gguf.reader import GGUFFile
 from npti_export.gguf.requantise import (
     check_float,
     least_bytes,
     matrix_elements,
+    matrix_sizes,
     parse_file_type,
     quantise_file,
     quantised_name,
 )
+from npti_export.gguf.shards import read_model
 from npti_export.loader import Timings
 from npti_export.models import ModelSource, gguf_source
 from npti_export.progress import Progress
@@ -50,27 +53,37 @@ class BasePlan:
         fingerprint: of the model, which the result must have, too.
         nbytes: that the files on the way to it, and the steered one, take together on the disk at most at a time;
             llama.cpp's choice of better types for some tensors comes on top.
+        imatrix: how much each column counts when it is quantised; None: as llama.cpp weighs them without.
     """
 
     origin: Path | Conversion
     file_type: str | None
     fingerprint: str
     nbytes: int
+    imatrix: ImportanceMatrix | None = None
 
 
-def check_request(model: str | None, base: Path | None, converter: Path | None, requantize: str | None) -> None:
+def check_request(
+    model: str | None, base: Path | None, converter: Path | None, requantize: str | None, imatrix: Path | None = None
+) -> ImportanceMatrix | None:
     """What is wrong with the options alone, before a model is downloaded or read.
 
+    Returns:
+        The importance matrix, if one is named.
+
     Raises:
-        ModelError: an unknown type, or a directory to be made a GGUF and no converter.
-        OutputError: a converter where there is nothing to convert.
+        ModelError: an unknown type, a directory to be made a GGUF and no converter, or a damaged importance matrix.
+        OutputError: a converter where there is nothing to convert, or a matrix where nothing is quantised.
     """
     if requantize is not None:
-        parse_file_type(requantize)
+        parse_file_type(requantize, matrix=imatrix is not None)
+    elif imatrix is not None:
+        raise OutputError("--imatrix weighs what --requantize TYPE rounds; give a type, or leave --imatrix out")
     if base is not None and converter is not None:
         raise OutputError("--converter makes the GGUF to bake into, and --base brings one; give one of the two")
     if base is None and convertible(model):
         find_converter(converter)
+    return None if imatrix is None else read_imatrix(imatrix)
 
 
 def plan_base(
@@ -80,6 +93,7 @@ def plan_base(
     converter: Path | None,
     requantize: str | None,
     trust_remote_code: bool,
+    imatrix: ImportanceMatrix | None = None,
 ) -> BasePlan | None:
     """What has to be made before a rule can be baked; None where ``base`` is it already.
 
@@ -89,27 +103,40 @@ def plan_base(
         converter: a file, or None to look for one.
         requantize: a type, or None.
         trust_remote_code: whether code that comes with the model may run.
+        imatrix: for ``requantize``.
 
     Raises:
         NptiError: it cannot be made, or the result could not be baked.
     """
-    file_type = None if requantize is None else parse_file_type(requantize)
+    file_type = None if requantize is None else parse_file_type(requantize, matrix=imatrix is not None)
     if base is None:
         check_family(source)  # before anyone is sent to fetch a converter
+        if imatrix is not None:
+            imatrix.check_for(_sizes_to_come(source), source.name)
         command = find_converter(converter)
         conversion = plan_conversion(source, command, trust_remote_code=trust_remote_code)
         if file_type is None:
             return BasePlan(conversion, None, source.fingerprint, 2 * conversion.nbytes)
         small = least_bytes(conversion.elements, file_type)
         most = small + max(conversion.nbytes, small)
-        return BasePlan(conversion, file_type, source.fingerprint, most)
+        return BasePlan(conversion, file_type, source.fingerprint, most, imatrix)
     if converter is not None:
         raise OutputError(f"--converter converts a transformers directory, and {base.path} is a GGUF; leave it out")
     if file_type is None:
         return None
     check_base(base)
     check_float(base, file_type)
-    return BasePlan(base.path, file_type, source.fingerprint, 2 * least_bytes(matrix_elements(base), file_type))
+    if imatrix is not None:
+        imatrix.check_for(matrix_sizes(base), str(base.path))
+    small = least_bytes(matrix_elements(base), file_type)
+    return BasePlan(base.path, file_type, source.fingerprint, 2 * small, imatrix)
+
+
+def _sizes_to_come(source: ModelSource) -> dict[str, int]:
+    """Columns of the matrices whose sizes are known before a directory is converted; see :func:`matrix_sizes`."""
+    inputs = dict.fromkeys(("ffn_gate", "ffn_up", "attn_q", "attn_k", "attn_v"), source.shape.hidden)
+    inputs["ffn_down"] = source.shape.width
+    return {f"blk.{layer}.{stem}.weight": size for layer in range(source.shape.layers) for stem, size in inputs.items()}
 
 
 @contextmanager
@@ -143,8 +170,10 @@ def _converted(conversion: Conversion, plan: BasePlan, folder: Path, progress: P
 
 def _quantised(path: Path, file_type: str, plan: BasePlan, folder: Path, progress: Progress, timings: Timings) -> Path:
     target = folder / quantised_name(path.name, file_type)
+    if plan.imatrix is not None:  # now that every matrix of a converted file is known
+        plan.imatrix.check_for(matrix_sizes(read_model(path)), path.name)
     with timings.measure("quantise"):
-        quantise_file(path, target, file_type, progress)
+        quantise_file(path, target, file_type, progress, matrix=plan.imatrix)
     if path.parent == folder:  # the float file of a conversion has served
         path.unlink()
     _check_same(target, plan, path.name)

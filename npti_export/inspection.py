@@ -45,6 +45,7 @@ def _directory(path: Path) -> dict[str, Any]:
         "shape": f"{layers} layers of {width} neurons",
         "shifted": saved.rule.shifted,
         "clamped": saved.rule.clamped,
+        **({"constants": saved.rule.constants} if saved.rule.constants else {}),
         **about,
     }
 

@@ -14,6 +14,7 @@ from npti_export.endings.base import BAKED, IN_LLAMACPP, SINGLE_FILES, Format
 from npti_export.errors import AdapterError, ModelError, OutputError, ProfileError, RecipeError
 from npti_export.export.gguf import strip
 from npti_export.files import check_writable, sha256_file
+from npti_export.gguf.imatrix import ImportanceMatrix
 from npti_export.gguf.reader import GGUFFile
 from npti_export.gguf.shards import named_shards, read_model, shard_paths
 from npti_export.loader import RuntimeSettings, Timings
@@ -41,6 +42,7 @@ class Job:
         base: the GGUF to bake into, where ``model`` is not one.
         converter: llama.cpp's, for a ``model`` that is a directory and no ``base``; None looks for one.
         requantize: type that llama.cpp first quantises the GGUF to.
+        imatrix: importance matrix of the model for that, see :func:`npti_export.gguf.imatrix.read_imatrix`.
         base_id: hub id to record as the base model.
         where: positions that an adapter steers, ``all`` or ``response``; None takes the earlier artifact's, or all.
         checkpoint_dtype: of the weights of a GGUF's steered checkpoint.
@@ -65,6 +67,7 @@ class Job:
     base: Path | None = None
     converter: Path | None = None
     requantize: str | None = None
+    imatrix: Path | None = None
     base_id: str | None = None
     where: Where | None = None
     checkpoint_dtype: str | None = None
@@ -121,15 +124,14 @@ def prepared(job: Job) -> Iterator[Prepared]:
     Raises:
         NptiError: whatever is wrong with the job.
     """
-    if _bakes(job):
-        check_request(job.model, job.base, job.converter, job.requantize)
+    matrix = check_request(job.model, job.base, job.converter, job.requantize, job.imatrix) if _bakes(job) else None
     saved = None if job.rule_from is None else load_rule(job.rule_from)
-    traits = job.traits if saved is None else tuple(parse_trait(text) for text in saved.about.trait.split())
     with _source(job, saved) as source:
-        yield _prepare(job, saved, traits, source)
+        yield _prepare(job, saved, source, matrix)
 
 
-def _prepare(job: Job, saved: SavedRule | None, traits: tuple[TraitSpec, ...], source: ModelSource) -> Prepared:
+def _prepare(job: Job, saved: SavedRule | None, source: ModelSource, matrix: ImportanceMatrix | None) -> Prepared:
+    traits = job.traits if saved is None else tuple(parse_trait(text) for text in saved.about.trait.split())
     _refuse_idle_options(job, source)
     names = sorted({spec.trait for spec in traits})
     outputs = _check_outputs(job, names)
@@ -138,7 +140,7 @@ def _prepare(job: Job, saved: SavedRule | None, traits: tuple[TraitSpec, ...], s
     _refuse_shared_paths(job, source, outputs)
     writes_or_reads = job.out is not None or saved is not None
     base = _base_of(job, source) if writes_or_reads and job.format in BAKED else None
-    plan = _plan(job, source, base) if _bakes(job) else None
+    plan = _plan(job, source, base, matrix) if _bakes(job) else None
     if base is not None and base.shards and job.out is not None and plan is None and job.format == "gguf":
         paths = shard_paths(job.out, len(base.shards))
         others = [path for path in outputs if path != job.out]
@@ -302,6 +304,9 @@ def _refuse_idle_options(job: Job, source: ModelSource) -> None:
         "--requantize quantises the GGUF to bake into; it goes with --format gguf": (
             job.requantize is not None and job.format not in BAKED
         ),
+        "--imatrix weighs what --requantize rounds; it goes with --format gguf": (
+            job.imatrix is not None and job.format not in BAKED
+        ),
         "--converter makes a GGUF of a directory; it goes with --format gguf": (
             job.converter is not None and job.format not in BAKED
         ),
@@ -340,7 +345,7 @@ def _idle_runtime_options(job: Job, source: ModelSource) -> dict[str, bool]:
 def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:
     """No output may replace an input, or another output, whatever --force says."""
     resolved = [path.resolve() for path in outputs]
-    given = [path for path in (job.base, job.rule_from, job.bench, job.converter) if path is not None]
+    given = [path for path in (job.base, job.rule_from, job.bench, job.converter, job.imatrix) if path is not None]
     parts = [part for path in given for part in named_shards(path)]
     inputs = {path.resolve() for path in [source.path, *source.shards, *job.profiles, *parts]}
     for path, place in zip(outputs, resolved, strict=True):
@@ -368,9 +373,9 @@ def _base_of(job: Job, source: ModelSource) -> GGUFFile | None:
     return read_model(path)
 
 
-def _plan(job: Job, source: ModelSource, base: GGUFFile | None) -> BasePlan | None:
-    trusts = job.runtime.trust_remote_code
-    return plan_base(source, base, converter=job.converter, requantize=job.requantize, trust_remote_code=trusts)
+def _plan(job: Job, source: ModelSource, base: GGUFFile | None, matrix: ImportanceMatrix | None) -> BasePlan | None:
+    trusts, kind = job.runtime.trust_remote_code, job.requantize
+    return plan_base(source, base, converter=job.converter, requantize=kind, trust_remote_code=trusts, imatrix=matrix)
 
 
 def _load_profiles(job: Job, source: ModelSource) -> dict[str, NeuronProfile]:

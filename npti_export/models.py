@@ -17,6 +17,7 @@ from npti_export.activations import SILU
 from npti_export.architectures import Architecture, GGUFFamily, by_model_type, check_bakeable, gguf_family
 from npti_export.errors import ArchitectureError, GGUFError, ModelError
 from npti_export.fingerprint import Fingerprint, fingerprint
+from npti_export.gguf.experts import experts_of
 from npti_export.gguf.reader import GGUFFile, is_mixture, layer_count, mlp_widths
 from npti_export.gguf.shards import named_shards, read_model
 from npti_export.gguf.weights import read_vector
@@ -34,15 +35,18 @@ _NOT_OURS = ("consolidated*", "original/*")  # the same weights again, for other
 class ModelShape:
     """Sizes of the MLPs: ``layers`` × ``width`` neurons on a residual stream of ``hidden``.
 
-    Where layers differ in width (some GGUF files), ``width`` is the widest one's.
+    Where layers differ in width (some GGUF files), ``width`` is the widest one's. In a mixture it counts the neurons
+    of all ``experts``, which are numbered one expert after the other.
     """
 
     layers: int
     width: int
     hidden: int
+    experts: int = 1
 
     def __str__(self) -> str:
-        return f"{self.layers} layers of {self.width} neurons"
+        experts = f"{self.experts} experts of {self.width // self.experts}" if self.experts > 1 else str(self.width)
+        return f"{self.layers} layers of {experts} neurons"
 
 
 @dataclass(frozen=True)
@@ -199,14 +203,12 @@ def gguf_source(path: Path) -> ModelSource:
     header = read_model(path)
     if "npti.base.sha256" in header.by_key:
         raise ModelError(f"{path}: is steered already; npti-export strip it first, or give --trait several times")
-    family = gguf_family(header.architecture, str(path))
-    if is_mixture(header):
-        raise ArchitectureError(f"{path}: is a mixture of experts, which is not supported yet; take a dense model")
-    shape = ModelShape(
-        layer_count(header),
-        max(mlp_widths(header)),
-        header.require_int(f"{header.architecture}.embedding_length"),
-    )
+    mixture = is_mixture(header)
+    family = gguf_family(header.architecture, str(path), mixture=mixture)
+    experts = experts_of(header) if mixture else None
+    width = experts.width if experts else max(mlp_widths(header))
+    hidden = header.require_int(f"{header.architecture}.embedding_length")
+    shape = ModelShape(layer_count(header), width, hidden, experts.count if experts else 1)
     name = header.text("general.name") or path.stem
     row = family.architecture
     identity = fingerprint(_gguf_norms(header, family, shape), row.norm_offset)
@@ -230,7 +232,7 @@ def _directory_source(path: Path, name: str) -> ModelSource:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         model_type = config["model_type"]
-        shape = ModelShape(*(int(config[key]) for key in ("num_hidden_layers", "intermediate_size", "hidden_size")))
+        shape = _shape(config)
     except FileNotFoundError:
         raise ModelError(f"{path}: has no config.json; give a transformers directory or a .gguf file") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -238,10 +240,19 @@ def _directory_source(path: Path, name: str) -> ModelSource:
             f"{config_path}: not a usable model configuration ({type(error).__name__}: {error})"
         ) from error
     row = by_model_type(model_type, str(path))
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise ArchitectureError(f"{path}: only some of its layers have experts, which is not supported; take another")
     identity = fingerprint(_checkpoint_norms(path, row, shape), row.norm_offset)
     return ModelSource(
         name, "directory", path, row, model_type, shape, _activation(config), identity, license=_card_license(path)
     )
+
+
+def _shape(config: dict[str, Any]) -> ModelShape:
+    layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
+    experts = int(config.get("num_local_experts") or config.get("num_experts") or 1)
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
+    return ModelShape(layers, experts * int(width), hidden, experts)
 
 
 def _activation(config: dict[str, Any]) -> str:
@@ -263,7 +274,7 @@ def _card_license(path: Path) -> str | None:
 
 def _gguf_norms(header: GGUFFile, family: GGUFFamily, shape: ModelShape) -> Iterator[npt.NDArray[np.float32]]:
     names = [f"blk.{layer}.{norm}.weight" for layer in range(shape.layers) for norm in family.norms]
-    if len(set(mlp_widths(header))) > 1:  # layers without attention or MLP have no norm of it
+    if not family.mixture and len(set(mlp_widths(header))) > 1:  # layers without attention or MLP have no norm of it
         names = [name for name in names if name in header.by_name]
     for name in [*names, "output_norm.weight"]:
         tensor = header.require_tensor(name)

@@ -285,6 +285,7 @@ def _report(
         "neurons": {
             "shift": rule.shifted,
             "clamp": rule.clamped,
+            **({"constant": rule.constants} if rule.constants else {}),
             "shift_per_layer": (rule.shift != 0).sum(1).tolist(),
             "clamp_per_layer": rule.clamp.sum(1).tolist(),
             "width": rule.shift.shape[1],

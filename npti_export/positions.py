@@ -76,6 +76,14 @@ class ResponsePositions:
             )
         return mask.to(a.device)
 
+    def of_tokens(self, tokens: torch.Tensor) -> torch.Tensor | bool:
+        """The same for some tokens ``[n]`` of the pass, numbered sequence by sequence, as experts get them."""
+        mask = self._pass.mask
+        if isinstance(mask, bool):
+            return mask
+        mask = mask.to(tokens.device)
+        return mask[tokens // mask.shape[1] % len(mask), tokens % mask.shape[1]]
+
     @contextmanager
     def given(self, mask: torch.Tensor) -> Iterator[None]:
         """Within the block, passes steer the positions of ``mask`` ``[batch, length]`` bool."""

@@ -46,10 +46,11 @@ def render(report: dict[str, Any], console: Console) -> None:
     table.add_column()
     width = f"MLP width {neurons['width']}" + (f" + {neurons['extra_width']}" if neurons["extra_width"] else "")
     base = f", base {artifact['base_bytes'] / 1e6:.1f} MB" if "base_bytes" in artifact else ""
+    constants = f", {neurons['constant']} with a constant" if "constant" in neurons else ""
     gamma = "" if report["gamma"] is None else f", gamma {report['gamma']:g}"
     rows = {
         "trait": f"{report['trait']}  (recipe {report['recipe']['name']}{gamma})",
-        "neurons": f"{neurons['shift']} shifted, {neurons['clamp']} clamped; {width}",
+        "neurons": f"{neurons['shift']} shifted, {neurons['clamp']} clamped{constants}; {width}",
         "  shifted by layer": sparkline(neurons["shift_per_layer"]),
         "  clamped by layer": sparkline(neurons["clamp_per_layer"]),
         **_fidelity_rows(fidelity, fidelity["limit"], artifact["format"]),

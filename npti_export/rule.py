@@ -19,19 +19,31 @@ from npti_export.traits import TraitSpec
 class SteeringRule:
     """Per layer and neuron: ``a ← where(clamp, min(a, 0), a) + shift`` (paper, neuron-based induction).
 
+    Then the input of the down projection, ``a ⊙ up``, gets ``constant`` added, which is how DPN-LE (arXiv 2604.27929)
+    steers.
+
     Attributes:
         shift: ``[layers, width]`` float32, gamma folded in, 0 where nothing is added.
         clamp: ``[layers, width]`` bool.
+        constant: ``[layers, width]`` float32, or None where nothing is added there.
+
+    Raises:
+        ProfileError: shapes that differ, or a value that is not finite.
     """
 
     shift: npt.NDArray[np.float32]
     clamp: npt.NDArray[np.bool_]
+    constant: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if self.shift.shape != self.clamp.shape or self.shift.ndim != 2:
             raise ProfileError(f"shift {self.shift.shape} and clamp {self.clamp.shape} must be equal matrices")
         if not np.isfinite(self.shift).all():
             raise ProfileError("a shift is not finite; the profile is damaged, identify again")
+        if self.constant is not None and self.constant.shape != self.shift.shape:
+            raise ProfileError(f"constant {self.constant.shape} and shift {self.shift.shape} must be equal matrices")
+        if self.constant is not None and not np.isfinite(self.constant).all():
+            raise ProfileError("a constant is not finite; the rule is damaged, make it again")
 
     @property
     def shifted(self) -> int:
@@ -42,6 +54,16 @@ class SteeringRule:
     def clamped(self) -> int:
         """Number of neurons with a clamp."""
         return int(np.count_nonzero(self.clamp))
+
+    @property
+    def constants(self) -> int:
+        """Number of neurons with a constant."""
+        return 0 if self.constant is None else int(np.count_nonzero(self.constant))
+
+    @property
+    def changed(self) -> int:
+        """Number of neurons that anything is done to, one with several counted for each."""
+        return self.shifted + self.clamped + self.constants
 
 
 def build_rule(profile: NeuronProfile, spec: TraitSpec, recipe: Recipe) -> SteeringRule:
@@ -79,7 +101,9 @@ def build_rule(profile: NeuronProfile, spec: TraitSpec, recipe: Recipe) -> Steer
 
 
 def compose(rules: Sequence[SteeringRule]) -> SteeringRule:
-    """Several traits at once: shifts add, clamps unite."""
+    """Several traits at once: shifts and constants add, clamps unite."""
+    constants = [rule.constant for rule in rules if rule.constant is not None]
+    constant = np.stack(constants).sum(axis=0, dtype=np.float64).astype(np.float32) if constants else None
     shift = np.stack([rule.shift for rule in rules]).sum(axis=0, dtype=np.float64)
     clamp: npt.NDArray[np.bool_] = np.stack([rule.clamp for rule in rules]).max(axis=0)
-    return SteeringRule(shift.astype(np.float32), clamp)
+    return SteeringRule(shift.astype(np.float32), clamp, constant)

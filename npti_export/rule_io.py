@@ -24,10 +24,11 @@ from npti_export.version import __version__
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CHECKPOINT_FILE = "npti.json"
 PEFT_TYPE = "NPTI"
-SHIFT, CLAMP = "npti_shift", "npti_clamp"
+SHIFT, CLAMP, CONSTANT = "npti_shift", "npti_clamp", "npti_constant"
 Where = Literal["all", "response"]
-# tensors of an encoded rule and their types
+# tensors of an encoded rule and their types; the second row is there only where the rule has a constant
 _SPARSE = {"shift_index": np.int32, "shift_value": np.float32, "clamp_index": np.int32, "shape": np.int32}
+_SPARSE_CONSTANT = {"constant_index": np.int32, "constant_value": np.float32}
 _LONGEST_NAME = 200  # bytes; file systems take 255, and each part of a split model adds some
 _MOST_NEURONS = 1 << 25  # of a rule, all layers together; Llama 405B has 6.7 million
 
@@ -120,14 +121,16 @@ def encode_rule(rule: SteeringRule) -> bytes:
     from safetensors.numpy import save
 
     index = np.flatnonzero(rule.shift)
-    return save(
-        {
-            "shift_index": index.astype(np.int32),
-            "shift_value": rule.shift.ravel()[index],
-            "clamp_index": np.flatnonzero(rule.clamp).astype(np.int32),
-            "shape": np.array(rule.shift.shape, np.int32),
-        }
-    )
+    tensors = {
+        "shift_index": index.astype(np.int32),
+        "shift_value": rule.shift.ravel()[index],
+        "clamp_index": np.flatnonzero(rule.clamp).astype(np.int32),
+        "shape": np.array(rule.shift.shape, np.int32),
+    }
+    if rule.constant is not None and rule.constants:
+        index = np.flatnonzero(rule.constant)
+        tensors |= {"constant_index": index.astype(np.int32), "constant_value": rule.constant.ravel()[index]}
+    return save(tensors)
 
 
 def decode_rule(data: bytes, where: str) -> SteeringRule:
@@ -141,7 +144,8 @@ def decode_rule(data: bytes, where: str) -> SteeringRule:
 
     try:
         tensors = load(data)
-        for name, dtype in _SPARSE.items():
+        has_constant = not _SPARSE_CONSTANT.keys().isdisjoint(tensors)
+        for name, dtype in (_SPARSE | (_SPARSE_CONSTANT if has_constant else {})).items():
             if tensors[name].dtype != dtype or tensors[name].ndim != 1:
                 raise ValueError(f"{name} is not a row of {np.dtype(dtype).name}")
         index, values, clamped, shape = (tensors[name] for name in _SPARSE)
@@ -149,15 +153,30 @@ def decode_rule(data: bytes, where: str) -> SteeringRule:
         neurons = layers * width
         if min(layers, width) < 1 or neurons > _MOST_NEURONS:
             raise ValueError(f"{layers} layers of {width} neurons cannot be")
-        if len(values) != len(index) or any(((one < 0) | (one >= neurons)).any() for one in (index, clamped)):
+        if ((clamped < 0) | (clamped >= neurons)).any():
             raise ValueError("neurons and values do not match")
-        shift, clamp = np.zeros((layers, width), np.float32), np.zeros((layers, width), np.bool_)
-        shift.ravel()[index] = values
+        clamp = np.zeros((layers, width), np.bool_)
         clamp.ravel()[clamped] = True
-        return SteeringRule(shift, clamp)
+        constant = _filled((layers, width), *(tensors[name] for name in _SPARSE_CONSTANT)) if has_constant else None
+        return SteeringRule(_filled((layers, width), index, values), clamp, constant)
     except (SafetensorError, KeyError, TypeError, ValueError, ProfileError) as error:
         reason = shortened(str(error), 200)
         raise AdapterError(f"{where}: its steering rule is damaged ({reason}); make the file again") from error
+
+
+def _filled(
+    shape: tuple[int, int], index: np.ndarray[Any, Any], values: np.ndarray[Any, Any]
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """A matrix of zeros but for some values.
+
+    Raises:
+        ValueError: not one value for each place, or a place outside.
+    """
+    result = np.zeros(shape, np.float32)
+    if len(values) != len(index) or ((index < 0) | (index >= result.size)).any():
+        raise ValueError("neurons and values do not match")
+    result.ravel()[index] = values
+    return result
 
 
 def artifact_format(path: Path) -> Literal["gguf", "peft", "checkpoint", "control-vector"]:
@@ -247,14 +266,17 @@ def save_checkpoint_rule(saved: SavedRule, directory: Path) -> None:
 def adapter_tensors(saved: SavedRule) -> dict[str, np.ndarray[Any, Any]]:
     """The tensors of an adapter, dense, by their names in ``adapter_model.safetensors``.
 
-    Per layer ``npti_shift`` ``[width]`` float32 and ``npti_clamp`` ``[width]`` uint8, 1 for a clamped neuron.
+    Per layer ``npti_shift`` ``[width]`` float32 and ``npti_clamp`` ``[width]`` uint8, 1 for a clamped neuron; where the
+    rule has a constant also ``npti_constant`` ``[width]`` float32.
     """
-    row = by_model_type(saved.about.model_type, saved.about.model)
+    row, rule = by_model_type(saved.about.model_type, saved.about.model), saved.rule
     tensors: dict[str, np.ndarray[Any, Any]] = {}
-    for layer, (shift, clamp) in enumerate(zip(saved.rule.shift, saved.rule.clamp, strict=True)):
+    for layer in range(len(rule.shift)):
         prefix = f"base_model.model.{row.layers}.{layer}.{row.act}"
-        tensors[f"{prefix}.{SHIFT}"] = shift
-        tensors[f"{prefix}.{CLAMP}"] = clamp.astype(np.uint8)
+        tensors[f"{prefix}.{SHIFT}"] = rule.shift[layer]
+        tensors[f"{prefix}.{CLAMP}"] = rule.clamp[layer].astype(np.uint8)
+        if rule.constant is not None:
+            tensors[f"{prefix}.{CONSTANT}"] = rule.constant[layer]
     return tensors
 
 
@@ -304,7 +326,8 @@ def _stacked(
             "make the adapter again"
         )
     tensors = {from_layers(name): tensor for name, tensor in tensors.items()}
-    rule = SteeringRule(np.zeros((layers, width), np.float32), np.zeros((layers, width), np.bool_))
+    zeros = np.zeros((layers, width), np.float32)
+    rule = SteeringRule(zeros, zeros != 0, zeros if config.get("constant") is True else None)
     expected = {from_layers(name): like for name, like in adapter_tensors(SavedRule(rule, about)).items()}
     check_names(set(expected), set(tensors), where)
     for name, like in expected.items():
@@ -312,10 +335,13 @@ def _stacked(
         if tensor.shape != like.shape or not np.isfinite(tensor).all():
             fault = "holds values that are not finite" if tensor.shape == like.shape else f"is {tensor.shape}"
             raise AdapterError(f"{where}: tensor {name} {fault}, not {like.shape} numbers; make the adapter again")
-    names = list(expected)
-    shift = np.stack([tensors[name] for name in names[::2]]).astype(np.float32) * np.float32(strength)
-    clamp = np.stack([tensors[name] for name in names[1::2]]).astype(np.bool_)
-    return SteeringRule(shift, clamp if strength else np.zeros_like(clamp))
+
+    def stacked(kind: str) -> np.ndarray[Any, Any]:
+        return np.stack([tensors[name] for name in expected if name.endswith(kind)])
+
+    shift, clamp = stacked(SHIFT).astype(np.float32) * np.float32(strength), stacked(CLAMP).astype(np.bool_)
+    constant = None if rule.constant is None else stacked(CONSTANT).astype(np.float32) * np.float32(strength)
+    return SteeringRule(shift, clamp if strength else np.zeros_like(clamp), constant)
 
 
 def from_layers(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -117,6 +118,8 @@ class ActivationStats:
         active: ``[layers, width]`` int64, tokens on which ``a > 0``.
         histogram: ``[layers, width, BIN_COUNT]`` int32, the positive activations in the bins of ``EDGES``.
         largest: ``[layers, width]`` float32, the largest activation seen; 0 where none was positive.
+        routed: in a mixture of experts ``[layers, experts]`` int64, tokens that were sent to each expert; None in a
+            dense model, where every neuron sees every token. A neuron whose expert is not asked is not active.
 
     Adding two is associative and commutative and has :meth:`empty` as zero, so shards, resumed runs and workers
     all combine by ``+``.
@@ -126,6 +129,7 @@ class ActivationStats:
     active: npt.NDArray[np.int64]
     histogram: npt.NDArray[np.int32]
     largest: npt.NDArray[np.float32]
+    routed: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def empty(cls, layers: int, width: int) -> ActivationStats:
@@ -143,7 +147,15 @@ class ActivationStats:
             self.active + other.active,
             self.histogram + other.histogram,
             np.maximum(self.largest, other.largest),
+            _added(self.routed, other.routed),
         )
+
+    @property
+    def seen(self) -> npt.NDArray[np.int64] | int:
+        """Tokens for which a neuron's activation was computed: one number, or ``[layers, width]``."""
+        if self.routed is None:
+            return self.tokens
+        return np.repeat(self.routed, self.active.shape[1] // self.routed.shape[1], axis=1)
 
     def probability(self) -> npt.NDArray[np.float64]:
         """``P(a > 0)`` of each neuron, ``[layers, width]`` (paper: activation probability).
@@ -156,11 +168,12 @@ class ActivationStats:
         return self.active / self.tokens
 
     def quantile(self, q: float) -> npt.NDArray[np.float64]:
-        """The ``q`` quantile of each neuron's activation over all tokens, ``[layers, width]``, 0 where negative.
+        """The ``q`` quantile of each neuron's activation, ``[layers, width]``, 0 where negative.
 
+        Over all tokens for which it was computed: those of an expert that is rarely asked must not count as nothing.
         Interpolated geometrically inside a bin (linearly in the lowest), so exact up to the bin's width.
         """
-        rank = q * self.tokens - (self.tokens - self.active)  # how many positive values lie below it
+        rank = q * self.seen - (self.seen - self.active)  # how many positive values lie below it
         cumulative = np.cumsum(self.histogram, axis=-1)
         index = np.minimum((cumulative < rank[..., None]).sum(axis=-1), BIN_COUNT - 1)
         within = np.take_along_axis(self.histogram, index[..., None], -1)[..., 0]
@@ -173,6 +186,12 @@ class ActivationStats:
         geometric = np.where(low > 0, low, 1.0) * (high / np.where(low > 0, low, 1.0)) ** fraction
         value = np.where(low > 0, geometric, high * fraction)
         return np.where(rank > 0, value, 0.0)
+
+
+def _added(one: npt.NDArray[np.int64] | None, other: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64] | None:
+    if one is None or other is None:  # nothing was counted yet, or the model is dense
+        return one if other is None else other
+    return one + other
 
 
 @dataclass(frozen=True)
@@ -199,6 +218,7 @@ def save_stats(path: Path, stats: ContrastStats, progress: dict[str, object]) ->
 
     poles = {"plus": stats.plus, "minus": stats.minus}
     tensors = {f"{name}.{field}": getattr(one, field) for name, one in poles.items() for field in _FIELDS}
+    tensors |= {f"{name}.routed": one.routed for name, one in poles.items() if one.routed is not None}
     tensors |= {f"spread.{field}": getattr(stats.spread, field) for field in _SPREAD_FIELDS}
     record = {
         "tokens": {name: one.tokens for name, one in poles.items()},
@@ -221,13 +241,15 @@ def load_stats(path: Path) -> tuple[ContrastStats, dict[str, object]]:
     try:
         with safe_open(path, framework="np") as tensors:
             record = json.loads(tensors.metadata()["npti"])
-            plus, minus = (
-                ActivationStats(int(tokens), *(tensors.get_tensor(f"{name}.{field}") for field in _FIELDS))
-                for name, tokens in ((name, record["tokens"][name]) for name in ("plus", "minus"))
-            )
+            plus, minus = (_read_pole(tensors, name, int(record["tokens"][name])) for name in ("plus", "minus"))
             pairs, *lengths = map(int, record["spread"])
             products, mixed = (tensors.get_tensor(f"spread.{field}") for field in _SPREAD_FIELDS)
             spread = PairSpread(pairs, (lengths[0], lengths[1], lengths[2]), products, mixed)
     except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ProfileError(f"{path}: damaged statistics; delete the file and run again") from error
     return ContrastStats(plus, minus, spread), record["progress"]
+
+
+def _read_pole(tensors: Any, name: str, tokens: int) -> ActivationStats:
+    fields = (*_FIELDS, "routed") if f"{name}.routed" in tensors.keys() else _FIELDS  # noqa: SIM118  not a mapping
+    return ActivationStats(tokens, *(tensors.get_tensor(f"{name}.{field}") for field in fields))

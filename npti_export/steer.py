@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from npti_export.errors import AdapterError
+from npti_export.routing import ExpertRows, routing_for
 from npti_export.rule import SteeringRule
 from npti_export.rule_io import Where
 
@@ -23,20 +24,40 @@ NOT_LOADED = 255  # a clamp vector of an adapter whose weights have not come yet
 
 
 @contextmanager
-def steered(activations: Sequence[torch.nn.Module], rule: SteeringRule) -> Iterator[None]:
+def steered(
+    activations: Sequence[torch.nn.Module],
+    rule: SteeringRule,
+    down_projections: Sequence[torch.nn.Module] | None = None,
+) -> Iterator[None]:
     """Within the block, each activation module returns ``where(clamp, min(a, 0), a) + shift``.
 
-    This is the definition that every output is measured against.
+    And each down projection gets ``constant`` added to its input. This is the definition that every output is measured
+    against.
 
     Args:
-        activations: one module a layer, whose output is the gate activation ``[…, width]``.
+        activations: one module a layer, whose output is the gate activation ``[…, width]``; in a mixture of experts
+            it was told of its :class:`npti_export.routing.ExpertRouting`.
         rule: of the same sizes.
+        down_projections: one module a layer, whose input is ``a ⊙ up`` ``[…, width]``; needed for constants.
 
-    The shift is added in float32 and the result rounded once to the activation's dtype.
+    Sums are computed in float32 and rounded once to the dtype of what they are added to.
+
+    Raises:
+        AdapterError: the rule has constants, and there are no down projections.
     """
+    if rule.constants and down_projections is None:
+        raise AdapterError("the rule has constants, which belong at down projections; give these modules, too")
     with ExitStack() as stack:
+        for module, constant in zip(
+            down_projections or (), () if rule.constant is None else rule.constant, strict=False
+        ):
+            if constant.any():
+                stack.callback(module.register_forward_pre_hook(_Constant(constant)).remove)
         for module, shift, clamp in zip(activations, rule.shift, rule.clamp, strict=True):
             if shift.any() or clamp.any():
+                routing = routing_for(module)
+                if routing is not None:
+                    stack.enter_context(routing.listening())
                 stack.callback(module.register_forward_hook(_Rule(shift, clamp)).remove)
         yield
 
@@ -49,10 +70,23 @@ class _Rule:
         self.limit = torch.from_numpy(np.where(clamp, np.float32(0), np.float32(np.inf)))
         self.shift = torch.from_numpy(shift)
 
-    def __call__(self, _module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def __call__(self, module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
         if self.limit.device != output.device:
             self.limit, self.shift = self.limit.to(output.device), self.shift.to(output.device)
-        return (output.float().minimum(self.limit) + self.shift).to(output.dtype)
+        routing = routing_for(module)
+        neurons = slice(None) if routing is None else routing.rows_of(output).neurons
+        return (output.float().minimum(self.limit[neurons]) + self.shift[neurons]).to(output.dtype)
+
+
+class _Constant:
+    """A forward pre-hook with one layer's constant ``[width]``."""
+
+    def __init__(self, constant: npt.NDArray[np.float32]) -> None:
+        self.constant = torch.from_numpy(constant)
+
+    def __call__(self, _module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = inputs[0]
+        return ((x.float() + self.constant.to(x.device)).to(x.dtype), *inputs[1:])
 
 
 class Share(NamedTuple):
@@ -62,8 +96,9 @@ class Share(NamedTuple):
         name: of the adapter, for messages.
         shift: ``[width]`` float32.
         clamp: ``[width]`` uint8, 1 for a clamped neuron.
-        strength: multiplies the shift; at 0 the clamp is off, too.
+        strength: multiplies shift and constant; at 0 the clamp is off, too.
         where: ``all`` positions or only those of the ``response``.
+        constant: ``[width]`` float32, for :mod:`npti_export.down_input`; None where nothing is added there.
     """
 
     name: str
@@ -71,6 +106,7 @@ class Share(NamedTuple):
     clamp: torch.Tensor
     strength: float
     where: Where
+    constant: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,12 +162,26 @@ class LayerSteering:
             return torch.where(response[..., None], self._apply(a, shares, True), self._apply(a, everywhere, False))
         return self._apply(a, shares, True) if response else self._apply(a, everywhere, False)
 
+    def of_expert(
+        self, a: torch.Tensor, shares: Sequence[Share], rows: ExpertRows, positions: ResponsePositions | None = None
+    ) -> torch.Tensor:
+        """The same of one expert's activation ``[rows, neurons of the expert]``; nothing is kept between calls."""
+        self._check_loaded(shares)
+        cut = [one._replace(shift=one.shift[rows.neurons], clamp=one.clamp[rows.neurons]) for one in shares]
+        everywhere = [one for one in cut if one.where == "all"]
+        if len(everywhere) == len(cut):
+            return _apply_plainly(a, cut)
+        response = False if positions is None else positions.of_tokens(rows.tokens)
+        if isinstance(response, torch.Tensor):
+            return torch.where(response[:, None], _apply_plainly(a, cut), _apply_plainly(a, everywhere))
+        return _apply_plainly(a, cut if response else everywhere)
+
     def _apply(self, a: torch.Tensor, shares: Sequence[Share], in_response: bool) -> torch.Tensor:
         # This runs for each layer and token: plain loops, and nothing that can wait.
         if torch.compiler.is_compiling():
             return _apply_plainly(a, shares)
         key: list[Any] = [a.device, a.dtype]
-        for _, shift, clamp, strength, _ in shares:
+        for _, shift, clamp, strength, *_ in shares:
             if shift.requires_grad or shift.is_inference():  # needs its gradient, or does not count its changes
                 self._check_loaded(shares)
                 return _apply_plainly(a, shares)

@@ -135,7 +135,7 @@ def measure(
     from npti_export.steer import steered
 
     progress.start("verify", 4 * len(prompts))
-    with steered(runtime.activations, rule):
+    with steered(runtime.activations, rule, runtime.down_projections):
         exchanges = runtime.generate(
             prompts,
             max_new_tokens=recipe.verify.answer_tokens,
@@ -147,7 +147,7 @@ def measure(
         steered_logits = stack.enter_context(artifact())
         base_logits = None if base is None else stack.enter_context(base())
         for tokens in sequences:
-            with steered(runtime.activations, rule):
+            with steered(runtime.activations, rule, runtime.down_projections):
                 want = runtime.logits(tokens)
             plain = runtime.logits(tokens)
             got = steered_logits(tokens)

@@ -18,6 +18,7 @@ from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
 from npti_export.runtimes.llamacpp.context import MAX_SEQUENCES
+from npti_export.runtimes.llamacpp.experts import ExpertPass
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime, SeeMLP
 from npti_export.verify import Fidelity, LayerErrors, Tally
 
@@ -34,7 +35,7 @@ def measure_file(
     progress: Progress,
     *,
     file: LlamaCppRuntime | None = None,
-) -> tuple[Fidelity, LayerErrors]:
+) -> tuple[Fidelity, LayerErrors | None]:
     """Compare rule, base and artifact on held-out prompts and the artifact's answers to them.
 
     Args:
@@ -47,9 +48,17 @@ def measure_file(
         file: what the artifact was baked into, opened with its source, where that is not ``base``: the same model in
             another type. Its distance from the model is noise that is not ours, and layers are held to its weights.
 
+    Returns:
+        The second is None for a mixture of experts.
+
     Raises:
         ModelError: llama.cpp cannot run one of the files.
     """
+    source = base.source
+    assert source is not None
+    assert source.family is not None
+    if source.family.mixture:
+        return _measure_mixture(base, artifact, rule, prompts, recipe, progress), None
     mlp, file = _mlp_of(base), file or base
     own = mlp if file is base else _mlp_of(file)
     tally, layers = Tally(), _LayerSums(len(rule.shift))
@@ -64,6 +73,37 @@ def measure_file(
         tally.add(want, plain, got, floor)
         progress.advance(4 * len(some), 4 * sum(map(len, some)))
     return tally.result(), layers.result()
+
+
+def _measure_mixture(
+    base: LlamaCppRuntime,
+    artifact: LlamaCppRuntime,
+    rule: SteeringRule,
+    prompts: Sequence[tuple[int, ...]],
+    recipe: Recipe,
+    progress: Progress,
+) -> Fidelity:
+    """The same for a mixture of experts, of which no steered file is made: the rule within the runtime's arithmetic.
+
+    Which experts a token gets is then the same for rule and artifact as long as their inputs are.
+    """
+    assert base.source is not None
+    activation, tally = base.source.activation, Tally()
+
+    def steer(layer: int, parts: ExpertPass) -> bool:
+        parts.product[:] += parts.change(rule, layer, activation)
+        return True
+
+    progress.start("verify", 1 + 3 * len(prompts))
+    sequences = _answers(artifact, prompts, recipe)
+    progress.advance(1, sum(map(len, sequences)))
+    for some in _chunks(sequences, base.model.vocabulary_size, base.settings.context):
+        want = base.run_experts(some, steer)
+        plain = base.run_experts(some, lambda *_: False)
+        got = artifact.run_experts(some, lambda *_: False)
+        tally.add(want, plain, got, plain)
+        progress.advance(3 * len(some), 3 * sum(map(len, some)))
+    return tally.result()
 
 
 def _mlp_of(runtime: LlamaCppRuntime) -> FileMLP:

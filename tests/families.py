@@ -22,6 +22,7 @@ class Layout:
     norm_bias: bool = False
     fused: bool = False  # ffn_up holds the gate, too
     fused_qkv: bool = False
+    kv_heads: int = KV_HEADS
     output: bool = False
     layer_norm: bool = False
     keys: dict = field(default_factory=dict)
@@ -54,6 +55,15 @@ LAYOUTS = {
 }
 
 
+# Mixtures of experts, by the name of their architecture; EXPERTS of EXPERT_ROWS neurons, EXPERTS_USED a token.
+MIXTURES = {
+    "llama": Layout(),
+    "qwen3moe": Layout(qk_norms="head", output=True, keys={"expert_feed_forward_length": 32}),
+    "olmoe": Layout(qk_norms="all", kv_heads=HEADS, output=True),
+}
+EXPERTS, EXPERTS_USED, EXPERT_ROWS = 6, 2, 32
+
+
 class TinyWriter:
     """Writes random tensors in one type, single ones in another by their names; the same seed gives the same model."""
 
@@ -76,10 +86,15 @@ class TinyWriter:
         elif kind == GGMLQuantizationType.F16:
             self.writer.add_tensor(name, values.astype(np.float16))
         else:
-            self.writer.add_tensor(name, quantise(values, int(kind)), raw_dtype=kind)
+            rows = quantise(values.reshape(-1, values.shape[-1]), int(kind))
+            self.writer.add_tensor(name, rows.reshape(*values.shape[:-1], -1), raw_dtype=kind)
 
     def matrix(self, name, rows, columns, scale=1.0):
         self.add(name, (self.rng.normal(size=(rows, columns)) * scale / np.sqrt(columns)).astype(np.float32))
+
+    def matrices(self, name, count, rows, columns, scale=1.0):
+        """One for each expert."""
+        self.add(name, (self.rng.normal(size=(count, rows, columns)) * scale / np.sqrt(columns)).astype(np.float32))
 
     def vector(self, name, size, mean=1.0):
         """Norms and biases are always F32."""
@@ -96,7 +111,7 @@ def _add_keys(tiny, tokenizer, layout, hidden, width, layers, template, alignmen
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(width)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
+    writer.add_head_count_kv(layout.kv_heads)
     if layout.layer_norm:
         writer.add_layer_norm_eps(1e-5)
     else:
@@ -120,7 +135,7 @@ def _add_keys(tiny, tokenizer, layout, hidden, width, layers, template, alignmen
 
 
 def _add_attention(tiny, blk, layout, hidden):
-    kv = hidden * KV_HEADS // HEADS
+    kv = hidden * layout.kv_heads // HEADS
     if layout.fused_qkv:
         tiny.matrix(f"{blk}.attn_qkv.weight", hidden + 2 * kv, hidden)
     else:
@@ -148,6 +163,15 @@ def _add_mlp(tiny, blk, layout, hidden, width, biases):
         tiny.vector(f"{blk}.{stem}.bias", hidden if stem == "ffn_down" else width, mean=0.2)
 
 
+def _add_experts(tiny, blk, hidden):
+    tiny.writer.add_tensor(
+        f"{blk}.ffn_gate_inp.weight", tiny.rng.normal(size=(EXPERTS, hidden)).astype(np.float32) / np.float32(8)
+    )
+    tiny.matrices(f"{blk}.ffn_gate_exps.weight", EXPERTS, EXPERT_ROWS, hidden, 1.5)
+    tiny.matrices(f"{blk}.ffn_up_exps.weight", EXPERTS, EXPERT_ROWS, hidden)
+    tiny.matrices(f"{blk}.ffn_down_exps.weight", EXPERTS, hidden, EXPERT_ROWS)
+
+
 def write_tiny(
     path,
     tokenizer,
@@ -163,8 +187,11 @@ def write_tiny(
     kinds=(),
     split=0,
     small_first_shard=False,
+    experts=False,
 ):
     """A random model of a family; MLP and attention weights in ``kind``, K-quants through ggml.
+
+    ``experts`` makes it a mixture.
 
     ``kinds`` gives single tensors another type, by their names.
 
@@ -173,7 +200,11 @@ def write_tiny(
     is returned.
     """
     splits = {"split_max_tensors": split, "small_first_shard": small_first_shard} if split else {}
-    tiny, layout = TinyWriter(path, family, kind, seed, kinds, **splits), LAYOUTS[family]
+    tiny, layout = TinyWriter(path, family, kind, seed, kinds, **splits), (MIXTURES if experts else LAYOUTS)[family]
+    if experts:
+        width = EXPERT_ROWS
+        tiny.writer.add_expert_count(EXPERTS)
+        tiny.writer.add_expert_used_count(EXPERTS_USED)
     widths = width if isinstance(width, tuple) else (width,) * layers
     _add_keys(tiny, tokenizer, layout, hidden, list(width) if widths is width else width, layers, template, alignment)
 
@@ -193,7 +224,10 @@ def write_tiny(
         if widths[layer]:
             for name in others:
                 norm(f"{blk}.{name}")
-            _add_mlp(tiny, blk, layout, hidden, widths[layer], biases)
+            if experts:
+                _add_experts(tiny, blk, hidden)
+            else:
+                _add_mlp(tiny, blk, layout, hidden, widths[layer], biases)
     norm("output_norm")
     if layout.output:
         tiny.matrix("output.weight", VOCABULARY, hidden)

@@ -28,12 +28,14 @@ from pathlib import Path
 import fuzz_models
 import fuzz_mutations
 import fuzz_seeds
+import numpy as np
 
 from npti_export.compiler.exact import compile_exact
 from npti_export.errors import NptiError
 from npti_export.export.control_vector import read_directions
 from npti_export.export.gguf import check_base, plan_bake, strip, write_bake
 from npti_export.files import sha256_file
+from npti_export.gguf.imatrix import read_imatrix
 from npti_export.gguf.reader import mlp_widths
 from npti_export.gguf.requantise import check_float, least_bytes, matrix_elements
 from npti_export.gguf.shards import read_model, shard_paths
@@ -137,6 +139,15 @@ def requantise(path, folder):
     assert least_bytes(matrix_elements(header), "Q8_0") >= 0
 
 
+def importance(path, folder):
+    """What ``--imatrix`` does with a file: whatever is read is fit for llama.cpp, which aborts on some of the rest."""
+    read = read_imatrix(path)
+    for values in read.importance(read.entries).values():
+        assert np.isfinite(values).all()
+        assert values.min() >= 0
+    json.dumps(read.metadata)
+
+
 TARGETS = {
     "read": lambda path, folder: read_model(path),
     "source": lambda path, folder: gguf_source(path),
@@ -145,6 +156,7 @@ TARGETS = {
     "bake": bake,
     "strip": strip_exactly,
     "requantise": requantise,
+    "importance": importance,
     "directions": lambda path, folder: read_directions(path, 4, 32),
 }
 

@@ -43,6 +43,16 @@ def family(rng, file, seeds):
             one.key = one.key.replace(old, new + b".") if one.key.startswith(old) else one.key
 
 
+def importance(rng, file, seeds):
+    """A key or a count of an importance matrix."""
+    names = (b"imatrix.datasets", b"imatrix.chunk_count", b"imatrix.chunk_size", b"general.type")
+    counts = [one for one in file.tensors if one.name.endswith(b".counts")]
+    if counts and rng.random() < 0.5:
+        rng.choice(counts).shape = [rng.choice([1, 2, 7, 256]), rng.choice([1, 3, 1 << 30])][: rng.choice([1, 2])]
+        return
+    replace(file, Entry(rng.choice(names), *value(rng, rng.choice([4, 4, 5, STRING, ARRAY]))))
+
+
 # --- what brings the base back
 
 
@@ -199,7 +209,7 @@ def keys_everywhere(rng, files, seeds):
         file.entries.append(Entry(rng.choice([b"qwen2.x", b"llama.x", b"npti.x", b"general.x"]), *value(rng)))
 
 
-SHAPES = (widths, heads, family)
+SHAPES = (widths, heads, family, importance)
 RECOVERY = (base_family, base_tensors, base_widths, gate_biases, base_count, former_dropped, switched_off, rule_tensors)
 SPLIT = (
     split_number, split_numbers, missing, renamed, swapped, of_another_model, the_same_twice, tensor_moved,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
+from imatrix import sums_for
+from imatrix import write_gguf as write_imatrix
 
 from npti_export.compiler.exact import compile_exact
 from npti_export.export.control_vector import write_control_vector
@@ -250,6 +252,10 @@ def write_seeds(folder):
     directions = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
     rule = rule_for([64] * 4)
     write_control_vector(folder / "vector-steered.gguf", directions, "llama", said_of(rule, folder / "float.gguf"))
+    for name in ("kquant", "float", "codebook"):
+        write_imatrix(folder / f"{name}-matrix.gguf", sums_for(read_model(folder / f"{name}.gguf")))
+    experts = {"blk.0.ffn_up_exps.weight": (np.ones((3, 32), np.float32), np.array([512, 0, 1]))}
+    write_imatrix(folder / "experts-matrix.gguf", experts)
     seeds = {}
     for path in sorted(folder.glob("*.gguf")):
         seeds.setdefault(re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.name), []).append(path.read_bytes())

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 
-def plain_forward(mlp, x, shift, clamp, rows=None):
+def plain_forward(mlp, x, shift, clamp, rows=None, constant=None):
     """One gated MLP with the rule; ``rows`` [batch, length] bool limits it to some positions."""
     if hasattr(mlp, "gate_up_proj"):
         gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
@@ -23,7 +23,11 @@ def plain_forward(mlp, x, shift, clamp, rows=None):
     steered = (steered.to(torch.float32) + torch.from_numpy(shift)).to(a.dtype)
     if rows is not None:
         steered = torch.where(rows[..., None], steered, a)
-    return mlp.down_proj(steered * up)
+    inner = steered * up
+    if constant is not None:
+        moved = (inner.to(torch.float32) + torch.from_numpy(constant)).to(inner.dtype)
+        inner = moved if rows is None else torch.where(rows[..., None], moved, inner)
+    return mlp.down_proj(inner)
 
 
 @contextmanager
@@ -31,7 +35,8 @@ def plain_rule(model, rule, rows=None):
     """Within the block ``model`` (a causal LM) obeys the rule."""
     mlps = [layer.mlp for layer in model.model.layers]
     for index, mlp in enumerate(mlps):
-        mlp.forward = lambda x, mlp=mlp, i=index: plain_forward(mlp, x, rule.shift[i], rule.clamp[i], rows)
+        added = None if rule.constant is None else rule.constant[index]
+        mlp.forward = lambda x, mlp=mlp, i=index, c=added: plain_forward(mlp, x, rule.shift[i], rule.clamp[i], rows, c)
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """A llama forward pass in float64 numpy, written from the architecture's definition, with the induction rule in place.
 
 Also of llama's relatives: qwen2 (biases of q, k, v; rotary pairs half a head apart), granite and minicpm (scales), deci
-(a width for each layer, 0 for none), and MLPs with biases.
+(a width for each layer, 0 for none), MLPs with biases, and experts.
 
 It shares no code with the package and reads weights with gguf-py (but see :func:`open_gguf`), so that runtimes,
 compiler and writer are all measured against something independent.
@@ -78,6 +78,7 @@ class ReferenceLlama:
             get("attention.head_count"),
             get("attention.head_count_kv"),
         )
+        self.used = get("expert_used_count", 0)
         self.eps, self.base = get("attention.layer_norm_rms_epsilon"), get("rope.freq_base")
 
     def norm(self, x, name):
@@ -112,8 +113,26 @@ class ReferenceLlama:
         scores /= scores.sum(-1, keepdims=True)
         return self.linear(np.einsum("hqk,khd->qhd", scores, v).reshape(length, -1), f"{blk}.attn_output")
 
+    def experts(self, x, layer, shift, clamp):
+        """One token and one expert after the other; shift and clamp are [experts, neurons]."""
+        blk, y = f"blk.{layer}", np.zeros_like(x)
+        gate_rows, up_rows = (self.tensors[f"{blk}.ffn_{name}_exps.weight"] for name in ("gate", "up"))
+        for token, routed in enumerate(x @ self.tensors[f"{blk}.ffn_gate_inp.weight"].T):
+            chosen = np.argsort(-routed)[: self.used]
+            weights = np.exp(routed[chosen] - routed.max())
+            for expert, weight in zip(chosen, weights / weights.sum(), strict=True):
+                gate = gate_rows[expert] @ x[token]
+                a = gate * 0.5 * (1 + np.tanh(gate / 2))
+                a = np.where(clamp[expert], np.minimum(a, 0), a) + shift[expert]
+                down = self.tensors[f"{blk}.ffn_down_exps.weight"][expert]
+                y[token] += weight * (down @ (a * (up_rows[expert] @ x[token])))
+        return y
+
     def mlp(self, x, layer, shift, clamp, seen):
         blk = f"blk.{layer}"
+        if self.used:
+            sizes = self.tensors[f"{blk}.ffn_gate_exps.weight"].shape[:2]
+            return self.experts(x, layer, shift.reshape(sizes), clamp.reshape(sizes))
         gate = self.linear(x, f"{blk}.ffn_gate")
         width = gate.shape[1]
         a = gate * 0.5 * (1 + np.tanh(gate / 2))  # silu, without overflow
@@ -127,7 +146,8 @@ class ReferenceLlama:
     def logits(self, tokens, shift=None, clamp=None, seen=None):
         """[tokens, vocabulary]; ``seen`` collects the activations a of each layer, [tokens, width]."""
         x = self.tensors["token_embd.weight"][list(tokens)] * self.embedding
-        width = max(len(one) for name, one in self.tensors.items() if name.endswith("ffn_gate.weight"))
+        gates = ("ffn_gate.weight", "ffn_gate_exps.weight")
+        width = max(one[..., 0].size for name, one in self.tensors.items() if name.endswith(gates))
         nothing = np.zeros((self.layers, width))
         shift = nothing if shift is None else shift
         clamp = nothing if clamp is None else clamp

@@ -16,7 +16,7 @@ from npti_export.runtimes.base import chat
 from npti_export.runtimes.transformers import TransformersRuntime
 from npti_export.steer import steered
 
-FAMILIES = [model_type for row in ARCHITECTURES for model_type in row.model_types]
+FAMILIES = [model_type for row in ARCHITECTURES if not row.mixture for model_type in row.model_types]
 
 
 @pytest.fixture(params=FAMILIES)

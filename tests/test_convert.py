@@ -14,11 +14,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from imatrix import sums_for, write_gguf
 from jobs import COMMAND, main_job, npti
 
 from npti_export.base_file import check_request, made_base, plan_base
 from npti_export.errors import ArchitectureError, DiskFullError, ModelError, OutputError
 from npti_export.export.convert import SCRIPT, VARIABLE, convertible, find_converter, float_name, plan_conversion
+from npti_export.gguf.imatrix import read_imatrix
 from npti_export.gguf.reader import read_gguf
 from npti_export.loader import Timings
 from npti_export.models import gguf_source, resolve_model
@@ -44,9 +46,9 @@ def model(tiny_checkpoint, tmp_path_factory):
     return Path(shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("models") / "Tiny-Instruct"))
 
 
-def planned(directory, converter, kind=None, trust=False):
+def planned(directory, converter, kind=None, trust=False, imatrix=None):
     source = resolve_model(str(directory))
-    return plan_base(source, None, converter=converter, requantize=kind, trust_remote_code=trust)
+    return plan_base(source, None, converter=converter, requantize=kind, trust_remote_code=trust, imatrix=imatrix)
 
 
 def test_the_converted_file_is_the_model_that_the_directory_was_made_of(converter, tiny, tiny_checkpoint, tmp_path):
@@ -287,6 +289,33 @@ def test_the_whole_job_from_a_directory(converter, model, cli_environment, tmp_p
     again = npti(*arguments, environment=cli_environment, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "going on from 3 finished batches" in again.stderr
+
+
+def test_an_importance_matrix_for_what_is_converted(converter, tiny, tiny_checkpoint, tmp_path):
+    """One of other sizes is refused before the conversion; one that is wrong about the rest, after it."""
+    sums = sums_for(read_gguf(tiny))
+
+    def matrix(**change):
+        return read_imatrix(write_gguf(tmp_path / "m.gguf", sums | change))
+
+    with made_base(
+        planned(tiny_checkpoint, converter, "Q4_0", imatrix=matrix()), tmp_path / "o", Silent(), Timings()
+    ) as q:
+        assert read_gguf(q).get("quantize.imatrix.entries_count") == len(sums)
+        weighed = {one.name: one.data.copy() for one in GGUFReader(q).tensors}
+    with made_base(planned(tiny_checkpoint, converter, "Q4_0"), tmp_path / "o", Silent(), Timings()) as q:
+        plain = {one.name: one.data.copy() for one in GGUFReader(q).tensors}
+    assert not np.array_equal(plain["blk.1.ffn_up.weight"], weighed["blk.1.ffn_up.weight"])
+    wrong = np.ones((1, 32), np.float32), np.ones(1)
+    with pytest.raises(ModelError, match=r"blk.2.ffn_down.weight: 32 columns, not 96"):
+        planned(tiny_checkpoint, converter, "Q4_0", imatrix=matrix(**{"blk.2.ffn_down.weight": wrong}))
+    plan = planned(tiny_checkpoint, converter, "Q4_0", imatrix=matrix(**{"blk.2.attn_output.weight": wrong}))
+    with (
+        pytest.raises(ModelError, match=r"blk.2.attn_output.weight: 32 columns, not 64"),
+        made_base(plan, tmp_path / "o", Silent(), Timings()),
+    ):
+        raise AssertionError("was made all the same")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")

@@ -14,10 +14,10 @@ from tolerances import GATE_LLAMACPP, LOG_BIN, RATES_CORRELATION, SIGNS_QUANTISE
 from npti_export.activations import activate
 from npti_export.architectures import gguf_family
 from npti_export.errors import ArchitectureError, ModelError
-from npti_export.models import gguf_source
+from npti_export.models import ModelShape, gguf_source
 from npti_export.runtimes.base import Exchange, chat
 from npti_export.runtimes.llamacpp.context import Settings
-from npti_export.runtimes.llamacpp.counting import GateCounter, _bin_of_bits
+from npti_export.runtimes.llamacpp.counting import GateCounter, bin_of_bits
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 from npti_export.stats import BIN_COUNT, EDGES, AnswerCounts, PairSpread
 
@@ -210,7 +210,7 @@ def test_every_float32_lands_in_its_bin(activation):
     bits = rng.integers(0, 1 << 32, 200_000, dtype=np.uint32)
     values = np.concatenate([bits.view(np.float32), rng.normal(size=200_000).astype(np.float32) * 3])
     values = np.concatenate([values[np.isfinite(values)], np.float32([0.0, -0.0, 1e-44, 1e-40, -1e-40, 3e38, -3e38])])
-    found = _bin_of_bits(activation)[values.view(np.uint32) >> 11].astype(int)
+    found = bin_of_bits(activation)[values.view(np.uint32) >> 11].astype(int)
     with np.errstate(over="ignore"):
         a = ACTIVATIONS[activation](values.astype(np.float64))
     want = np.where(values > 0, np.searchsorted(EDGES.astype(np.float64), a, side="right") + 1, 0)
@@ -226,7 +226,7 @@ def test_every_float32_lands_in_its_bin(activation):
 
 
 def test_not_a_number_is_not_counted_in_silence():
-    counter = GateCounter(1, 4, "silu", 1, 2, "x.gguf")
+    counter = GateCounter(ModelShape(1, 4, 8), "silu", 1, 2, "x.gguf")
     for bad in (np.nan, np.inf):
         counter.begin([0, 1], [0, 0])
         assert counter.see(0)(np.array([[1, 2, 3, 4], [1, bad, 3, 4]], np.float32)) is False
@@ -235,7 +235,7 @@ def test_not_a_number_is_not_counted_in_silence():
 
 
 def test_counted_by_hand():
-    counter = GateCounter(1, 3, "silu", 2, 3, "x.gguf")
+    counter = GateCounter(ModelShape(1, 3, 8), "silu", 2, 3, "x.gguf")
     passes = [([0, 2], [0, 1]), ([0, 2], [0, 1]), ([1, 2], [0, 1])]
     gates = [[[1, -1, 0], [2, 2, -2]], [[3, -1, 0], [-2, 2, -2]], [[-1, 5, 1e-3], [1, 1, -1]]]
     for (answers, groups), values in zip(passes, gates, strict=True):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tolerances import QUANTILE_BIN, QUANTILE_FULL_BINS
 
 from npti_export.errors import ProfileError
-from npti_export.runtimes.transformers import StatsAccumulator
+from npti_export.runtimes.accumulate import StatsAccumulator
 from npti_export.stats import BIN_COUNT, ActivationStats, ContrastStats, PairSpread, load_stats, save_stats
 
 

@@ -18,7 +18,8 @@ class NptiConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     Args:
         layers: decoder layers of the model that it is for; None accepts any number.
         width: neurons in each layer's MLP; None accepts any.
-        strength: multiplies the shifts; 0 switches the adapter off, clamps included.
+        constant: whether it adds something to the input of ``down_proj``, too.
+        strength: multiplies shifts and constants; 0 switches the adapter off, clamps included.
         where: ``all`` positions (what baked files do) or those of the ``response`` only (what the paper's code does).
         target_modules: regular expression for the names of the activation modules, with the layer's number as its
             first group; None takes it from the table of architectures.
@@ -31,6 +32,7 @@ class NptiConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
 
     layers: int | None = None
     width: int | None = None
+    constant: bool = False
     strength: float = 1.0
     where: str = "all"
     target_modules: str | None = None

@@ -61,19 +61,22 @@ def rule_of(target: Target, adapters: list[str]) -> SteeringRule:
     Raises:
         AdapterError: one of them steers the response only, or none changes anything.
     """
-    shifts, clamps = [], []
+    shifts, clamps, constants = [], [], []
     for module in target.activations():
         shares = [share for share in module.shares(adapters) if share.strength] if isinstance(module, NptiLayer) else []
         if any(share.where != "all" for share in shares):
             raise AdapterError("an adapter that steers the response only cannot be merged: weights steer everywhere")
-        shift, clamp = np.zeros(target.width, np.float64), np.zeros(target.width, np.bool_)
+        shift, constant, clamp = np.zeros(target.width), np.zeros(target.width), np.zeros(target.width, np.bool_)
         for share in shares:
-            shift += share.shift.detach().float().cpu().numpy().astype(np.float64) * share.strength
+            shift += share.shift.detach().double().cpu().numpy() * share.strength
             clamp |= share.clamp.cpu().numpy() != 0
+            if share.constant is not None:
+                constant += share.constant.detach().double().cpu().numpy() * share.strength
         shifts.append(shift)
         clamps.append(clamp)
-    rule = SteeringRule(np.stack(shifts).astype(np.float32), np.stack(clamps))
-    if rule.shifted + rule.clamped == 0:
+        constants.append(constant)
+    rule = SteeringRule(np.stack(shifts).astype(np.float32), np.stack(clamps), np.stack(constants).astype(np.float32))
+    if rule.changed == 0:
         raise AdapterError(f"nothing to merge: the adapters {', '.join(adapters) or '(none active)'} change no neuron")
     return rule
 

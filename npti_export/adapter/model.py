@@ -17,7 +17,8 @@ from npti_export.adapter.target import Target, find_target
 from npti_export.attached import AttachedActivation
 from npti_export.errors import AdapterError
 from npti_export.positions import positions_of
-from npti_export.rule_io import CLAMP, SHIFT, check_names, from_layers
+from npti_export.routing import routing_of
+from npti_export.rule_io import CLAMP, CONSTANT, SHIFT, check_names, from_layers
 
 
 class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
@@ -84,17 +85,22 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         device = next((weight.device for weight in parent.parameters()), torch.device("cpu"))
         if not isinstance(target, NptiLayer):
             wrapper = NptiLayer(target)
+            wrapper.listen(routing_of(parent) if self._target.mixture else None)
             self._replace_module(parent, target_name, wrapper, target)
             target = wrapper
         width = self._target.width
         device = torch.device("cpu") if device.type == "meta" else device
-        target.update_layer(adapter_name, peft_config, width, device)
+        target.update_layer(adapter_name, peft_config, width, device, parent)
         cast(Any, target).set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # an activation has no weight whose device or state could be taken over
         if isinstance(child, NptiLayer):
             child.let_go()
+            if child.npti_routing is not None:
+                child.npti_routing.release()
+                child.npti_routing = None
+            child.leave_down()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -141,7 +147,7 @@ class NptiModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
 
 def _endings(adapter_name: str) -> tuple[str, ...]:
     """What the names of an adapter's tensors in a model end with."""
-    return tuple(f".{kind}.{adapter_name}" for kind in (SHIFT, CLAMP))
+    return tuple(f".{kind}.{adapter_name}" for kind in (SHIFT, CLAMP, CONSTANT))
 
 
 def _follow_positions(target: Target) -> None:

@@ -11,8 +11,10 @@ from torch import nn
 
 from npti_export.adapter.config import NptiConfig
 from npti_export.architectures import Architecture, by_model_type
+from npti_export.down_input import DOWN
 from npti_export.errors import AdapterError, ArchitectureError
 from npti_export.fingerprint import fingerprint
+from npti_export.routing import experts_width
 from npti_export.rule_io import read_provenance
 
 
@@ -28,6 +30,7 @@ class Target:
         names: of the activation modules, in the order of the layers.
         width: neurons in each layer's MLP.
         row: of the table of architectures, if the family is in it.
+        mixture: whether each activation module serves all experts of its layer.
     """
 
     model: Any
@@ -37,6 +40,7 @@ class Target:
     names: tuple[str, ...]
     width: int
     row: Architecture | None
+    mixture: bool = False
 
     def activations(self) -> list[nn.Module]:
         """The activation modules (or what wraps them), in the order of the layers."""
@@ -51,7 +55,8 @@ def find_target(model: nn.Module, config: NptiConfig | None) -> Target:
         config: of the adapter; None checks nothing.
 
     Raises:
-        AdapterError: other sizes, another fingerprint, or MLPs that do not call their activation module.
+        AdapterError: other sizes, another fingerprint, MLPs that do not call their activation module, or that have no
+            down projection where the adapter needs one.
         ArchitectureError: a family that is not in the table, and no ``target_modules``.
     """
     inner = _unwrapped(model)
@@ -68,12 +73,32 @@ def find_target(model: nn.Module, config: NptiConfig | None) -> Target:
     layers = names[0][: found[0][0].start(1) - 1]
     decoder = inner.get_submodule(layers.rpartition(".")[0])
     width = int(getattr(inner.config, "intermediate_size", 0) or 0) or int((config and config.width) or 0)
-    target = Target(inner, decoder, pattern, layers, names, width, row)
+    mixture = row is not None and row.mixture
+    if mixture:
+        width = _neurons(inner, names)
+    target = Target(inner, decoder, pattern, layers, names, width, row, mixture)
     _refuse_deaf(target)
+    if config is not None and config.constant:
+        _refuse_without_down(target)
     if config is not None:
         _refuse_other_sizes(target, config)
         _refuse_other_model(target, config)
     return target
+
+
+def _neurons(model: Any, names: tuple[str, ...]) -> int:
+    """Neurons in each layer of a mixture of experts.
+
+    Raises:
+        AdapterError: some layers have no experts.
+    """
+    places = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    if len(places) != model.config.num_hidden_layers:
+        raise AdapterError(
+            f"the model has {model.config.num_hidden_layers} layers, of which {len(places)} have experts; models with "
+            "layers of both kinds cannot be steered yet"
+        )
+    return experts_width(places[0])
 
 
 def _unwrapped(model: Any) -> Any:
@@ -124,6 +149,16 @@ def _refuse_other_model(target: Target, config: NptiConfig) -> None:
         )
 
 
+def _refuse_without_down(target: Target) -> None:
+    for name in target.names:
+        mlp = target.model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(getattr(mlp, DOWN, None), nn.Module):
+            raise AdapterError(
+                f"{name}: {type(mlp).__name__} has no {DOWN} beside it, at whose input the adapter's constants belong; "
+                "bake this rule into a GGUF instead"
+            )
+
+
 def _refuse_deaf(target: Target) -> None:
     """An MLP that was replaced by a fused kernel may ignore its activation module: steering would do nothing, silently.
 
@@ -132,14 +167,18 @@ def _refuse_deaf(target: Target) -> None:
     """
     name = target.names[0]
     mlp = target.model.get_submodule(name.rpartition(".")[0])
-    weight = next((value for value in mlp.parameters() if value.ndim == 2), None)
+    weight = next((value for value in mlp.parameters() if value.ndim >= 2), None)
     if weight is None or weight.is_meta or not weight.is_floating_point() or not target.width:
         return
     heard: list[None] = []
     handle = target.model.get_submodule(name).register_forward_hook(lambda *_: heard.append(None))
     try:
         with torch.no_grad():
-            mlp(torch.zeros(1, 1, target.model.config.hidden_size, device=weight.device, dtype=weight.dtype))
+            x = torch.zeros(1, 1, target.model.config.hidden_size, device=weight.device, dtype=weight.dtype)
+            if target.mixture:  # one token for the first expert
+                mlp(x[0], torch.zeros(1, 1, dtype=torch.int64, device=x.device), x.new_ones(1, 1))
+            else:
+                mlp(x)
     finally:
         handle.remove()
     if not heard:

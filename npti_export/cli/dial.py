@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from npti_export.cli.options import FILE, RichProgress, job_options, model_options
+from npti_export.cli.options import FILE, RichProgress, base_options, job_options, model_options, rule_options
 
 
 @click.group(invoke_without_command=True)
@@ -22,21 +22,8 @@ from npti_export.cli.options import FILE, RichProgress, job_options, model_optio
     metavar="N",
     help="Most poles that are mixed at once where they clamp neurons in common; each more takes more files",
 )
-@click.option("--gamma", type=float, metavar="X", help="Strength of the shift at scale 1 [rule.gamma]")
-@click.option(
-    "--profile",
-    "profiles",
-    type=FILE,
-    multiple=True,
-    metavar="FILE",
-    help="Re-use a profile, .safetensors or published .json",
-)
-@click.option("--any-model", is_flag=True, help="Accept a profile of another model of the same shape")
-@click.option("--base", type=FILE, metavar="FILE", help="GGUF to widen, where --model is not one")
-@click.option(
-    "--converter", type=FILE, metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, for a directory without --base"
-)
-@click.option("--requantize", metavar="TYPE", help="Quantise a float GGUF or directory first, by llama.cpp")
+@rule_options
+@base_options
 @model_options
 @click.pass_context
 def dial(context: click.Context, /, traits: str | None, out: Path | None, mixed: int, **options: Any) -> None:

@@ -10,7 +10,7 @@ import click
 from npti_export.cli.dial import dial
 from npti_export.cli.identify import identify
 from npti_export.cli.inspect import inspect
-from npti_export.cli.options import FILE, RichProgress, job_options, model_options
+from npti_export.cli.options import FILE, RichProgress, base_options, job_options, model_options, rule_options
 from npti_export.cli.strip import strip
 from npti_export.cli.traits import traits
 from npti_export.cli.verify import verify
@@ -42,29 +42,9 @@ from npti_export.version import __version__
     metavar="ARTIFACT",
     help="Instead of --trait: an adapter, steered checkpoint or steered GGUF whose rule is used again",
 )
-@click.option("--gamma", type=float, metavar="X", help="Strength of the shift [rule.gamma]")
-@click.option(
-    "--profile",
-    "profiles",
-    type=FILE,
-    multiple=True,
-    metavar="FILE",
-    help="Re-use a profile, .safetensors or published .json",
-)
+@rule_options
 @click.option("--save-profile", type=FILE, metavar="FILE", help="Keep the profile, .safetensors or published .json")
-@click.option("--any-model", is_flag=True, help="Accept a profile of another model of the same shape")
-@click.option("--base", type=FILE, metavar="FILE", help="GGUF to bake into, where --model is not one")
-@click.option(
-    "--converter",
-    type=FILE,
-    metavar="FILE",
-    help="llama.cpp's convert_hf_to_gguf.py, for a directory without --base [default: in LLAMA_CPP_DIR, else on PATH]",
-)
-@click.option(
-    "--requantize",
-    metavar="TYPE",
-    help="Quantise a float GGUF or directory first, by llama.cpp: Q4_K_M, Q8_0, IQ4_XS …",
-)
+@base_options
 @click.option("--base-id", metavar="ID", help="Hub id to record as the base model")
 @click.option(
     "--where",

@@ -16,7 +16,7 @@ are on as ``Σ (-1)^(|S|+1) N(S)`` over the sets ``S`` of them, which is exact f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Literal
 
@@ -25,13 +25,13 @@ import numpy.typing as npt
 
 from npti_export.compiler.exact import compile_exact
 from npti_export.compiler.program import Floats, Indices, LayerProgram, MLPProgram
+from npti_export.errors import ProfileError
 from npti_export.rule import SteeringRule
 
 Kind = Literal["shift", "clamp", "overlap"]
 Signs = npt.NDArray[np.int8]
 
-_JOINED = ("source", "gate_scale", "gate_bias", "up_scale")
-_ROLES = ("off", "copies", "silent")  # which a silent program has no use for, or says itself
+_KNOWN = ("source", "gate_scale", "gate_bias", "up_scale", "off", "copies", "silent")  # of a program, to _silent
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,13 @@ def compile_dial(rules: Mapping[str, SteeringRule], clamp_units: int, mixed: int
         rules: by pole, of one model.
         clamp_units: see :func:`npti_export.compiler.exact.compile_exact`.
         mixed: most poles that can be on at once with their clamps united exactly; there are overlaps of up to so many.
+
+    Raises:
+        ProfileError: a rule with constants, for which a dial has no place.
     """
+    for pole, rule in rules.items():
+        if rule.constants:
+            raise ProfileError(f"{pole}: adds constants, which a dial cannot switch; make a steered file of this rule")
     some = next(iter(rules.values()))
     shifted = np.any([rule.shift != 0 for rule in rules.values()], axis=0)
     clamped = np.any([rule.clamp for rule in rules.values()], axis=0)
@@ -158,7 +164,14 @@ def _silent(constants: LayerProgram, clamps: LayerProgram) -> LayerProgram:
     for part in (constants, clamps):
         for one in fields(part):
             value = getattr(part, one.name)
-            if one.name not in (*_JOINED, *_ROLES) and not (value is None or (np.size(value) == 0)):
+            if one.name not in _KNOWN and not (value is None or (np.size(value) == 0)):
                 raise ValueError(f"a dial has no place for a program's {one.name}")
-    joined = {name: np.concatenate([getattr(constants, name), getattr(clamps, name)]) for name in _JOINED}
-    return replace(constants, **joined, off=np.zeros(0, np.int64), copies=1, silent=True)
+    both = (constants, clamps)
+    return LayerProgram(
+        source=np.concatenate([part.source for part in both]),
+        gate_scale=np.concatenate([part.gate_scale for part in both]),
+        gate_bias=np.concatenate([part.gate_bias for part in both]),
+        up_scale=np.concatenate([part.up_scale for part in both]),
+        off=np.zeros(0, np.int64),
+        silent=True,
+    )

@@ -15,17 +15,19 @@ def compile_exact(rule: SteeringRule, clamp_units: int) -> MLPProgram:
 
     A shift ``c`` of neuron ``i`` is a unit whose gate is the constant ``silu(b) = |c|``: it adds exactly
     ``c · (W_up[i]·x) · W_down[:, i]``. A clamp switches neuron ``i`` off and puts ``clamp_units`` units in its place
-    whose gates sum to ``min(silu(g), 0)`` within the error of :func:`clamp_basis`.
+    whose gates sum to ``min(silu(g), 0)`` within the error of :func:`clamp_basis`. A constant stays what it is, as
+    folding it takes the weights.
 
     Args:
         rule: what to compile.
         clamp_units: 3, 4 or 5.
     """
     basis = clamp_basis(clamp_units)
-    constant = np.zeros(rule.shift.shape)
-    constant[rule.shift != 0] = silu_inverse(np.abs(rule.shift[rule.shift != 0]))
+    gates = np.zeros(rule.shift.shape)
+    gates[rule.shift != 0] = silu_inverse(np.abs(rule.shift[rule.shift != 0]))
+    constants = rule.constant if rule.constant is not None else np.zeros_like(rule.shift)
     layers = []
-    for shift, clamp, gate in zip(rule.shift, rule.clamp, constant, strict=True):
+    for shift, clamp, gate, constant in zip(rule.shift, rule.clamp, gates, constants, strict=True):
         shifted = np.flatnonzero(shift)
         off = np.flatnonzero(clamp)
         layers.append(
@@ -36,6 +38,7 @@ def compile_exact(rule: SteeringRule, clamp_units: int) -> MLPProgram:
                 up_scale=_join(np.sign(shift[shifted]), np.tile(basis.alpha, len(off))),
                 off=off.astype(np.int64),
                 copies=clamp_units,
+                constant=constant if constant.any() else None,
             )
         )
     return MLPProgram(rule.shift.shape[1], tuple(layers))

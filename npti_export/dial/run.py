@@ -183,7 +183,7 @@ def _measured(
         rule = compose([rules[spec.pole] for spec in mix])
         opened.turn(mix)
         fidelity, layers = measure_file(opened.base, opened.steered, rule, prompts, recipe, progress)
-        found = fidelity.fault(recipe, exact=exact, base=base.path.name) or layers.fault()
+        found = fidelity.fault(recipe, exact=exact, base=base.path.name) or (layers.fault() if layers else None)
         name = " ".join(map(str, mix))
         fault = fault or (found and f"{name}: {found}")
         measured.append(_entry(name, rule, fidelity, layers, fidelity.limit(recipe, exact=exact)))
@@ -211,12 +211,14 @@ def _most_in_common(program: DialProgram) -> tuple[str, ...] | None:
     return max(pairs, key=lambda one: one.rule.clamped).traits if pairs else None
 
 
-def _entry(name: str, rule: SteeringRule, fidelity: Fidelity, layers: LayerErrors, limit: float) -> dict[str, Any]:
+def _entry(
+    name: str, rule: SteeringRule, fidelity: Fidelity, layers: LayerErrors | None, limit: float
+) -> dict[str, Any]:
     return {
         "traits": name,
         "neurons": {"shift": rule.shifted, "clamp": rule.clamped},
         "fidelity": asdict(fidelity) | {"limit": limit},
-        "layers": asdict(layers),
+        "layers": layers and asdict(layers),
     }
 
 

@@ -227,9 +227,11 @@ def _bias(weight: Weight, width: int, layer: LayerProgram) -> OutTensor:
     import torch
 
     name = weight.name.removesuffix("weight") + "bias"
-    if not name.endswith("gate_proj.bias"):
-        return _zeros(name, weight.shape[0] + (0 if "down_proj" in name else layer.units), weight.dtype)
-    dtype = getattr(torch, TORCH_DTYPES[weight.dtype])
+    dtype, rows = getattr(torch, TORCH_DTYPES[weight.dtype]), weight.shape[0]
+    if name.endswith("up_proj.bias"):
+        return _zeros(name, rows + layer.units, weight.dtype)
+    if name.endswith("down_proj.bias"):
+        return OutTensor(name, (rows,), weight.dtype, lambda: dense.down_bias(rows, layer, dtype, weight.read))
     return OutTensor(name, (width + layer.units,), weight.dtype, lambda: dense.gate_bias(width, layer, dtype))
 
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, check_bakeable, gguf_family
 from npti_export.compiler.layout import arrange
-from npti_export.compiler.program import OFF_BIAS, LayerProgram, MLPProgram
+from npti_export.compiler.program import LayerProgram, MLPProgram
 from npti_export.errors import DiskFullError, GGUFError, ModelError
-from npti_export.export import layout, widen
+from npti_export.export import biases, layout, widen
 from npti_export.export.layout import PREFIX
 from npti_export.export.rehome import Home, home_of
 from npti_export.export.rest import check_rest, gaps_of
@@ -79,11 +79,10 @@ def check_base(base: GGUFFile) -> None:
         ModelError: already steered, of a family that is re-homed and with something that has no place there, or a
             tensor type that cannot be widened.
     """
-    check_bakeable(gguf_family(base.architecture, str(base.path)), str(base.path))
+    family = gguf_family(base.architecture, str(base.path), mixture=is_mixture(base))
+    check_bakeable(family, str(base.path))
     if any(entry.key.startswith(PREFIX) for part in base.parts for entry in part.keys):
         raise ModelError(f"{base.path}: is steered already; npti-export strip it first, or give --trait several times")
-    if is_mixture(base):
-        raise ModelError(f"{base.path}: is a mixture of experts, which cannot be baked yet; take a dense model")
     home_of(base)
     hidden = base.require_int(f"{base.architecture}.embedding_length")
     for layer, width in enumerate(mlp_widths(base)):
@@ -116,7 +115,7 @@ def _check_mlp(base: GGUFFile, layer: int, hidden: int, width: int) -> None:
 def plan_bake(
     base: GGUFFile, program: MLPProgram, metadata: dict[str, Value], base_sha256: str | Sequence[str]
 ) -> BakePlan:
-    """Lay out the steered file: every tensor of the base, the MLPs widened, gate biases appended.
+    """Lay out the steered file: every tensor of the base, the MLPs widened, biases appended.
 
     A split base gives a file split alike; keys about steering go to its first shard, what brings a shard of the base
     back to that shard.
@@ -139,22 +138,18 @@ def plan_bake(
         tuple(_placed(base, number, *one) for number, one in enumerate(zip(program.layers, extras, strict=True))),
     )
     home = home_of(base)
-    names = {
-        FFN_GATE.format(layer): NewTensor(FFN_GATE.format(layer) + ".bias", (widths[layer],), _F32, 4 * widths[layer])
-        for layer, one in enumerate(padded.layers)
-        if one.off.size or one.gate_bias.any()
-    }
-    new = {gate: bias for gate, bias in names.items() if bias.name not in base.by_name}
+    new = biases.new_biases(base, padded, widths)
+    count = len(base.tensors) + sum(map(len, new.values()))
     parts = []
     for number, (part, digest) in enumerate(zip(base.parts, digests, strict=True)):
         tensors = [layout.with_width(tensor, widths, part.path) for tensor in part.tensors]
-        tensors += [bias for gate, bias in new.items() if f"{gate}.weight" in part.by_name]
-        keys = layout.steered_keys(part, home, widths, len(base.tensors) + len(new), first=number == 0)
-        added: dict[str, Value] = {layout.FORMAT_KEY: layout.FORMAT, layout.SHA256: digest}
+        tensors += [bias for weight, added in new.items() if weight in part.by_name for bias in added]
+        keys = layout.steered_keys(part, home, widths, count, first=number == 0)
+        about: dict[str, Value] = {layout.FORMAT_KEY: layout.FORMAT, layout.SHA256: digest}
         if number == 0:
-            added |= {PREFIX + key: value for key, value in metadata.items()}
-        added |= _recovery(part, home, padded, old, keys, tensors)
-        keys += [(key, encode_value(value)) for key, value in added.items()]
+            about |= {PREFIX + key: value for key, value in metadata.items()}
+        about |= _recovery(part, home, padded, old, keys, tensors)
+        keys += [(key, encode_value(value)) for key, value in about.items()]
         header, placed = layout.header_of(part, keys, tensors)
         if len(header) > MAX_HEADER:
             raise GGUFError(f"{part.path}: the header of its steered file would be too long; it is damaged")
@@ -167,8 +162,9 @@ def _placed(base: GGUFFile, number: int, layer: LayerProgram, extra: int) -> Lay
     if not extra or not layer.units:
         return layer.padded(extra)
     kind = base.require_tensor(FFN_DOWN.format(number) + ".weight").type_id
-    plain = layer.silent or is_fine(kind)
-    return layer.padded(extra) if plain else arrange(layer, extra, granule(kind), is_codebook(kind))
+    if layer.silent or (is_fine(kind) and layer.dense is None):
+        return layer.padded(extra)
+    return arrange(layer, extra, granule(kind), is_codebook(kind), correct=not is_fine(kind))
 
 
 def _extras(base: GGUFFile, program: MLPProgram, widths: Sequence[int]) -> list[int]:
@@ -179,11 +175,7 @@ def _extras(base: GGUFFile, program: MLPProgram, widths: Sequence[int]) -> list[
     """
     blocks = {_MINIMUM_BLOCK}
     for layer, (one, width) in enumerate(zip(program.layers, widths, strict=True)):
-        if max([*one.source.tolist(), *one.off.tolist()], default=-1) >= width:
-            raise ModelError(
-                f"{base.path}: layer {layer} has {width} neurons, and the rule steers one beyond; "
-                "it is for another model"
-            )
+        biases.check_sizes(base, one, layer, width)
         if width:
             tensor = base.require_tensor(FFN_DOWN.format(layer) + ".weight")
             blocks.add(block_shape(tensor.type_id, str(base.path))[0])
@@ -261,6 +253,9 @@ def _content(source: BinaryIO, plan: BakePlan, part: PartPlan, tensor: NewTensor
     old = part.base.by_name.get(tensor.name)
     found = layout.mlp_tensor(tensor.name)
     if found is None:
+        below = layout.down_bias_layer(tensor.name)
+        if below is not None and plan.program.layers[below].changes_output:
+            return iter([biases.down_bias(plan.base, plan.program.layers[below], below).data])
         assert old is not None
         order = plan.home.steered_order(tensor.name)
         return widen.copy(old) if order is None else widen.reorder_rows(source, old, order)
@@ -270,10 +265,11 @@ def _content(source: BinaryIO, plan: BakePlan, part: PartPlan, tensor: NewTensor
         return iter([widen.gate_bias(plan.widths[number], layer).data])
     if kind.endswith("weight") and not layer.units:
         return widen.copy(old)
+    up = np.zeros((0, old.row_length), np.float32) if layer.dense is None else layer.dense.up
     if kind == "gate.weight":
-        return widen.append_rows(source, old, layer.source, layer.gate_scale)
+        return widen.append_rows(source, old, layer.source, layer.gate_scale, np.zeros_like(up))
     if kind == "up.weight":
-        return widen.append_rows(source, old, layer.source, layer.up_scale)
+        return widen.append_rows(source, old, layer.source, layer.up_scale, up)
     if kind == "down.weight":
         return widen.append_columns(source, old, layer)
     values = widen.read_floats(source, old)
@@ -292,7 +288,7 @@ def _recovery(
 ) -> dict[str, Value]:
     """What strip cannot work out for itself from a steered file with these keys and tensors.
 
-    That is a header with quirks, bytes between tensors that are not zero, gate biases of neurons switched off.
+    That is a header with quirks, bytes between tensors that are not zero, biases that were overwritten or added to.
     """
     count = len(part.tensors)
     header, _ = layout.header_of(
@@ -300,29 +296,14 @@ def _recovery(
     )
     with part.path.open("rb") as stream:
         original = stream.read(part.data_start)
-        off = _switched_off(part, program, stream)
+        biases_kept = biases.kept(part, program, stream)
     gaps = gaps_of(part)
     result: dict[str, Value] = {layout.BYTES: part.size, layout.TENSORS: count}
     if original != header[: part.size]:  # a shard without tensors may end before its padding
         result[layout.HEADER] = original
     if gaps:
         result[layout.GAPS] = gaps
-    if off:
-        result[layout.OFF_GATES] = off
-    return result
-
-
-def _switched_off(part: GGUFFile, program: MLPProgram, stream: BinaryIO) -> bytes:
-    """The base's own gate biases, float32, wherever the steered file has :data:`OFF_BIAS`."""
-    found = []
-    for tensor in part.tensors:
-        layer, kind = layout.mlp_tensor(tensor.name) or (0, "")
-        if kind == "gate.bias":
-            old = widen.read_floats(stream, tensor)
-            off = old == OFF_BIAS
-            off[program.layers[layer].off] = True
-            found.append(old[off])
-    return np.concatenate(found).tobytes() if found else b""
+    return result | biases_kept
 
 
 def record(path: Path, values: dict[str, float]) -> None:

@@ -27,13 +27,27 @@ TENSORS = "npti.base.tensors"  # how many of the file's tensors are the base's: 
 HEADER = "npti.base.header"  # where it cannot be worked out
 GAPS = "npti.base.gaps"  # bytes between tensors, where they are not zero
 OFF_GATES = "npti.base.gate_biases"  # float32 gate biases of the base where the steered file has OFF_BIAS
+_KEPT = "npti.base.kept."  # and the name of a bias of the base that something was added to: its bytes
 _ARCHITECTURE = "npti.base.architecture"
 _WIDTH = "npti.base.feed_forward_length"
 _COUNT = "npti.base.split.tensors.count"
 
 _MLP = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.ffn_(gate|up|down)\.(weight|bias)")  # as llama.cpp spells them
 
+_DOWN_BIAS = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.ffn_down\.bias")
+
 Entry = tuple[str, bytes]  # a metadata key and its encoded value
+
+
+def kept_key(name: str) -> str:
+    """The key that holds a whole bias of the base, as adding to floats cannot be undone."""
+    return _KEPT + name
+
+
+def down_bias_layer(name: str) -> int | None:
+    """The layer of a down projection's bias, None for every other tensor."""
+    match = _DOWN_BIAS.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 def mlp_tensor(name: str) -> tuple[int, str] | None:

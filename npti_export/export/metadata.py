@@ -30,6 +30,7 @@ def steering_metadata(saved: SavedRule, base: Path) -> dict[str, Value]:
         "base.name": ascii_name(base),
         "neurons.shift": saved.rule.shifted,
         "neurons.clamp": saved.rule.clamped,
+        **({"neurons.constant": saved.rule.constants} if saved.rule.constants else {}),
         "provenance": json.dumps(about.to_dict(), sort_keys=True, ensure_ascii=False),
         "rule": encode_rule(saved.rule),
         **placeholders,

@@ -27,6 +27,7 @@ def write_adapter(saved: SavedRule, directory: Path) -> None:
         inference_mode=True,
         layers=layers,
         width=width,
+        constant=saved.rule.constant is not None,
         where=saved.where,
         provenance=saved.about.to_dict(),
     )

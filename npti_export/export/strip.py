@@ -128,7 +128,7 @@ def _pieces(plan: _Base, source: BinaryIO) -> Iterator[widen.Piece]:
     """The whole base file in pieces: its header, its tensors in the order of the file, and what lies between them."""
     header, tensors = _layout(plan)
     gaps = memoryview(plan.steered.data(layout.GAPS) or b"")  # zeros where it is empty
-    biases = _gate_biases(plan, source, tensors)
+    biases = _own_biases(plan, source, tensors)
 
     def gap(length: int) -> Iterator[widen.Piece]:
         nonlocal gaps
@@ -166,14 +166,23 @@ def _narrowed(source: BinaryIO, plan: _Base, tensor: TensorInfo) -> Iterator[wid
     return widen.copy(wide)
 
 
-def _gate_biases(plan: _Base, source: BinaryIO, tensors: list[TensorInfo]) -> dict[str, bytes]:
-    """The gate biases that the base had itself, those of neurons that are switched off put back."""
+def _own_biases(plan: _Base, source: BinaryIO, tensors: list[TensorInfo]) -> dict[str, bytes]:
+    """Biases that the base had itself: those added to as they were kept, gates that are switched off put back."""
     kept = plan.steered.data(layout.OFF_GATES) or b""
     if len(kept) % 4:
         raise GGUFError(f"{plan.steered.path}: {layout.OFF_GATES} is not made of float32; the file is damaged")
     stored = np.frombuffer(kept, np.float32)
     result = {}
     for tensor in tensors:
+        whole = plan.steered.data(layout.kept_key(tensor.name))
+        if whole is not None and len(whole) != tensor.nbytes:
+            raise GGUFError(
+                f"{plan.steered.path}: {layout.kept_key(tensor.name)} has {len(whole)} bytes where {tensor.nbytes} are "
+                "due; the file is damaged"
+            )
+        if whole is not None:
+            result[tensor.name] = whole
+            continue
         _, kind = layout.mlp_tensor(tensor.name) or (0, "")
         if kind != "gate.bias":
             continue

@@ -44,11 +44,20 @@ def zeros(count: int) -> Iterator[Piece]:
         yield _ZEROS[: count - start]
 
 
-def append_rows(stream: BinaryIO, tensor: TensorInfo, source: Indices, factors: Floats) -> Iterator[Piece]:
-    """A gate or up projection: its bytes, then row ``source[u]`` times ``factors[u]`` for each unit.
+def append_rows(
+    stream: BinaryIO, tensor: TensorInfo, source: Indices, factors: Floats, dense: Floats
+) -> Iterator[Piece]:
+    """A gate or up projection: its bytes, row ``source[u]`` times ``factors[u]`` for each unit, then rows of their own.
+
+    Args:
+        stream: the file.
+        tensor: the projection.
+        source: ``[units]`` int64.
+        factors: ``[units]`` float32.
+        dense: ``[R, hidden]`` float32, which are encoded in the tensor's type.
 
     Raises:
-        GGUFError: a row is not finite.
+        GGUFError: a row is not finite, or too large for the type.
     """
     yield Range(tensor.offset, tensor.nbytes)
     row_bytes, wanted = tensor.row_bytes, factors != 0
@@ -60,28 +69,37 @@ def append_rows(stream: BinaryIO, tensor: TensorInfo, source: Indices, factors: 
         for row, neuron in zip(read, source[wanted].tolist(), strict=True):
             stream.seek(tensor.offset + neuron * row_bytes)
             row[:] = _read(stream, row_bytes)
-    rows = np.zeros((len(source), row_bytes), np.uint8)
+    rows = np.zeros((len(source) + len(dense), row_bytes), np.uint8)
+    own, filled = rows[len(source) :], dense.any(axis=1)
     with _naming(stream, tensor):
-        rows[wanted] = scale_rows(read, factors[wanted], tensor.type_id)
+        rows[: len(source)][wanted] = scale_rows(read, factors[wanted], tensor.type_id)
+        if filled.any():
+            own[filled] = quantise_columns(dense[filled], None, tensor.type_id)  # all-zero bytes decode to zero
     yield rows.data
 
 
 def append_columns(stream: BinaryIO, tensor: TensorInfo, layer: LayerProgram) -> Iterator[Piece]:
-    """A down projection: each row's bytes, then new blocks with its columns ``source``, in the tensor's own type.
+    """A down projection: each row's bytes, then new blocks with its columns ``source`` and those of dense units.
+
+    They are in the tensor's own type.
 
     Those of a silent layer are all-zero bytes, which decode to zero in every type.
 
     Raises:
-        GGUFError: a column is not finite.
+        GGUFError: a column is not finite, or too large for the type.
     """
+    done = 0
     block, nbytes = block_shape(tensor.type_id, tensor.name)
-    for rows in _row_chunks(stream, tensor):
+    for rows in row_chunks(stream, tensor):
         if layer.silent:
             added = np.zeros((len(rows), layer.units // block * nbytes), np.uint8)
             yield np.concatenate([rows, added], axis=1).data
             continue
         with _naming(stream, tensor):
             wanted = decode_columns(rows, layer.source, tensor.type_id)
+            if layer.dense is not None:
+                wanted = np.concatenate([wanted, layer.dense.down[done : done + len(rows)]], axis=1)
+            done += len(rows)
             if not np.isfinite(wanted).all():  # floats would take it as it is
                 raise ArithmeticError("a column is not finite")
             added = quantise_columns(wanted, layer.corrects, tensor.type_id)
@@ -117,13 +135,16 @@ def gate_bias(width: int, program: LayerProgram, old: Floats | None = None) -> F
     """
     bias = np.zeros(width, np.float32) if old is None else old.copy()
     units = program.gate_bias if old is None else program.gate_bias + program.gate_scale * old[program.source]
+    bias[program.biased] += program.bias
     bias[program.off] = OFF_BIAS
-    return np.concatenate([bias, units]).astype(np.float32)
+    dense = [] if program.dense is None else [program.dense.gate_bias]
+    return np.concatenate([bias, units, *dense]).astype(np.float32)
 
 
 def up_bias(program: LayerProgram, old: Floats) -> Floats:
-    """The up bias of a widened layer that had one, ``[width + units]`` float32."""
-    return np.concatenate([old, program.up_scale * old[program.source]])
+    """The up bias of a widened layer that had one, ``[width + units]`` float32; dense units have none."""
+    dense = np.zeros(program.units - program.copied, np.float32)
+    return np.concatenate([old, program.up_scale * old[program.source], dense])
 
 
 def read_floats(stream: BinaryIO, tensor: TensorInfo) -> Floats:
@@ -139,11 +160,12 @@ def keep_bytes(tensor: TensorInfo, nbytes: int) -> Iterator[Piece]:
 
 def keep_columns(stream: BinaryIO, tensor: TensorInfo, row_bytes: int) -> Iterator[Piece]:
     """The first ``row_bytes`` bytes of each row: undoes :func:`append_columns`."""
-    for rows in _row_chunks(stream, tensor):
+    for rows in row_chunks(stream, tensor):
         yield np.ascontiguousarray(rows[:, :row_bytes]).data
 
 
-def _row_chunks(stream: BinaryIO, tensor: TensorInfo) -> Iterator[Bytes]:
+def row_chunks(stream: BinaryIO, tensor: TensorInfo) -> Iterator[Bytes]:
+    """The rows of a tensor from the first to the last, ``[rows, row bytes]`` uint8, :data:`CHUNK` bytes at a time."""
     row_bytes = tensor.row_bytes
     per_chunk = max(1, CHUNK // row_bytes)
     for start in range(0, tensor.rows, per_chunk):

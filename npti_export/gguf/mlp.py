@@ -38,7 +38,8 @@ class FileMLP:
     def __call__(self, layer: int, x: Floats, rule: SteeringRule | None = None) -> Floats:
         """The MLP's output ``[rows, hidden]`` for its input ``x`` ``[rows, hidden]``, its biases included.
 
-        The rule is what the paper says, written out: ``a = where(clamp, min(a, 0), a) + shift``.
+        The rule is what the paper says, written out: ``a = where(clamp, min(a, 0), a) + shift``; then ``a ⊙ up`` gets
+        its constant.
         """
         result = np.zeros_like(x)
         for neurons, gate_rows, up_rows, down_columns in self._pieces(layer):
@@ -50,7 +51,10 @@ class FileMLP:
             a = activate(gate, self._family.activation)
             if rule is not None:
                 a = np.where(rule.clamp[layer, neurons], np.minimum(a, 0), a) + rule.shift[layer, neurons]
-            result += (a * up) @ down_columns.T
+            inner = a * up
+            if rule is not None and rule.constant is not None:
+                inner += rule.constant[layer, neurons]
+            result += inner @ down_columns.T
         bias = self._bias(FFN_DOWN.format(layer))
         return result if bias is None else result + bias
 

@@ -2,21 +2,27 @@
 
 The types are those of llama.cpp (``QUANT_OPTIONS`` in tools/quantize/quantize.cpp, ``llama_ftype`` in llama.h). Which
 of them need an importance matrix is said by ``tensor_requires_imatrix`` in src/llama-quant.cpp: IQ3_XXS and below, and
-IQ3_XS and Q2_K_S through what they mix in.
+IQ3_XS and Q2_K_S through what they mix in. Most others are nearer with one.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from npti_export.errors import DiskFullError, ModelError
+from npti_export.files import translate_os_errors
 from npti_export.gguf import quantiser
 from npti_export.gguf.blocks import block_shape, is_float, type_id_of, type_name
+from npti_export.gguf.imatrix import ImportanceMatrix, listed
 from npti_export.gguf.reader import GGUFFile
 from npti_export.gguf.shards import read_model
 from npti_export.processes import ending, run_captured
@@ -25,10 +31,19 @@ from npti_export.runtimes.llamacpp.library import usable_cores
 
 # name -> (llama_ftype, the ggml type that most of its tensors get)
 FILE_TYPES: dict[str, tuple[int, str]] = {
+    "IQ1_S": (24, "IQ1_S"),
+    "IQ1_M": (31, "IQ1_M"),
+    "IQ2_XXS": (19, "IQ2_XXS"),
+    "IQ2_XS": (20, "IQ2_XS"),
+    "IQ2_S": (28, "IQ2_XS"),
+    "IQ2_M": (29, "IQ2_S"),
+    "Q2_K_S": (21, "Q2_K"),
     "Q2_K": (10, "Q2_K"),
     "Q3_K_S": (11, "Q3_K"),
     "Q3_K_M": (12, "Q3_K"),
     "Q3_K_L": (13, "Q3_K"),
+    "IQ3_XXS": (23, "IQ3_XXS"),
+    "IQ3_XS": (22, "IQ3_XXS"),
     "IQ3_S": (26, "IQ3_S"),
     "IQ3_M": (27, "IQ3_S"),
     "IQ4_XS": (30, "IQ4_XS"),
@@ -47,9 +62,9 @@ FILE_TYPES: dict[str, tuple[int, str]] = {
     "BF16": (32, "BF16"),
 }
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # quantize.cpp's
-_NEED_MATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S")
+NEED_MATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "IQ3_XXS", "IQ3_XS")
+IGNORE_MATRIX = ("Q8_0", "F16", "BF16")  # ggml-quants.c, quantize_q8_0: "not used"
 _REFUSED = {
-    **dict.fromkeys(_NEED_MATRIX, "needs an importance matrix, and none can be given here"),
     **dict.fromkeys(("Q1_0", "Q2_0", "TQ1_0", "TQ2_0"), "is a type in which no extra neurons can be written"),
     "MXFP4_MOE": "is for mixtures of experts, which cannot be baked",
     "NVFP4": "is not written by llama.cpp's quantiser",
@@ -58,21 +73,34 @@ _REFUSED = {
 }
 _FLOAT_ENDING = re.compile(r"[-_.](?:f32|fp32|float32|f16|fp16|float16|bf16|bfloat16)$", re.IGNORECASE)
 _STEP = re.compile(r"^\[\s*\d+/\s*\d+\]")  # the quantiser's line of one tensor
+_UNKNOWN = re.compile(r"did not find weights for (\S+)")  # of a tensor that the importance matrix lacks
+_NOT_COUNTED = ("token_embd.weight", "output.weight")  # by llama-imatrix, unless it is told --process-output
 _NEARLY_NOTHING = 1 << 20  # bytes free on a disk that just filled up
 
 
-def parse_file_type(text: str) -> str:
+def parse_file_type(text: str, *, matrix: bool = False) -> str:
     """The name in :data:`FILE_TYPES` that a user means, in any case, llama.cpp's aliases included.
 
+    Args:
+        text: what the user said.
+        matrix: whether there is an importance matrix.
+
     Raises:
-        ModelError: no such type, or one that cannot be had; the good ones are listed.
+        ModelError: no such type, one that cannot be had, or one that does not go with or without a matrix; the good
+            ones are listed.
     """
     name = text.strip().upper()
     name = _ALIASES.get(name, name)
-    if name not in FILE_TYPES:
-        reason = _REFUSED.get(name, "is no type of llama.cpp's quantiser")
-        raise ModelError(f"--requantize {text}: {reason}; take one of {', '.join(FILE_TYPES)}")
-    return name
+    reason = _REFUSED.get(name, "is no type of llama.cpp's quantiser") + ";"
+    unfit = IGNORE_MATRIX if matrix else NEED_MATRIX
+    if name in FILE_TYPES and name not in unfit:
+        return name
+    if name in unfit:
+        reason = "needs an importance matrix; give the model's own by --imatrix FILE, or"
+    if name in unfit and matrix:
+        reason = "takes no heed of an importance matrix; leave --imatrix out, or"
+    good = ", ".join(one for one in FILE_TYPES if one not in unfit)
+    raise ModelError(f"--requantize {text}: {reason} take one of {good}")
 
 
 def check_float(header: GGUFFile, file_type: str) -> None:
@@ -103,14 +131,33 @@ def matrix_elements(header: GGUFFile) -> int:
     return sum(math.prod(tensor.shape) for tensor in header.tensors if len(tensor.shape) > 1)
 
 
+def matrix_sizes(header: GGUFFile) -> dict[str, int]:
+    """Columns of each tensor with two dimensions or more, those of all its experts together: ``ne[0] * ne[2]``."""
+    return {
+        tensor.name: tensor.row_length * math.prod(tensor.shape[2:3])
+        for tensor in header.tensors
+        if len(tensor.shape) > 1
+    }
+
+
 def least_bytes(elements: int, file_type: str) -> int:
-    """Bytes that so many weights take in a type at least; what llama.cpp keeps in better types comes on top."""
+    """Bytes that so many weights take in a type at least; what llama.cpp keeps in better types comes on top.
+
+    That it takes IQ2_S for a few tensors of IQ3_XXS is made up for by embeddings and attention outputs in better ones.
+    """
     block, nbytes = block_shape(type_id_of(FILE_TYPES[file_type][1]), file_type)
     return elements // block * nbytes
 
 
 def quantise_file(
-    source: Path, target: Path, file_type: str, progress: Progress, *, threads: int = 0, of_quantised: bool = False
+    source: Path,
+    target: Path,
+    file_type: str,
+    progress: Progress,
+    *,
+    threads: int = 0,
+    of_quantised: bool = False,
+    matrix: ImportanceMatrix | None = None,
 ) -> None:
     """Write ``source`` to ``target`` in another type.
 
@@ -121,32 +168,57 @@ def quantise_file(
         source: a GGUF that passed :func:`check_float`.
         target: to be written; what is there of it after a failure is the caller's to remove.
         file_type: a name in :data:`FILE_TYPES`.
-        progress: told of each tensor.
+        progress: told of each tensor, and of those that ``matrix`` has nothing about.
         threads: 0 takes every core that this process may use.
         of_quantised: whether ``source`` may be quantised.
+        matrix: one that can be of ``source``, see :meth:`ImportanceMatrix.check_for`.
 
     Raises:
-        ModelError: llama.cpp refused; its own last lines are in the message.
+        ModelError: llama.cpp refused, its own last lines are in the message; or the file of ``matrix`` changed.
         DiskFullError: the disk filled up.
     """
-    progress.start(f"quantise to {file_type}", len(read_model(source).tensors))
+    header = read_model(source)
+    progress.start(f"quantise to {file_type}", len(header.tensors))
+    unknown: list[str] = []
 
     def on_line(line: str) -> None:
         if _STEP.match(line):
             progress.advance(1)
+        elif (found := _UNKNOWN.search(line)) and found[1] not in _NOT_COUNTED:
+            unknown.append(found[1])
 
     number = str(FILE_TYPES[file_type][0])
     command = [sys.executable, str(quantiser.__file__), str(source), str(target), number]
+    command += [str(threads or usable_cores()), str(int(of_quantised))]
     # The library is found where this process found it.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
-    code, said = run_captured(
-        [*command, str(threads or usable_cores()), str(int(of_quantised))],
-        environment=dict(environment),
-        on_line=on_line,
-    )
+    with _handed_over(matrix, matrix_sizes(header), target) as more:
+        code, said = run_captured([*command, *more], environment=dict(environment), on_line=on_line)
     if code != 0:
         refuse_full_disk(target)
         raise ModelError(f"{source}: llama.cpp cannot quantise it to {file_type}: {ending(code, said)}")
+    if matrix is not None and unknown:
+        progress.note(f"{matrix.path.name} has nothing about {listed(unknown)}: quantised without")
+
+
+@contextmanager
+def _handed_over(matrix: ImportanceMatrix | None, names: Iterable[str], target: Path) -> Iterator[list[str]]:
+    """The arguments by which the quantiser gets a matrix, in a temporary file beside ``target``."""
+    if matrix is None:
+        yield []
+        return
+    from safetensors.numpy import save
+
+    data = save(matrix.importance(names), {"metadata": json.dumps(matrix.metadata)})
+    with translate_os_errors(target):
+        folder = Path(tempfile.mkdtemp(prefix=".imatrix.", dir=target.parent))
+    try:
+        path = folder / "importance.safetensors"
+        with translate_os_errors(target):
+            path.write_bytes(data)
+        yield [str(path)]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_full_disk(target: Path) -> None:

@@ -9,7 +9,7 @@ import operator
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,12 @@ from npti_export.gguf.blocks import type_name
 from npti_export.gguf.reader import read_gguf
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import FALLBACK_TEMPLATE, Exchange, Message
-from npti_export.stats import BIN_COUNT, EDGES, ActivationStats, AnswerCounts
+from npti_export.stats import ActivationStats, AnswerCounts
 
 if TYPE_CHECKING:
     import torch
+
+    from npti_export.runtimes.accumulate import StatsAccumulator
 
 _TOKENS_PER_PASS = 8192  # of a teacher-forced batch, padding included: bounds its memory
 
@@ -51,12 +53,18 @@ class TransformersRuntime:
         dtype: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
-
         self.source = source
         self.device = usable_device(device)
         self.dtype = pick_dtype(self.device) if dtype == "auto" else parse_dtype(dtype)
         self.model, self.tokenizer = _load(source, self.dtype, trust_remote_code)
         self.model.to(self.device).eval()
+        if source.architecture.mixture:
+            from npti_export.routing import routing_of, tell
+
+            for module, act in zip(self._experts, self.activations, strict=True):
+                routing = routing_of(module)
+                routing.retain()
+                tell(act, routing)
         self.uses_fallback_template = not self.tokenizer.chat_template
         self._stop = _stop_tokens(self.model, self.tokenizer)
 
@@ -70,13 +78,23 @@ class TransformersRuntime:
     @property
     def layers(self) -> Sequence[torch.nn.Module]:
         """The decoder layers."""
-        layers: Sequence[torch.nn.Module] = operator.attrgetter(self.source.architecture.layers)(self.model)
-        return layers
+        return list(operator.attrgetter(self.source.architecture.layers)(self.model))
 
     @property
     def activations(self) -> list[torch.nn.Module]:
         """Per layer, the module whose output is the gate activation ``a``."""
-        get = operator.attrgetter(self.source.architecture.act)
+        return [operator.attrgetter(self.source.architecture.act)(layer) for layer in self.layers]
+
+    @property
+    def down_projections(self) -> list[torch.nn.Module] | None:
+        """Per layer, the module whose input is ``a ⊙ up``; None in a mixture of experts, which has no such module."""
+        if self.source.architecture.mixture:
+            return None
+        return [operator.attrgetter(self.source.architecture.down)(layer) for layer in self.layers]
+
+    @property
+    def _experts(self) -> list[torch.nn.Module]:
+        get = operator.attrgetter(self.source.architecture.act.rpartition(".")[0])
         return [get(layer) for layer in self.layers]
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -121,11 +139,8 @@ class TransformersRuntime:
                 eos_token_id=sorted(self._stop) or None,
                 pad_token_id=min(self._stop, default=0),
             )
-        answers = output[:, ids.shape[1] :].tolist()
-        return [
-            Exchange(tuple(prompt), self._cut(answer, max_new_tokens))
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
+        pairs = zip(prompts, output[:, ids.shape[1] :].tolist(), strict=True)
+        return [Exchange(tuple(prompt), self._cut(answer, max_new_tokens)) for prompt, answer in pairs]
 
     def _cut(self, answer: list[int], limit: int) -> tuple[int, ...]:
         end = next((index + 1 for index, token in enumerate(answer) if token in self._stop), limit)
@@ -166,7 +181,10 @@ class TransformersRuntime:
     def _counted(self, exchanges: Sequence[Exchange]) -> StatsAccumulator:
         import torch
 
-        accumulator = StatsAccumulator(self.source.shape.layers, self.source.shape.width, self.device)
+        from npti_export.runtimes.accumulate import StatsAccumulator
+
+        shape = self.source.shape
+        accumulator = StatsAccumulator(shape.layers, shape.width, self.device, shape.experts)
         for batch in _batches(exchanges):
             ids, mask = self._pad([exchange.tokens for exchange in batch], left=False)
             counted = torch.zeros_like(ids, dtype=torch.bool)
@@ -213,71 +231,6 @@ class TransformersRuntime:
             ids[row, place] = torch.tensor(list(sequence))
             mask[row, place] = 1
         return ids.to(self.device), mask.to(self.device)
-
-
-class StatsAccumulator:
-    """Builds an :class:`ActivationStats` from forward passes, on the model's device."""
-
-    def __init__(self, layers: int, width: int, device: torch.device) -> None:
-        import torch
-
-        self._tokens = 0
-        self._width = width
-        self._active = torch.zeros((layers, width), dtype=torch.int64, device=device)
-        self._histogram = torch.zeros((layers, width * BIN_COUNT), dtype=torch.int32, device=device)
-        self._largest = torch.zeros((layers, width), dtype=torch.float32, device=device)
-        self._answers: list[tuple[Any, Any]] = []  # [answers, layers, width] and [answers] of each pass
-        self._edges = torch.from_numpy(EDGES).to(device)
-        self._rows = torch.arange(width, device=device) * BIN_COUNT
-
-    @contextmanager
-    def listen(self, activations: Sequence[torch.nn.Module], counted: torch.Tensor) -> Iterator[None]:
-        """Count, during the forward passes of the block, the positions of ``counted`` ``[batch, length]`` bool."""
-        import torch
-
-        owners = counted.nonzero()[:, 0]  # the answer of each counted position
-        layers = len(activations)
-        counts = torch.zeros((len(counted), layers, self._width), dtype=torch.int32, device=counted.device)
-        with ExitStack() as stack:
-            for layer, module in enumerate(activations):
-
-                def hook(_module: Any, _inputs: Any, output: torch.Tensor, layer: int = layer) -> None:
-                    self._add(layer, output[counted], owners, counts[:, layer])
-
-                handle = module.register_forward_hook(hook)
-                stack.callback(handle.remove)
-            yield
-        self._tokens += int(counted.sum())
-        self._answers.append((counts.cpu().numpy(), counted.sum(1).cpu().numpy()))
-
-    def _add(self, layer: int, values: torch.Tensor, owners: torch.Tensor, counts: torch.Tensor) -> None:
-        import torch
-
-        values = values.float()
-        positive = values > 0
-        if not len(values):
-            return
-        counts.index_add_(0, owners, positive.int())
-        self._active[layer] += positive.sum(0)
-        self._largest[layer] = torch.maximum(self._largest[layer], values.max(0).values.clamp_min(0))
-        places = torch.bucketize(values, self._edges, right=True) + self._rows
-        counts = torch.bincount(places[positive], minlength=self._histogram.shape[1])
-        self._histogram[layer] += counts.int()
-
-    def result(self) -> ActivationStats:
-        """What was counted so far."""
-        shape = (*self._active.shape, BIN_COUNT)
-        return ActivationStats(
-            self._tokens,
-            self._active.cpu().numpy(),
-            self._histogram.reshape(shape).cpu().numpy(),
-            self._largest.cpu().numpy(),
-        )
-
-    def counts(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Active tokens ``[answers, layers, width]`` and tokens ``[answers]`` of each answer, in their order."""
-        active, tokens = zip(*self._answers, strict=True)
-        return np.concatenate(active), np.concatenate(tokens)
 
 
 def pick_device() -> str:

@@ -10,12 +10,13 @@ import numpy.typing as npt
 
 from npti_export.activations import activate
 from npti_export.errors import ModelError
+from npti_export.models import ModelShape
 from npti_export.runtimes.llamacpp.taps import Floats, See
 from npti_export.stats import BIN_COUNT, EDGES, ActivationStats, AnswerCounts
 
 # A float32 without its last 11 bits: 12 bits of mantissa are left, so a value lands in a neighbouring bin only if it
 # is within 1/8192 of an edge.
-_DROPPED_BITS = 11
+DROPPED_BITS = 11
 _HELD_ROWS = 256  # kept as bin numbers until they are summed up: one byte a neuron and row
 _NOT_POSITIVE = 0  # bin b of the statistics is kept as b + 1
 
@@ -24,17 +25,17 @@ class GateCounter:
     """Statistics of the gates of one or several groups of answers.
 
     Args:
-        layers: of the model.
-        width: neurons of a layer.
+        shape: layers and neurons of the model.
         activation: the gate's non-linearity.
         groups: how many statistics to keep apart.
         answers: how many answers there can be.
         where: the file, for a message.
     """
 
-    def __init__(self, layers: int, width: int, activation: str, groups: int, answers: int, where: object) -> None:
+    def __init__(self, shape: ModelShape, activation: str, groups: int, answers: int, where: object) -> None:
+        layers, width = shape.layers, shape.width
         self._where = where
-        self._activation, self._bins = activation, _bin_of_bits(activation)
+        self._activation, self._bins = activation, bin_of_bits(activation)
         self._groups = [_Group(layers, width) for _ in range(groups)]
         # an answer's own counts: int32, as an answer may be longer than 65,535 tokens
         self._counts = np.zeros((answers, layers, width), np.int32)
@@ -69,7 +70,7 @@ class GateCounter:
         def look(values: Floats) -> bool:
             gate = values[:, :first]
             width = gate.shape[1]
-            bins = self._bins[gate.view(np.uint32) >> _DROPPED_BITS]
+            bins = self._bins[gate.view(np.uint32) >> DROPPED_BITS]
             for group, rows, place in self._rows:
                 group.buffer[layer, place, :width] = bins[rows]
                 largest = group.largest[layer, :width]
@@ -98,8 +99,7 @@ class GateCounter:
         chosen = np.flatnonzero((self._group_of == index) & (self._tokens > 0))
         if not len(chosen):
             return ActivationStats.empty(*group.largest.shape)
-        if np.isnan(group.largest).any() or np.isposinf(group.largest).any():
-            raise ModelError(f"{self._where}: computes gates that are not numbers; get the file again")
+        refuse_no_numbers(group.largest, self._where)
         return ActivationStats(
             int(self._tokens[chosen].sum()),
             self._counts[chosen].sum(0, dtype=np.int64),
@@ -125,6 +125,16 @@ class GateCounter:
         group.owners.clear()
 
 
+def refuse_no_numbers(largest: Floats, where: object) -> None:
+    """Raise if a gate was not a number.
+
+    Raises:
+        ModelError: it names the file.
+    """
+    if np.isnan(largest).any() or np.isposinf(largest).any():
+        raise ModelError(f"{where}: computes gates that are not numbers; get the file again")
+
+
 class _Group:
     """What is counted of one group."""
 
@@ -147,11 +157,11 @@ class _Group:
 
 
 @cache
-def _bin_of_bits(activation: str) -> npt.NDArray[np.uint8]:
+def bin_of_bits(activation: str) -> npt.NDArray[np.uint8]:
     """For the upper bits of a pre-activation: 0 if ``a`` is not positive, else 1 + its bin in ``EDGES``."""
     assert BIN_COUNT < 256
-    keys = np.arange(1 << (32 - _DROPPED_BITS), dtype=np.uint32)
-    middle = (keys << _DROPPED_BITS | (1 << (_DROPPED_BITS - 1))).view(np.float32)
+    keys = np.arange(1 << (32 - DROPPED_BITS), dtype=np.uint32)
+    middle = (keys << DROPPED_BITS | (1 << (DROPPED_BITS - 1))).view(np.float32)
     positive = np.isfinite(middle) & (middle > 0) & (keys > 0)
     bins = np.zeros(len(keys), np.uint8)
     values = activate(middle[positive], activation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from npti_export.architectures import FFN_GATE, GGUFFamily
 from npti_export.errors import ModelError
+from npti_export.gguf.experts import Experts, experts_of
 from npti_export.gguf.shards import read_model
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import Exchange, Message
@@ -20,6 +22,7 @@ from npti_export.runtimes.llamacpp.chat import Chat
 from npti_export.runtimes.llamacpp.context import MAX_SEQUENCES, Context, Model, Row, Settings, whole_cells
 from npti_export.runtimes.llamacpp.counting import GateCounter
 from npti_export.runtimes.llamacpp.decoding import Beginnings, Decoder, Savings, Watch
+from npti_export.runtimes.llamacpp.experts import ExpertCounter, ExpertNodes, SeeExperts
 from npti_export.runtimes.llamacpp.taps import See
 from npti_export.stats import ActivationStats, AnswerCounts
 
@@ -170,10 +173,23 @@ class LlamaCppRuntime:
             see: gets layer, input ``[rows, hidden]`` and output ``[rows, hidden]`` of each MLP, and says whether it
                 changed the output in place.
         """
+        return self._decode_all(sequences, self._mlps(see))
+
+    def run_experts(self, sequences: Sequence[Sequence[int]], see: SeeExperts) -> npt.NDArray[np.float32]:
+        """The same for a mixture of experts, with a hand on what enters the experts' down projections.
+
+        Args:
+            sequences: token ids.
+            see: gets the layer and an :class:`npti_export.runtimes.llamacpp.experts.ExpertPass`, and says whether it
+                changed its ``product`` in place.
+        """
+        return self._decode_all(sequences, ExpertNodes(self._source.shape.layers, self._experts, see).nodes)
+
+    def _decode_all(self, sequences: Sequence[Sequence[int]], nodes: dict[bytes, See]) -> npt.NDArray[np.float32]:
         rows = [Row(token, at, number, True) for number, one in enumerate(sequences) for at, token in enumerate(one)]
         context = self.context(len(rows), len(sequences))
         context.clear()
-        context.tap.nodes = self._mlps(see)
+        context.tap.nodes = nodes
         try:
             return context.decode(rows).copy()
         finally:
@@ -245,17 +261,24 @@ class LlamaCppRuntime:
             watch=watch,
         )
 
-    def _counter(self, groups: int, answers: int) -> GateCounter:
+    def _counter(self, groups: int, answers: int) -> GateCounter | ExpertCounter:
         shape = self._source.shape
-        return GateCounter(shape.layers, shape.width, self._source.activation, groups, answers, self.model.path)
+        kind = ExpertCounter if self._family.mixture else GateCounter
+        return kind(shape, self._source.activation, groups, answers, self.model.path)
 
-    def _gates(self, counter: GateCounter) -> dict[bytes, See]:
+    def _gates(self, counter: GateCounter | ExpertCounter) -> dict[bytes, See]:
+        if isinstance(counter, ExpertCounter):
+            return counter.nodes(self._experts)
         if self._gate_names is None:
             family, tensors = self._family, read_model(self.model.path).by_name
             biased = (f"{FFN_GATE.format(layer)}.bias" in tensors for layer in range(self._source.shape.layers))
             self._gate_names = [f"{family.gate}{'_b' * has}-{layer}".encode() for layer, has in enumerate(biased)]
         width = self._source.shape.width if self._family.fused else None
         return {name: counter.see(layer, width) for layer, name in enumerate(self._gate_names)}
+
+    @cached_property
+    def _experts(self) -> Experts:
+        return experts_of(read_model(self.model.path))
 
     def _mlps(self, see: SeeMLP) -> dict[bytes, See]:
         family, inputs = self._family, dict[int, npt.NDArray[np.float32]]()
