@@ -25,7 +25,7 @@ from npti_export.export.convert import (
     plan_conversion,
 )
 from npti_export.export.gguf import check_base
-from npti_export.files import check_writable, translate_os_errors
+from npti_export.files import check_place, translate_os_errors
 from npti_export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from npti_export.gguf.reader import GGUFFile
 from npti_export.gguf.requantise import (
@@ -147,7 +147,7 @@ def made_base(plan: BasePlan, out: Path, progress: Progress, timings: Timings) -
         ModelError: a program of llama.cpp failed, or what it made is not the same model.
         DiskFullError: not enough room, known before the first byte or met on the way.
     """
-    check_writable(out, force=True, need_bytes=plan.nbytes)  # whether it may be replaced was asked before
+    check_place(out, plan.nbytes)  # whether it may be replaced was asked before
     with translate_os_errors(out):
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.", suffix=".base.partial", dir=out.absolute().parent))
     try:

@@ -25,6 +25,9 @@ _OURS = (
     "adapter_config.json", "adapter_model.safetensors", "npti.json", "README.md", "config.json", "model*.safetensors",
     "model.safetensors.index.json", *COMPANIONS,
 )  # fmt: skip
+# What a dial consists of; its index says that it is one.
+DIAL_INDEX, DIAL_KEY = "index.json", "npti_dial"
+_DIAL = (DIAL_INDEX, "README.md", "base*.gguf", "*.shift.gguf", "*.clamp.gguf", "*.overlap.gguf")
 
 
 def check_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
@@ -43,11 +46,16 @@ def check_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
         raise OutputError(f"{path}: is a directory; give the name of a file to write")
     if path.exists() and not force:
         raise OutputError(f"{path}: exists already; pass --force to replace it, or choose another name")
-    _check_place(path, need_bytes)
+    check_place(path, need_bytes)
 
 
-def _check_place(path: Path, need_bytes: int) -> None:
-    """The folder that ``path`` goes to is there, writable and has room."""
+def check_place(path: Path, need_bytes: int) -> None:
+    """Raise unless the folder that ``path`` goes to is there, writable and has ``need_bytes`` bytes of room.
+
+    Raises:
+        OutputError: no name, no such folder, or one that is not writable.
+        DiskFullError: the volume has less room.
+    """
     if not path.name or path.name == "..":
         raise OutputError(f"{path}: is no name of its own; name what to write")
     with translate_os_errors(path):
@@ -137,13 +145,24 @@ def set_aside(temporary: Path, out: Path) -> Path:
 
 
 def is_ours(directory: Path) -> bool:
-    """Whether a directory is an adapter or a steered checkpoint of ours and nothing else: what --force may replace."""
-    if not all(entry.is_file() and any(entry.match(name) for name in _OURS) for entry in directory.iterdir()):
+    """Whether a directory is an adapter, a steered checkpoint or a dial of ours and nothing else.
+
+    That is what --force may replace.
+    """
+    if (directory / DIAL_INDEX).is_file():
+        return _consists_of(directory, _DIAL) and _mentions(directory / DIAL_INDEX, f'"{DIAL_KEY}"')
+    if not _consists_of(directory, _OURS):
         return False
-    if (directory / "npti.json").is_file():
-        return True
+    return (directory / "npti.json").is_file() or _mentions(directory / "adapter_config.json", '"NPTI"')
+
+
+def _consists_of(directory: Path, names: Sequence[str]) -> bool:
+    return all(entry.is_file() and any(entry.match(name) for name in names) for entry in directory.iterdir())
+
+
+def _mentions(path: Path, text: str) -> bool:
     try:
-        return '"NPTI"' in (directory / "adapter_config.json").read_text(encoding="utf-8")
+        return text in path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -162,7 +181,7 @@ def check_directory_writable(path: Path, *, force: bool, need_bytes: int = 0) ->
             raise OutputError(f"{path}: holds more than an output of ours, so it is not replaced; choose another name")
     elif path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file, and this format is a directory; choose another name")
-    _check_place(path, need_bytes)
+    check_place(path, need_bytes)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from npti_export.base_file import BasePlan, check_request, made_base, plan_base
 from npti_export.bench import Question, TraitBench, load_bench
-from npti_export.endings.base import SINGLE_FILES, Format
+from npti_export.endings.base import BAKED, IN_LLAMACPP, SINGLE_FILES, Format
 from npti_export.errors import AdapterError, ModelError, OutputError, ProfileError, RecipeError
 from npti_export.export.gguf import strip
 from npti_export.files import check_writable, sha256_file
@@ -139,9 +139,9 @@ def _prepare(job: Job, saved: SavedRule | None, source: ModelSource, matrix: Imp
         raise ProfileError("the same pole is given twice; give it once, with a strength such as openness+:1.5")
     _refuse_shared_paths(job, source, outputs)
     writes_or_reads = job.out is not None or saved is not None
-    base = _base_of(job, source) if writes_or_reads and job.format == "gguf" else None
+    base = _base_of(job, source) if writes_or_reads and job.format in BAKED else None
     plan = _plan(job, source, base, matrix) if _bakes(job) else None
-    if base is not None and base.shards and job.out is not None and plan is None:
+    if base is not None and base.shards and job.out is not None and plan is None and job.format == "gguf":
         paths = shard_paths(job.out, len(base.shards))
         others = [path for path in outputs if path != job.out]
         job = replace(job, out=paths[0])
@@ -297,18 +297,18 @@ def _recipe(job: Job, saved: SavedRule | None, source: ModelSource) -> Recipe:
 def _refuse_idle_options(job: Job, source: ModelSource) -> None:
     """An option that would do nothing is a misunderstanding, not a detail."""
     idle = {
-        "--base is the GGUF to bake into; it goes with --format gguf": job.base is not None and job.format != "gguf",
+        "--base is the GGUF to bake into; it goes with --format gguf": job.base is not None and job.format not in BAKED,
         "--checkpoint-dtype goes with --format checkpoint and a GGUF model; a directory keeps its own dtype": (
             job.checkpoint_dtype is not None and (job.format != "checkpoint" or source.kind != "gguf")
         ),
         "--requantize quantises the GGUF to bake into; it goes with --format gguf": (
-            job.requantize is not None and job.format != "gguf"
+            job.requantize is not None and job.format not in BAKED
         ),
         "--imatrix weighs what --requantize rounds; it goes with --format gguf": (
-            job.imatrix is not None and job.format != "gguf"
+            job.imatrix is not None and job.format not in BAKED
         ),
         "--converter makes a GGUF of a directory; it goes with --format gguf": (
-            job.converter is not None and job.format != "gguf"
+            job.converter is not None and job.format not in BAKED
         ),
         "--private goes with --push-to-hub": job.private and job.push_to is None,
         "--where response: weights steer every position; it goes with --format peft": (
@@ -324,7 +324,7 @@ def _idle_runtime_options(job: Job, source: ModelSource) -> dict[str, bool]:
     settings = job.runtime
     in_llamacpp = settings.engine_for(source) == "llama.cpp"
     identifies_only = job.out is None and job.rule_from is None
-    measured_in_llamacpp = job.format in SINGLE_FILES and not identifies_only
+    measured_in_llamacpp = job.format in IN_LLAMACPP and not identifies_only
     defaults = RuntimeSettings()
     llamas = ("threads", "gpu_layers", "prompt_batch", "context")
     return {
@@ -356,7 +356,7 @@ def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path])
 
 
 def _bakes(job: Job) -> bool:
-    return job.out is not None and job.format == "gguf"
+    return job.out is not None and job.format in BAKED
 
 
 def _base_of(job: Job, source: ModelSource) -> GGUFFile | None:

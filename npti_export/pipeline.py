@@ -51,7 +51,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             check_repository(job.push_to)
         with (
             with_base(asked, progress, timings) as ready,
-            _models(ready, timings, progress, verifies=True) as models,
+            open_models(ready, timings, progress, verifies=True) as models,
             open_ending(ready, models) as ending,
         ):
             assert ready.job.out is not None
@@ -64,7 +64,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     return report
 
 
-def _models(ready: Prepared, timings: Timings, progress: Progress, *, verifies: bool) -> Models:
+def open_models(ready: Prepared, timings: Timings, progress: Progress, *, verifies: bool) -> Models:
+    """The job's model, not loaded yet, see :class:`npti_export.loader.Models`."""
     sequences = ready.recipe.identify.batch_size
     return Models(ready.source, ready.job.runtime, timings, progress, verifies=verifies, sequences=sequences)
 
@@ -217,12 +218,12 @@ def measure_artifact(
         from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
         from npti_export.verify_llamacpp import measure_file
 
-        base, baked_into = models.llama(), _baked_into(ready)
+        base, target = models.llama(), baked_into(ready)
         with ExitStack() as stack:
             file = None
-            if baked_into.path != ready.source.path:
-                file = stack.enter_context(LlamaCppRuntime(baked_into.path, models.settings.llama, source=baked_into))
-            artifact = ending.in_llamacpp(path, baked_into)
+            if target.path != ready.source.path:
+                file = stack.enter_context(LlamaCppRuntime(target.path, models.settings.llama, source=target))
+            artifact = ending.in_llamacpp(path, target)
             assert artifact is not None
             stack.enter_context(artifact)
             prompts = [base.encode(question) for question in questions]
@@ -235,7 +236,7 @@ def measure_artifact(
     return measure(runtime, saved.rule, ending.artifact(path), ending.base(), prompts, recipe, progress), None
 
 
-def _baked_into(ready: Prepared) -> ModelSource:
+def baked_into(ready: Prepared) -> ModelSource:
     """The GGUF that extra neurons are added to: the model itself, or ``--base``, the same model in another type."""
     if ready.base is None or ready.base.path == ready.source.path:
         return ready.source
@@ -318,7 +319,7 @@ def push(job: Job, report: dict[str, Any], progress: Progress) -> str:
 def identify_only(job: Job, progress: Progress) -> tuple[NeuronProfile, dict[str, float]]:
     """The ``identify`` command: one trait, both poles, and its profile written to ``job.save_profile``."""
     timings = Timings()
-    with prepared(job) as ready, _models(ready, timings, progress, verifies=False) as models:
+    with prepared(job) as ready, open_models(ready, timings, progress, verifies=False) as models:
         profiles = obtain_profiles(ready, models, timings, progress)
     (profile,) = profiles.values()
     return profile, timings.seconds
@@ -334,7 +335,7 @@ def verify_artifact(job: Job, progress: Progress) -> dict[str, Any]:
     timings = Timings()
     with prepared(job) as ready:
         assert ready.saved is not None
-        with _models(ready, timings, progress, verifies=True) as models, open_ending(ready, models) as ending:
+        with open_models(ready, timings, progress, verifies=True) as models, open_ending(ready, models) as ending:
             fidelity, layers = measure_artifact(ready, models, ready.saved, ending, job.rule_from, progress)
             exact = ending.exact(job.rule_from)
             fault = fidelity.fault(ready.recipe, exact=exact, base=ready.source.name) or (layers and layers.fault())

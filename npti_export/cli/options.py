@@ -137,6 +137,54 @@ def model_options(command: Command) -> Command:
     return _decorated(command, decorators)
 
 
+def rule_options(command: Command) -> Command:
+    """Options of every command that makes rules of profiles."""
+    return _decorated(
+        command,
+        [
+            click.option("--gamma", type=float, metavar="X", help="Strength of the shift [rule.gamma]"),
+            click.option(
+                "--profile",
+                "profiles",
+                type=FILE,
+                multiple=True,
+                metavar="FILE",
+                help="Re-use a profile, .safetensors or published .json",
+            ),
+            click.option("--any-model", is_flag=True, help="Accept a profile of another model of the same shape"),
+        ],
+    )
+
+
+def base_options(command: Command) -> Command:
+    """Options of every command that adds neurons to a GGUF: which one, and how it is made where there is none."""
+    return _decorated(
+        command,
+        [
+            click.option("--base", type=FILE, metavar="FILE", help="GGUF to bake into, where --model is not one"),
+            click.option(
+                "--converter",
+                type=FILE,
+                metavar="FILE",
+                help="llama.cpp's convert_hf_to_gguf.py, for a directory without --base [default: in LLAMA_CPP_DIR, "
+                "else on PATH]",
+            ),
+            click.option(
+                "--requantize",
+                metavar="TYPE",
+                help="Quantise a float GGUF or directory first, by llama.cpp: Q4_K_M, Q8_0, IQ4_XS …",
+            ),
+            click.option(
+                "--imatrix",
+                type=FILE,
+                metavar="FILE",
+                help="Importance matrix of the model for --requantize, as llama.cpp's llama-imatrix writes it; IQ2_XS "
+                "and the like need one",
+            ),
+        ],
+    )
+
+
 def recipe_overrides(options: dict[str, Any]) -> tuple[str, ...]:
     """Take the flags that stand for a recipe value out of ``options``; return them and ``--set`` as overrides."""
     flags = {

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from npti_export.cli.bake_vector import bake_vector
+from npti_export.cli.dial import dial
 from npti_export.cli.identify import identify
 from npti_export.cli.inspect import inspect
-from npti_export.cli.options import FILE, RichProgress, job_options, model_options
+from npti_export.cli.options import FILE, RichProgress, base_options, job_options, model_options, rule_options
 from npti_export.cli.strip import strip
 from npti_export.cli.traits import traits
 from npti_export.cli.verify import verify
@@ -42,36 +43,9 @@ from npti_export.version import __version__
     metavar="ARTIFACT",
     help="Instead of --trait: an adapter, steered checkpoint or steered GGUF whose rule is used again",
 )
-@click.option("--gamma", type=float, metavar="X", help="Strength of the shift [rule.gamma]")
-@click.option(
-    "--profile",
-    "profiles",
-    type=FILE,
-    multiple=True,
-    metavar="FILE",
-    help="Re-use a profile, .safetensors or published .json",
-)
+@rule_options
 @click.option("--save-profile", type=FILE, metavar="FILE", help="Keep the profile, .safetensors or published .json")
-@click.option("--any-model", is_flag=True, help="Accept a profile of another model of the same shape")
-@click.option("--base", type=FILE, metavar="FILE", help="GGUF to bake into, where --model is not one")
-@click.option(
-    "--converter",
-    type=FILE,
-    metavar="FILE",
-    help="llama.cpp's convert_hf_to_gguf.py, for a directory without --base [default: in LLAMA_CPP_DIR, else on PATH]",
-)
-@click.option(
-    "--requantize",
-    metavar="TYPE",
-    help="Quantise a float GGUF or directory first, by llama.cpp: Q4_K_M, Q8_0, IQ4_XS …",
-)
-@click.option(
-    "--imatrix",
-    type=FILE,
-    metavar="FILE",
-    help="Importance matrix of the model for --requantize, as llama.cpp's llama-imatrix writes it; IQ2_XS and the like "
-    "need one",
-)
+@base_options
 @click.option("--base-id", metavar="ID", help="Hub id to record as the base model")
 @click.option(
     "--where",
@@ -99,6 +73,7 @@ def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | 
       npti-export --trait openness- --profile openness.safetensors --gamma 1.0 --out plain.gguf
       npti-export --trait calm --model ./Qwen2.5-0.5B-Instruct --format peft --out calm/
       npti-export --from calm/ --format checkpoint --out calm-qwen/
+      npti-export dial --traits all --out persona/
     """
     if context.invoked_subcommand is not None:
         if _given(context):
@@ -164,5 +139,5 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
             click.echo(f"pushed {push(job, report, progress)}")
 
 
-for command in (bake_vector, identify, inspect, strip, traits, verify):
+for command in (bake_vector, dial, identify, inspect, strip, traits, verify):
     cli.add_command(command)

@@ -77,6 +77,7 @@ class LayerProgram:
         down_bias: ``[hidden]`` float32 added to the down projection's output before the model scales it, or None.
         constant: ``[width]`` float32 added to the down projection's input, or None. Whoever has the weights folds
             ``W_down · constant`` into the down bias.
+        silent: whether the new down columns are zero, so that the units are computed and change nothing.
 
     Raises:
         ProfileError: sizes that do not go together, a neuron both biased and off, or a value that is not finite.
@@ -94,6 +95,7 @@ class LayerProgram:
     dense: DenseUnits | None = None
     down_bias: Floats | None = None
     constant: Floats | None = None
+    silent: bool = False
 
     def __post_init__(self) -> None:
         if len(self.biased) != len(self.bias) or np.isin(self.biased, self.off).any():

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
     from npti_export.verify import Opener
 
-Format = Literal["gguf", "peft", "checkpoint", "control-vector"]
+Format = Literal["gguf", "peft", "checkpoint", "control-vector", "dial"]
 SINGLE_FILES = ("gguf", "control-vector")  # the others are directories
+BAKED = ("gguf", "dial")  # into a GGUF
+IN_LLAMACPP = (*SINGLE_FILES, "dial")  # where a GGUF of them is measured
 SAMPLE_TOKENS = 96
 
 

@@ -110,11 +110,8 @@ class GGUFEnding:
         )
 
     def exact(self, path: Path) -> bool:
-        """Float MLPs: their types round neither biases, which are F32, nor copies."""
-        header = read_model(_file(path))
-        layers = range(layer_count(header))
-        names = [f"{stem.format(layer)}.weight" for stem in (FFN_GATE, FFN_UP, FFN_DOWN) for layer in layers]
-        return all(is_float(header.by_name[name].type_id) for name in names if name in header.by_name)
+        """See :func:`rounds_nothing`."""
+        return rounds_nothing(read_model(_file(path)))
 
     def answers(self, path: Path, messages: list[Message], repetition_penalty: float) -> dict[str, str]:
         """See :class:`npti_export.endings.base.Ending`."""
@@ -135,6 +132,13 @@ class GGUFEnding:
         if not path.is_dir():
             return sha256_file(path)
         return {file.name: sha256_file(file) for file in named_shards(first_in(path))}
+
+
+def rounds_nothing(header: GGUFFile) -> bool:
+    """Whether the MLPs of a model are floats: their types round neither biases, which are F32, nor copies."""
+    layers = range(layer_count(header))
+    names = [f"{stem.format(layer)}.weight" for stem in (FFN_GATE, FFN_UP, FFN_DOWN) for layer in layers]
+    return all(is_float(header.by_name[name].type_id) for name in names if name in header.by_name)
 
 
 def _file(path: Path) -> Path:

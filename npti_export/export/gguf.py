@@ -162,7 +162,7 @@ def _placed(base: GGUFFile, number: int, layer: LayerProgram, extra: int) -> Lay
     if not extra or not layer.units:
         return layer.padded(extra)
     kind = base.require_tensor(FFN_DOWN.format(number) + ".weight").type_id
-    if is_fine(kind) and layer.dense is None:
+    if layer.silent or (is_fine(kind) and layer.dense is None):
         return layer.padded(extra)
     return arrange(layer, extra, granule(kind), is_codebook(kind), correct=not is_fine(kind))
 

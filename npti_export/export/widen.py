@@ -13,7 +13,7 @@ import numpy as np
 
 from npti_export.compiler.program import OFF_BIAS, Floats, Indices, LayerProgram
 from npti_export.errors import GGUFError
-from npti_export.gguf.blocks import Bytes, decode_columns, scale_rows
+from npti_export.gguf.blocks import Bytes, block_shape, decode_columns, scale_rows
 from npti_export.gguf.columns import quantise_columns
 from npti_export.gguf.reader import TensorInfo
 
@@ -83,11 +83,18 @@ def append_columns(stream: BinaryIO, tensor: TensorInfo, layer: LayerProgram) ->
 
     They are in the tensor's own type.
 
+    Those of a silent layer are all-zero bytes, which decode to zero in every type.
+
     Raises:
         GGUFError: a column is not finite, or too large for the type.
     """
     done = 0
+    block, nbytes = block_shape(tensor.type_id, tensor.name)
     for rows in row_chunks(stream, tensor):
+        if layer.silent:
+            added = np.zeros((len(rows), layer.units // block * nbytes), np.uint8)
+            yield np.concatenate([rows, added], axis=1).data
+            continue
         with _naming(stream, tensor):
             wanted = decode_columns(rows, layer.source, tensor.type_id)
             if layer.dense is not None:

@@ -57,6 +57,7 @@ class Model:
         on_gpu = settings.gpu_layers != 0 and lib.llama_supports_gpu_offload()
         parameters.n_gpu_layers = settings.gpu_layers if on_gpu else 0
         self.path, self.on_host = path, not on_gpu
+        self._adapters: dict[Path, Any] = {}
         with logged():
             with interrupted_afterwards():
                 self.pointer: Any = lib.llama_model_load_from_file(os.fsencode(path), parameters)
@@ -66,10 +67,25 @@ class Model:
         self.vocabulary_size = int(lib.llama_vocab_n_tokens(self.vocabulary))
 
     def close(self) -> None:
-        """Free it."""
+        """Free it, and the adapters with it."""
         if self.pointer:
             llama().llama_model_free(self.pointer)
             self.pointer = None
+            self._adapters.clear()
+
+    def adapter(self, path: Path) -> Any:
+        """A LoRA file, loaded once; before a context is made, which reckons with those that there are (llama.h).
+
+        Raises:
+            ModelError: llama.cpp refuses it; its own words are given.
+        """
+        if path not in self._adapters:
+            with logged():
+                pointer = llama().llama_adapter_lora_init(self.pointer, os.fsencode(path))
+                if not pointer:
+                    raise ModelError(f"{path}: llama.cpp cannot load it for {self.path}: {log_tail()}")
+            self._adapters[path] = pointer
+        return self._adapters[path]
 
 
 @dataclass(frozen=True)
@@ -226,6 +242,18 @@ class Context:
         layers, hidden = values.shape
         if lib.llama_set_adapter_cvec(self._pointer, _as(values, ctypes.c_float), values.size, hidden, 1, layers):
             raise ModelError(f"{self.model.path}: llama.cpp does not take the control vector: {log_tail()}")
+
+    def set_adapters(self, adapters: Sequence[tuple[Any, float]]) -> None:
+        """Apply LoRA adapters of the model, each with its scale, and no others.
+
+        Raises:
+            ModelError: llama.cpp does not take them.
+        """
+        lib, count = llama(), len(adapters)
+        pointers = (lib.llama_adapter_lora_p_ctypes * count)(*(pointer for pointer, _ in adapters))
+        scales = (ctypes.c_float * count)(*(scale for _, scale in adapters))
+        if lib.llama_set_adapters_lora(self._pointer, pointers, count, scales):
+            raise ModelError(f"{self.model.path}: llama.cpp does not take the adapters: {log_tail()}")
 
 
 def whole_cells(cells: int) -> int:

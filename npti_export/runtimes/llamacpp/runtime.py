@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,7 @@ class LlamaCppRuntime:
         self._beginnings = Beginnings()
         self._context: Context | None = None
         self._gate_names: list[bytes] | None = None
+        self._adapters: list[tuple[Any, float]] = []
 
     def __enter__(self) -> LlamaCppRuntime:
         return self
@@ -74,10 +76,23 @@ class LlamaCppRuntime:
 
     def close(self) -> None:
         """Free the model."""
+        self._forget_context()
+        self.model.close()
+
+    def apply(self, adapters: Mapping[Path, float]) -> None:
+        """Apply these LoRA files at these scales from now on, and no others; one at scale 0 is not even loaded.
+
+        Raises:
+            ModelError: llama.cpp refuses one.
+        """
+        self._forget_context()
+        self._beginnings = Beginnings()  # computed with other adapters
+        self._adapters = [(self.model.adapter(path), scale) for path, scale in adapters.items() if scale]
+
+    def _forget_context(self) -> None:
         if self._context is not None:
             self._context.close()
             self._context = None
-        self.model.close()
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """See :class:`npti_export.runtimes.base.Runtime`."""
@@ -215,6 +230,8 @@ class LlamaCppRuntime:
             self._context = Context(self.model, limit or cells, sequences, self.settings, listens=self._listens)
             if self._control_vector is not None:
                 self._context.set_control_vector(self._control_vector)
+            if self._adapters:
+                self._context.set_adapters(self._adapters)
         assert self._context is not None
         return self._context
 

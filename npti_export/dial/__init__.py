@@ -1,0 +1,1 @@
+"""The dial: personality sliders for each request, in stock llama.cpp."""
