@@ -205,7 +205,7 @@ def _measured(
     exact = ending.exact(file)
     kls = (fidelity.kl_rule_artifact, fidelity.kl_rule_base, fidelity.kl_runtime_floor)
     found = dict(zip(_FIDELITY, (*kls, fidelity.top1, fidelity.max_logit_diff, float(fidelity.positions)), strict=True))
-    fault = fidelity.fault(recipe, exact=exact, base=source.path.name) or (layers and layers.fault())
+    fault = fidelity.fault(recipe, exact=exact, base=source.path.name) or (layers.fault() if layers else None)
     return found, fidelity.limit(recipe, exact=exact), fault
 
 
