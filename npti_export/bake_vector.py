@@ -20,7 +20,7 @@ from npti_export.compiler.exact import compile_exact
 from npti_export.compiler.program import MLPProgram
 from npti_export.endings.gguf import GGUFEnding
 from npti_export.errors import ArchitectureError, FidelityError, ModelError, VectorError
-from npti_export.export.gguf import record
+from npti_export.export.gguf import record, rounds_nothing
 from npti_export.export.metadata import ascii_name
 from npti_export.files import set_aside, sha256_file
 from npti_export.gguf.reader import GGUFFile, mlp_widths
@@ -202,7 +202,7 @@ def _measured(
     with ending.unsteered(source) as base, ending.in_llamacpp(file, source) as artifact:
         prompts = [base.encode(question) for question in questions]
         fidelity, layers = measure_file(base, artifact, rule, prompts, recipe, progress)
-    exact = ending.exact(file)
+    exact = rounds_nothing(read_model(file))
     kls = (fidelity.kl_rule_artifact, fidelity.kl_rule_base, fidelity.kl_runtime_floor)
     found = dict(zip(_FIDELITY, (*kls, fidelity.top1, fidelity.max_logit_diff, float(fidelity.positions)), strict=True))
     fault = fidelity.fault(recipe, exact=exact, base=source.path.name) or (layers.fault() if layers else None)

@@ -54,6 +54,10 @@ class VectorError(NptiError):
     """A control vector or constant that is damaged, changes nothing, or belongs to another model."""
 
 
+class CompileError(NptiError):
+    """A budget or fidelity that no program meets."""
+
+
 class HubError(NptiError):
     """A repository or token that the Hub does not take, or an upload that broke off."""
 

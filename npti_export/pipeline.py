@@ -20,6 +20,7 @@ from npti_export.models import ModelSource, gguf_source
 from npti_export.profile import NeuronProfile
 from npti_export.profile_io import save_profile
 from npti_export.progress import Progress
+from npti_export.recipe import Recipe
 from npti_export.report import peak_rss_mb
 from npti_export.rule import build_rule, compose
 from npti_export.rule_io import Provenance, SavedRule
@@ -27,6 +28,7 @@ from npti_export.runtimes.base import chat
 from npti_export.version import __version__
 
 if TYPE_CHECKING:
+    from npti_export.compiler.passes import Compiled
     from npti_export.verify import Fidelity, LayerErrors
 
 
@@ -91,10 +93,13 @@ def open_ending(ready: Prepared, models: Models) -> Ending:
         from npti_export.endings.checkpoint import CheckpointEnding
 
         return CheckpointEnding(ready.source, models.exact, ready.recipe, job.checkpoint_dtype)
+    from npti_export.calibrate import QUESTION_TOKENS
     from npti_export.endings.gguf import GGUFEnding
 
     assert ready.base is not None
-    return GGUFEnding(ready.base, ready.recipe, models.settings.llama)
+    compile_section = ready.recipe.compile
+    questions = searched(ready.benches, ready.recipe, -(-compile_section.calibration_tokens // QUESTION_TOKENS))
+    return GGUFEnding(ready.base, ready.recipe, models.settings.llama, questions)
 
 
 def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress: Progress) -> dict[str, NeuronProfile]:
@@ -181,21 +186,23 @@ def _deliver(
         in_llamacpp = _runs_in_llamacpp(ready, models)
         if not in_llamacpp:
             models.exact()  # first: a checkpoint is written from it, and its loading is not part of the writing
+        with timings.measure("compile"):
+            compiled = ending.compile(saved, progress)
         progress.start("write", 1)
         with timings.measure("write"):
             written = ending.write(saved, temporary)
         progress.advance(1)
         with timings.measure("verify"):
-            fidelity, layers = measure_artifact(ready, models, saved, ending, temporary, progress)
+            fidelity, layers = measure_artifact(ready, models, saved, ending, temporary, progress, compiled)
         saved = replace(saved, about=replace(saved.about, fidelity=asdict(fidelity)))
         exact = ending.exact(temporary)
-        fault = fidelity.fault(
-            ready.recipe, exact=exact, base=ready.base.path.name if ready.base else ready.source.name
-        ) or (layers and layers.fault())
+        name = ready.base.path.name if ready.base else ready.source.name
+        fault = fidelity.fault(ready.recipe, exact=exact, base=name, share=ending.share) or (layers and layers.fault())
         with timings.measure("sample"):
             sample = None if fault else _sample(ready, ending, temporary, progress)
-        limit = fidelity.limit(ready.recipe, exact=exact)
+        limit = fidelity.limit(ready.recipe, exact=exact, share=ending.share)
         report = _report(ready, saved, written, limit, sample)
+        report["program"] = compiled and _described(ready.recipe, compiled)
         report["layers"] = layers and asdict(layers)
         ending.finish(temporary, saved, report)
         if fault is not None:
@@ -204,13 +211,23 @@ def _deliver(
     return report
 
 
+def _described(recipe: Recipe, compiled: Compiled) -> dict[str, Any]:
+    return {"kind": recipe.compile.program, "steps": [asdict(step) for step in compiled.steps]}
+
+
 def measure_artifact(
-    ready: Prepared, models: Models, saved: SavedRule, ending: Ending, path: Path, progress: Progress
+    ready: Prepared,
+    models: Models,
+    saved: SavedRule,
+    ending: Ending,
+    path: Path,
+    progress: Progress,
+    compiled: Compiled | None = None,
 ) -> tuple[Fidelity, LayerErrors | None]:
     """Compare an artifact with its rule on held-out questions and the steered answers to them.
 
     What runs in llama.cpp is measured there, without torch, if the model is such a file itself; then each layer is
-    compared, too.
+    compared, too: with the rule, or with a program that approximates it, where that is at hand (``compiled``).
     """
     recipe = ready.recipe
     questions = [chat(None, text) for text in held_out(ready.benches, recipe, recipe.verify.prompts)]
@@ -227,8 +244,12 @@ def measure_artifact(
             assert artifact is not None
             stack.enter_context(artifact)
             prompts = [base.encode(question) for question in questions]
-            fidelity, layers = measure_file(base, artifact, saved.rule, prompts, recipe, progress, file=file)
-            return fidelity, layers if ready.job.format == "gguf" else None
+            approximates = ending.exact(path) is None
+            program = compiled.program if compiled is not None and approximates else None
+            fidelity, layers = measure_file(
+                base, artifact, saved.rule, prompts, recipe, progress, file=file, program=program
+            )
+            return fidelity, None if approximates and program is None else layers
     from npti_export.verify import measure
 
     runtime = models.exact()
@@ -337,15 +358,16 @@ def verify_artifact(job: Job, progress: Progress) -> dict[str, Any]:
         assert ready.saved is not None
         with open_models(ready, timings, progress, verifies=True) as models, open_ending(ready, models) as ending:
             fidelity, layers = measure_artifact(ready, models, ready.saved, ending, job.rule_from, progress)
-            exact = ending.exact(job.rule_from)
-            fault = fidelity.fault(ready.recipe, exact=exact, base=ready.source.name) or (layers and layers.fault())
+            exact, share = ending.exact(job.rule_from), ending.share
+            fault = fidelity.fault(ready.recipe, exact=exact, base=ready.source.name, share=share)
+            fault = fault or (layers.fault() if layers else None)
     return {
         "artifact": str(job.rule_from),
         "format": job.format,
         "trait": ready.saved.about.trait,
         "model": ready.saved.about.model,
         "fidelity": asdict(fidelity),
-        "limit": fidelity.limit(ready.recipe, exact=exact),
+        "limit": fidelity.limit(ready.recipe, exact=exact, share=share),
         "layers": layers and asdict(layers),
         "fault": fault,
     }

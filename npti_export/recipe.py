@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from npti_export.compiler.kinds import parse_program
 from npti_export.errors import RecipeError
 
 if sys.version_info >= (3, 11):
@@ -87,7 +88,17 @@ class RuleSection(_Section):
 class CompileSection(_Section):
     """How the rule becomes extra neurons."""
 
-    clamp_units: int = Field(ge=3, le=5, description="Extra neurons for one clamp")
+    program: str = Field(default="exact", description="exact, bias, lowrank:R, budget:N% or kl:X; for GGUF output")
+    clamp_units: int = Field(ge=3, le=5, description="Extra neurons for one clamp, where it is written out")
+    calibration_tokens: int = Field(default=768, ge=64, le=65536, description="Tokens that programs are fitted on")
+
+    @field_validator("program")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        try:
+            return str(parse_program(value))
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
 
 
 class VerifySection(_Section):
@@ -98,6 +109,9 @@ class VerifySection(_Section):
     kl_limit_float: float = Field(gt=0, description="Limit in nats for F32 and F16 bases")
     kl_limit_quantised: float = Field(gt=0, description="Limit in nats for other bases")
     kl_limit_floor_ratio: float = Field(ge=1, description="Limit as a multiple of the runtime floor, if larger")
+    kl_share: float = Field(
+        default=0.5, gt=0, le=1, description="Limit for programs that approximate: of the unsteered file's KL"
+    )
     kl_floor_cap: float = Field(gt=0, description="Largest believable runtime floor in nats")
 
 

@@ -46,29 +46,31 @@ class Fidelity:
     max_logit_diff: float
     positions: int
 
-    def limit(self, recipe: Recipe, *, exact: bool | None) -> float:
+    def limit(self, recipe: Recipe, *, exact: bool | None, share: float = 1.0) -> float:
         """The largest acceptable ``kl_rule_artifact``.
 
         Args:
             recipe: its ``verify`` section.
             exact: whether the artifact's format rounds nothing that we add; None for one that only approximates the
                 rule, and is acceptable if it is nearer to it than the unsteered file is.
+            share: of the unsteered file's distance that such a one may be away.
         """
         if exact is None:
-            return self.kl_rule_base_file
+            return share * self.kl_rule_base_file
         settings = recipe.verify
         limit = settings.kl_limit_float if exact else settings.kl_limit_quantised
         return max(limit, settings.kl_limit_floor_ratio * self.kl_runtime_floor)
 
-    def fault(self, recipe: Recipe, *, exact: bool | None, base: str) -> str | None:
+    def fault(self, recipe: Recipe, *, exact: bool | None, base: str, share: float = 1.0) -> str | None:
         """Why the artifact must not be delivered, or None. A measure that is not a number is a fault, too.
 
         Args:
             recipe: its ``verify`` section.
             exact: see :meth:`limit`.
             base: name of the unsteered file, for the message.
+            share: see :meth:`limit`.
         """
-        limit = self.limit(recipe, exact=exact)
+        limit = self.limit(recipe, exact=exact, share=share)
         if not self.kl_runtime_floor <= recipe.verify.kl_floor_cap:
             return (
                 f"unsteered, {base} in its runtime is already KL {self.kl_runtime_floor:.2g} away from the "

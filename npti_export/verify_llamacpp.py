@@ -9,10 +9,12 @@ is not ours. Beside the distributions, each layer of the artifact is compared wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
-from npti_export.gguf.mlp import FileMLP, Floats
+from npti_export.compiler.program import MLPProgram
+from npti_export.gguf.mlp import FileMLP, Floats, LayerMLP, ProgramMLP
 from npti_export.gguf.shards import read_model
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
@@ -35,6 +37,7 @@ def measure_file(
     progress: Progress,
     *,
     file: LlamaCppRuntime | None = None,
+    program: MLPProgram | None = None,
 ) -> tuple[Fidelity, LayerErrors | None]:
     """Compare rule, base and artifact on held-out prompts and the artifact's answers to them.
 
@@ -47,6 +50,7 @@ def measure_file(
         progress: told of each pass.
         file: what the artifact was baked into, opened with its source, where that is not ``base``: the same model in
             another type. Its distance from the model is noise that is not ours, and layers are held to its weights.
+        program: what was baked, where that only approximates the rule; layers are held to it then.
 
     Returns:
         The second is None for a mixture of experts.
@@ -61,15 +65,16 @@ def measure_file(
         return _measure_mixture(base, artifact, rule, prompts, recipe, progress), None
     mlp, file = _mlp_of(base), file or base
     own = mlp if file is base else _mlp_of(file)
+    right: LayerMLP = partial(own, rule=rule) if program is None else ProgramMLP(own, program)
     tally, layers = Tally(), _LayerSums(len(rule.shift))
     progress.start("verify", 1 + 4 * len(prompts))
     sequences = _answers(artifact, prompts, recipe)
     progress.advance(1, sum(map(len, sequences)))
-    for some in _chunks(sequences, base.model.vocabulary_size, base.settings.context):
-        want = base.run(some, _replaced(mlp, rule))
-        plain = base.run(some, _replaced(mlp, None))
-        got = artifact.run(some, _watched(own, rule, layers.add_artifact))
-        floor = file.run(some, _watched(own, None, layers.add_base))
+    for some in in_chunks(sequences, base.model.vocabulary_size, base.settings.context):
+        want = base.run(some, replaced_by(partial(mlp, rule=rule)))
+        plain = base.run(some, replaced_by(mlp))
+        got = artifact.run(some, _watched(own, right, layers.add_artifact))
+        floor = file.run(some, _watched(own, own, layers.add_base))
         tally.add(want, plain, got, floor)
         progress.advance(4 * len(some), 4 * sum(map(len, some)))
     return tally.result(), layers.result()
@@ -97,7 +102,7 @@ def _measure_mixture(
     progress.start("verify", 1 + 3 * len(prompts))
     sequences = _answers(artifact, prompts, recipe)
     progress.advance(1, sum(map(len, sequences)))
-    for some in _chunks(sequences, base.model.vocabulary_size, base.settings.context):
+    for some in in_chunks(sequences, base.model.vocabulary_size, base.settings.context):
         want = base.run_experts(some, steer)
         plain = base.run_experts(some, lambda *_: False)
         got = artifact.run_experts(some, lambda *_: False)
@@ -122,7 +127,7 @@ def _answers(steered: LlamaCppRuntime, prompts: Sequence[tuple[int, ...]], recip
     return [exchange.tokens for exchange in exchanges]
 
 
-def _chunks(sequences: Sequence[tuple[int, ...]], vocabulary: int, context: int) -> Iterator[list[tuple[int, ...]]]:
+def in_chunks(sequences: Sequence[tuple[int, ...]], vocabulary: int, context: int) -> Iterator[list[tuple[int, ...]]]:
     """Sequences that are run together, as many as keep their logits small and fit into a ``--context`` (0: none)."""
     most = _LOGITS_BYTES // (4 * vocabulary)
     most = min(most, context) if context else most
@@ -136,23 +141,23 @@ def _chunks(sequences: Sequence[tuple[int, ...]], vocabulary: int, context: int)
         yield chunk
 
 
-def _replaced(mlp: FileMLP, rule: SteeringRule | None) -> SeeMLP:
+def replaced_by(mlp: LayerMLP) -> SeeMLP:
     """Compute the MLPs here."""
 
     def replace(layer: int, x: Floats, y: Floats) -> bool:
-        y[:] = mlp(layer, x, rule)
+        y[:] = mlp(layer, x)
         return True
 
     return replace
 
 
-def _watched(mlp: FileMLP, rule: SteeringRule | None, add: Callable[[int, Floats, Floats, Floats], None]) -> SeeMLP:
+def _watched(mlp: FileMLP, right: LayerMLP, add: Callable[[int, Floats, Floats, Floats], None]) -> SeeMLP:
     """Leave the MLPs; ``add`` gets layer, output, what it should be and what it would be unsteered, of some rows."""
 
     def watch(layer: int, x: Floats, y: Floats) -> bool:
         some = np.linspace(0, len(x) - 1, min(_CHECKED_ROWS, len(x)), dtype=np.int64)
         plain = mlp(layer, x[some])
-        add(layer, y[some], plain if rule is None else mlp(layer, x[some], rule), plain)
+        add(layer, y[some], plain if right is mlp else right(layer, x[some]), plain)
         return False
 
     return watch

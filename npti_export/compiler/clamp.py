@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+
+from npti_export.compiler.neurons import LayerRule, LayerSample
+from npti_export.compiler.program import Indices, LayerProgram
+from npti_export.compiler.shapes import SHAPES
+
+Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class ClampBasis:
         return np.asarray((np.asarray(self.alpha) * z / (1 + np.exp(-np.clip(z, -700, None)))).sum(-1))
 
 
-# Printed by benchmarks/fit_clamp_basis.py.
+# Fitted under a standard normal gate, for where no model is at hand; alphas and biases as first published here.
 _BASES: dict[int, ClampBasis] = {
     3: ClampBasis(
         (4.0, 8.0, 8.0),
@@ -67,3 +73,79 @@ _BASES: dict[int, ClampBasis] = {
 def clamp_basis(units: int) -> ClampBasis:
     """The basis of a number of units."""
     return _BASES[units]
+
+
+GRID = np.concatenate([np.linspace(-60, -12.2, 40), np.linspace(-12, 12, 481), np.linspace(12.2, 60, 40)])
+# Weight of gates that no calibration token had; those that they had weigh 1 in all.
+FLOOR = 1e-4 * np.gradient(GRID)
+_LARGEST = 0.5  # as in the fit of the shapes: larger terms that cancel would be unbalanced by a float16 block scale
+
+
+def fit_clamps(rule: LayerRule, program: LayerProgram, sample: LayerSample) -> LayerProgram:
+    """Pass: each clamp's units fitted to the gates that its neuron had, weighted by the up projection's squares.
+
+    Of the shapes with as many units the best is taken for each neuron, its factors being the solution of a weighted
+    least-squares problem; a small weight on all other gates bounds the error there.
+    """
+    del rule  # the program says which neurons are clamped
+    if not len(program.off) or program.copies not in SHAPES:
+        return program
+    gate, weight = gates_and_weights(sample, program.off)
+    basis = clamp_basis(program.copies)
+    found = [np.tile(values, (len(program.off), 1)) for values in (basis.scale, basis.bias, basis.alpha)]
+    best = _cost(gate, weight, *found)
+    for shape in SHAPES[program.copies]:
+        scale, bias = (np.tile(values, (len(program.off), 1)) for values in shape)
+        alpha = _solve(gate, weight, np.array(shape[0]), np.array(shape[1]))
+        cost = np.where(np.abs(alpha).max(1) <= _LARGEST, _cost(gate, weight, scale, bias, alpha), np.inf)
+        better = cost < best
+        for old, new in zip(found, (scale, bias, alpha), strict=True):
+            old[better] = new[better]
+        best[better] = cost[better]
+    first = program.copied - program.copies * len(program.off)
+    before = (program.gate_scale, program.gate_bias, program.up_scale)
+    fitted = [
+        np.concatenate([old[:first], new.ravel()]).astype(np.float32) for old, new in zip(before, found, strict=True)
+    ]
+    return replace(program, gate_scale=fitted[0], gate_bias=fitted[1], up_scale=fitted[2])
+
+
+def gates_and_weights(sample: LayerSample, chosen: Indices) -> tuple[Doubles, Doubles]:
+    """Of some neurons ``[tokens, n]``: their gates, and the up projection's squares, which add up to 1 for each."""
+    neurons = sample.neurons
+    places = neurons.among(chosen)
+    gate = neurons.gates(sample.inputs)[:, places].astype(np.float64)
+    weight = np.square(neurons.ups(sample.inputs)[:, places], dtype=np.float64)
+    return gate, weight / np.maximum(weight.sum(0), np.finfo(np.float64).tiny)
+
+
+def _solve(gate: Doubles, weight: Doubles, scale: Doubles, bias: Doubles) -> Doubles:
+    """``[n, units]`` factors of units of one shape for gates ``[tokens, n]``."""
+    tail = silu(np.multiply.outer(GRID, scale) + bias)
+    terms = silu(gate[..., None] * scale + bias)
+    weighted = terms * weight[..., None]
+    normal = np.einsum("tnj,tnk->njk", weighted, terms) + (tail * FLOOR[:, None]).T @ tail
+    right = np.einsum("tnj,tn->nj", weighted, clamped(gate)) + (tail * FLOOR[:, None]).T @ clamped(GRID)
+    ridge = 1e-12 * np.trace(normal, axis1=1, axis2=2)[:, None, None] * np.eye(len(scale))
+    solved: Doubles = np.linalg.solve(normal + ridge, right[..., None])[..., 0]
+    return solved
+
+
+def _cost(gate: Doubles, weight: Doubles, scale: Doubles, bias: Doubles, alpha: Doubles) -> Doubles:
+    """``[n]`` weighted squared errors of units ``[n, units]``."""
+    inside = (silu(gate[..., None] * scale + bias) * alpha).sum(-1) - clamped(gate)
+    tail = (silu(GRID[:, None, None] * scale + bias) * alpha).sum(-1) - clamped(GRID)[:, None]
+    cost: Doubles = (weight * inside**2).sum(0) + (FLOOR[:, None] * tail**2).sum(0)
+    return cost
+
+
+def silu(z: Doubles) -> Doubles:
+    """In float64."""
+    values: Doubles = z / (1 + np.exp(-np.clip(z, -700, None)))
+    return values
+
+
+def clamped(gate: Doubles) -> Doubles:
+    """What a clamp leaves of ``silu(gate)``."""
+    left: Doubles = np.minimum(silu(gate), 0)
+    return left

@@ -53,9 +53,8 @@ def fit_biases(rule: LayerRule, sample: LayerSample, chosen: Indices) -> Fit:
 
 def clamps_to_biases(rule: LayerRule, program: LayerProgram, sample: LayerSample) -> LayerProgram:
     """The program with every clamp's units gone: the neuron's gate biased, or switched off."""
-    first = program.copied - program.copies * len(program.off)
-    kept = np.arange(first)
-    only = program.picked(kept, np.ones(first, np.bool_))
+    kept = np.flatnonzero(program.gate_scale == 0)  # the units of shifts: their gates are constants
+    only = program.picked(kept, np.ones(len(kept), np.bool_))
     return _with_biases(only, np.flatnonzero(rule.clamp), fit_biases(rule, sample, np.flatnonzero(rule.clamp)))
 
 

@@ -88,17 +88,18 @@ class _Places:
 def _plain_chunks(layer: LayerProgram) -> list[Indices]:
     """The copies of each clamp, then the shifts; four copies never straddle a block that way."""
     first = layer.copied - layer.copies * len(layer.off)
-    clamps = np.arange(first, layer.copied).reshape(len(layer.off), layer.copies)
+    clamps = np.arange(first, layer.copied).reshape(len(layer.off) if layer.copies else 0, layer.copies)
     return [*clamps, *np.arange(first)[:, None]]
 
 
 def _codeword_chunks(layer: LayerProgram) -> list[Indices]:
     """Clamps in groups, copy by copy, each group filling whole scales; then the shifts, likewise."""
-    first = layer.copied - layer.copies * len(layer.off)
+    clamps = len(layer.off) if layer.copies else 0
+    first = layer.copied - layer.copies * clamps
     together = _SCALED // np.gcd(layer.copies, _SCALED // _CODEWORD)
     chunks = []
-    for begin in range(0, len(layer.off), together):
-        neurons = np.arange(begin, min(begin + together, len(layer.off)))
+    for begin in range(0, clamps, together):
+        neurons = np.arange(begin, min(begin + together, clamps))
         runs = [_filled(first + neurons * layer.copies + copy, together) for copy in range(layer.copies)]
         chunks.append(np.concatenate(runs))
     shifts = [np.arange(begin, min(begin + _SCALED, first)) for begin in range(0, first, _SCALED)]

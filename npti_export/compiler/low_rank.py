@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.compiler.exact import silu_inverse
-from npti_export.compiler.neurons import Floats, LayerRule, LayerSample, remainder
+from npti_export.compiler.neurons import LayerRule, LayerSample, remainder
 from npti_export.compiler.program import DenseUnits, LayerProgram
 
 Doubles = npt.NDArray[np.float64]
@@ -102,15 +102,14 @@ def _directions(fitted: Doubles, rank: int) -> Doubles:
     directions: Doubles = right[:useful].T
     # The sign of a singular vector is the library's whim; the same inputs must give the same file.
     largest = directions[np.abs(directions).argmax(0), np.arange(useful)]
-    return directions * np.sign(largest)
+    signed: Doubles = directions * np.sign(largest)
+    return signed
 
 
 def _balanced(up: Doubles, down: Doubles, sample: LayerSample) -> DenseUnits:
     """Rows and columns of the size that the model's own have, which its types round best; the gates hold the rest."""
     neurons = sample.neurons
-    rows, columns = (
-        float(np.sqrt(np.square(one).mean(dtype=np.float64))) or 1.0 for one in (neurons.up, neurons.down)
-    )
+    rows, columns = (float(np.sqrt(np.square(one).mean(dtype=np.float64))) or 1.0 for one in (neurons.up, neurons.down))
     sizes = [np.sqrt(np.square(one).mean(axis)) for one, axis in ((up, 1), (down, 0))]
     sizes = [np.where(size > 0, size, 1.0) for size in sizes]
     strength = sizes[0] * sizes[1] / (rows * columns)

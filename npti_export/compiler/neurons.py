@@ -66,7 +66,7 @@ class LayerSample:
 
 @dataclass(frozen=True)
 class LayerRule:
-    """One layer of a :class:`npti_export.rule.SteeringRule`: ``[width]`` each, the constant None where there is none."""
+    """One layer of a :class:`npti_export.rule.SteeringRule`: ``[width]`` each; None for no constant."""
 
     shift: Floats
     clamp: npt.NDArray[np.bool_]
@@ -86,15 +86,15 @@ def rule_change(rule: LayerRule, sample: LayerSample) -> Floats:
     neurons, x = sample.neurons, sample.inputs
     a = activate(neurons.gates(x), "silu")
     steered = np.where(rule.clamp[neurons.index], np.minimum(a, 0), a) + rule.shift[neurons.index]
-    product = (steered - a) * neurons.ups(x)
+    product: Floats = (steered - a) * neurons.ups(x)
     if rule.constant is not None:
-        product = product + rule.constant[neurons.index]
+        product += rule.constant[neurons.index]
     changed: Floats = product @ neurons.down.T
     return changed
 
 
 def program_change(program: LayerProgram, sample: LayerSample) -> Floats:
-    """What a program adds to the MLP's output, ``[tokens, hidden]``, in float32; units that correct others do nothing."""
+    """What a program adds to the MLP's output, ``[tokens, hidden]``, in float32; corrections do nothing here."""
     neurons, x = sample.neurons, sample.inputs
     gate, up = neurons.gates(x), neurons.ups(x)
     product = np.zeros_like(gate)

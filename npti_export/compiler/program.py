@@ -68,7 +68,7 @@ class LayerProgram:
         up_scale: ``[copied]`` float32.
         off: ``[n]`` int64, sorted.
         copies: the last ``copies * len(off)`` copying units stand for the neurons in ``off``, ``copies`` in a row for
-            each.
+            each; 0 where no units stand for them, or they stand elsewhere.
         corrects: ``[units]`` int64 or None. Where it is ``v >= 0``, unit ``u`` is unit ``v`` over again but for its
             down column, which is what quantising lost of that of ``v``; elsewhere it is -1.
         biased: ``[m]`` int64, sorted; neurons, none of them in ``off``, to whose gate something is added.
@@ -114,6 +114,12 @@ class LayerProgram:
         return self.copied + (self.dense.units if self.dense else 0)
 
     @property
+    def touched(self) -> Indices:
+        """Sorted neurons of the model that the program copies or changes."""
+        constant = self.source[:0] if self.constant is None else np.flatnonzero(self.constant)
+        return np.unique(np.concatenate([self.source, self.off, self.biased, constant]))
+
+    @property
     def changes_gates(self) -> bool:
         """Whether the widened gate needs a bias."""
         dense = self.dense is not None and bool(self.dense.gate_bias.any())
@@ -146,7 +152,7 @@ class LayerProgram:
             gate_scale=pick(self.gate_scale),
             gate_bias=pick(self.gate_bias),
             up_scale=pick(self.up_scale),
-            copies=1,
+            copies=0,
             corrects=None,
         )
 

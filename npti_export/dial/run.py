@@ -14,10 +14,9 @@ import numpy as np
 from npti_export.compiler.dial import DialProgram, compile_dial
 from npti_export.dial.index import Adapter, Dial, index_of, server_command
 from npti_export.dial.page import dial_page
-from npti_export.endings.gguf import rounds_nothing
 from npti_export.errors import FidelityError, OutputError
 from npti_export.export.dial import DialPlan, plan_dial, write_dial
-from npti_export.export.gguf import check_base
+from npti_export.export.gguf import check_base, rounds_nothing
 from npti_export.export.metadata import ascii_name
 from npti_export.files import (
     DIAL_INDEX,

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from npti_export.progress import Progress
 from npti_export.rule_io import SavedRule
 from npti_export.runtimes.base import Message
 
 if TYPE_CHECKING:
+    from npti_export.compiler.passes import Compiled
     from npti_export.models import ModelSource
     from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
     from npti_export.verify import Opener
@@ -43,6 +45,8 @@ class Ending(Protocol):
     """One format, for one model; opened before the work, closed after it."""
 
     format: Format
+    share: float
+    """Of an artifact that only approximates the rule: the part of the unsteered file's distance that may be left."""
 
     def __enter__(self) -> Ending: ...
 
@@ -53,6 +57,9 @@ class Ending(Protocol):
 
     def output(self, path: Path, *, force: bool) -> AbstractContextManager[Path]:
         """A temporary place that is published whole, or not at all."""
+
+    def compile(self, saved: SavedRule, progress: Progress) -> Compiled | None:
+        """Compile the rule for :meth:`write`; None for a format that has no neurons to compile to."""
 
     def write(self, saved: SavedRule, path: Path) -> Written:
         """Write the artifact to its temporary place."""

@@ -27,6 +27,7 @@ from npti_export.export.gguf import check_base
 from npti_export.files import atomic_directory, check_directory_writable, sha256_file
 from npti_export.gguf.shards import read_model
 from npti_export.models import ModelSource, resolve_model, weight_files
+from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
 from npti_export.rule_io import SavedRule, save_checkpoint_rule
@@ -52,6 +53,7 @@ class CheckpointEnding:
     """
 
     format: Format = "checkpoint"
+    share = 1.0
 
     def __init__(
         self, source: ModelSource, exact: Callable[[], TransformersRuntime], recipe: Recipe, dtype: str | None
@@ -80,6 +82,9 @@ class CheckpointEnding:
     def output(self, path: Path, *, force: bool) -> AbstractContextManager[Path]:
         """See :class:`npti_export.endings.base.Ending`."""
         return atomic_directory(path, force=force)
+
+    def compile(self, saved: SavedRule, progress: Progress) -> None:
+        """See :class:`npti_export.endings.base.Ending`."""
 
     def write(self, saved: SavedRule, path: Path) -> Written:
         """See :class:`npti_export.endings.base.Ending`."""

@@ -15,6 +15,7 @@ from npti_export.export.metadata import record_fidelity, steering_metadata
 from npti_export.files import atomic_output, check_writable, sha256_file
 from npti_export.gguf.shards import read_model
 from npti_export.models import ModelSource
+from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule_io import SavedRule
 from npti_export.runtimes.base import Message, chat
@@ -39,6 +40,7 @@ class ControlVectorEnding:
     """
 
     format: Format = "control-vector"
+    share = 1.0
 
     def __init__(self, source: ModelSource, recipe: Recipe, settings: Settings, questions: Sequence[str]) -> None:
         if source.kind != "gguf":
@@ -61,6 +63,9 @@ class ControlVectorEnding:
     def output(self, path: Path, *, force: bool) -> AbstractContextManager[Path]:
         """See :class:`npti_export.endings.base.Ending`."""
         return atomic_output(path, force=force)
+
+    def compile(self, saved: SavedRule, progress: Progress) -> None:
+        """See :class:`npti_export.endings.base.Ending`."""
 
     def write(self, saved: SavedRule, path: Path) -> Written:
         """See :class:`npti_export.endings.base.Ending`."""

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP
-from npti_export.compiler.exact import compile_exact
+from npti_export.compile_for import FileCompiler
+from npti_export.compiler.kinds import parse_program
+from npti_export.compiler.passes import Compiled
 from npti_export.compiler.program import Floats, MLPProgram
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
-from npti_export.export.gguf import check_base, plan_bake, write_bake
+from npti_export.export.gguf import check_base, plan_bake, rounds_nothing, write_bake
 from npti_export.export.metadata import record_fidelity, steering_metadata
 from npti_export.files import atomic_files, atomic_output, check_writable, sha256_file
-from npti_export.gguf.blocks import is_float
-from npti_export.gguf.reader import GGUFFile, layer_count
+from npti_export.gguf.reader import GGUFFile
 from npti_export.gguf.shards import first_in, named_shards, read_model, shard_paths
 from npti_export.gguf.writer import Value
+from npti_export.models import gguf_source
+from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule_io import SavedRule
 from npti_export.runtimes.base import Message
@@ -36,6 +39,7 @@ class GGUFEnding:
         base: header of the unsteered file.
         recipe: its ``compile`` section.
         settings: where llama.cpp computes.
+        questions: what programs are fitted on the answers to.
 
     Raises:
         ArchitectureError: llama.cpp loads no MLP biases for this family.
@@ -44,9 +48,15 @@ class GGUFEnding:
 
     format: Format = "gguf"
 
-    def __init__(self, base: GGUFFile, recipe: Recipe, settings: Settings | None = None) -> None:
+    def __init__(
+        self, base: GGUFFile, recipe: Recipe, settings: Settings | None = None, questions: Sequence[str] = ()
+    ) -> None:
         check_base(base)
         self._base, self._recipe, self._settings = base, recipe, settings or Settings()
+        self._questions = questions
+        self._compiled: Compiled | None = None
+        self._kind = parse_program(recipe.compile.program)
+        self.share = recipe.verify.kl_share
 
     def __enter__(self) -> GGUFEnding:
         self._pool = ThreadPoolExecutor(1)
@@ -70,10 +80,17 @@ class GGUFEnding:
             return atomic_files(paths, force=force)
         return atomic_output(path, force=force)
 
+    def compile(self, saved: SavedRule, progress: Progress) -> Compiled:
+        """See :class:`npti_export.endings.base.Ending`."""
+        with self.unsteered(gguf_source(self._base.path)) as runtime:
+            compiler = FileCompiler(runtime, self._recipe, self._questions, progress)
+            self._compiled = compiler.compile(saved.rule, self._kind, compiler.calibration(saved.rule))
+        return self._compiled
+
     def write(self, saved: SavedRule, path: Path) -> Written:
         """See :class:`npti_export.endings.base.Ending`."""
-        program = compile_exact(saved.rule, self._recipe.compile.clamp_units)
-        return self.write_program(program, steering_metadata(saved, self._base.path), path)
+        assert self._compiled is not None
+        return self.write_program(self._compiled.program, steering_metadata(saved, self._base.path), path)
 
     def write_program(self, program: MLPProgram, metadata: dict[str, Value], path: Path) -> Written:
         """Write what a program makes of the base; ``metadata`` goes under ``npti.``."""
@@ -109,9 +126,9 @@ class GGUFEnding:
             control_vector=control_vector,
         )
 
-    def exact(self, path: Path) -> bool:
-        """See :func:`rounds_nothing`."""
-        return rounds_nothing(read_model(_file(path)))
+    def exact(self, path: Path) -> bool | None:
+        """See :func:`rounds_nothing`; None for a program that approximates."""
+        return None if self._kind.approximates else rounds_nothing(read_model(_file(path)))
 
     def answers(self, path: Path, messages: list[Message], repetition_penalty: float) -> dict[str, str]:
         """See :class:`npti_export.endings.base.Ending`."""
@@ -132,13 +149,6 @@ class GGUFEnding:
         if not path.is_dir():
             return sha256_file(path)
         return {file.name: sha256_file(file) for file in named_shards(first_in(path))}
-
-
-def rounds_nothing(header: GGUFFile) -> bool:
-    """Whether the MLPs of a model are floats: their types round neither biases, which are F32, nor copies."""
-    layers = range(layer_count(header))
-    names = [f"{stem.format(layer)}.weight" for stem in (FFN_GATE, FFN_UP, FFN_DOWN) for layer in layers]
-    return all(is_float(header.by_name[name].type_id) for name in names if name in header.by_name)
 
 
 def _file(path: Path) -> Path:

@@ -12,6 +12,7 @@ from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
 from npti_export.export.card import model_card
 from npti_export.export.peft import write_adapter
 from npti_export.files import atomic_directory, check_directory_writable, sha256_file
+from npti_export.progress import Progress
 from npti_export.rule_io import ADAPTER_WEIGHTS, SavedRule
 from npti_export.runtimes.base import Message
 
@@ -30,6 +31,7 @@ class PeftEnding:
     """
 
     format: Format = "peft"
+    share = 1.0
 
     def __init__(self, exact: Callable[[], TransformersRuntime], *, identity_checked: bool = True) -> None:
         self._exact, self._identity_checked = exact, identity_checked
@@ -47,6 +49,9 @@ class PeftEnding:
     def output(self, path: Path, *, force: bool) -> AbstractContextManager[Path]:
         """See :class:`npti_export.endings.base.Ending`."""
         return atomic_directory(path, force=force)
+
+    def compile(self, saved: SavedRule, progress: Progress) -> None:
+        """See :class:`npti_export.endings.base.Ending`."""
 
     def write(self, saved: SavedRule, path: Path) -> Written:
         """See :class:`npti_export.endings.base.Ending`."""

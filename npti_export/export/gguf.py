@@ -21,10 +21,10 @@ from npti_export.export.layout import PREFIX
 from npti_export.export.rehome import Home, home_of
 from npti_export.export.rest import check_rest, gaps_of
 from npti_export.export.strip import strip
-from npti_export.gguf.blocks import block_shape, supports_widening, type_name
+from npti_export.gguf.blocks import block_shape, is_float, supports_widening, type_name
 from npti_export.gguf.columns import granule, is_codebook, is_fine
 from npti_export.gguf.cursor import MAX_HEADER
-from npti_export.gguf.reader import GGUFFile, is_mixture, mlp_widths
+from npti_export.gguf.reader import GGUFFile, is_mixture, layer_count, mlp_widths
 from npti_export.gguf.shards import shard_paths
 from npti_export.gguf.writer import NewTensor, Value, encode_value, patch_values
 
@@ -173,16 +173,29 @@ def _extras(base: GGUFFile, program: MLPProgram, widths: Sequence[int]) -> list[
     Raises:
         ModelError: see :func:`plan_bake`.
     """
-    blocks = {_MINIMUM_BLOCK}
     for layer, (one, width) in enumerate(zip(program.layers, widths, strict=True)):
         biases.check_sizes(base, one, layer, width)
-        if width:
-            tensor = base.require_tensor(FFN_DOWN.format(layer) + ".weight")
-            blocks.add(block_shape(tensor.type_id, str(base.path))[0])
-    step = max(blocks)
+    step = unit_block(base)
     if base.by_key[f"{base.architecture}.feed_forward_length"].array is not None and base.architecture == "deci":
         return [-(-one.units // step) * step for one in program.layers]
     return [program.extra_width(step)] * len(widths)
+
+
+def unit_block(base: GGUFFile) -> int:
+    """Neurons are appended in multiples of this: of a block of the types of its down projections, and of 32."""
+    blocks = {_MINIMUM_BLOCK}
+    for layer, width in enumerate(mlp_widths(base)):
+        if width:
+            tensor = base.require_tensor(FFN_DOWN.format(layer) + ".weight")
+            blocks.add(block_shape(tensor.type_id, str(base.path))[0])
+    return max(blocks)
+
+
+def rounds_nothing(header: GGUFFile) -> bool:
+    """Whether the MLPs of a model are floats: their types round neither biases, which are F32, nor copies."""
+    layers = range(layer_count(header))
+    names = [f"{stem.format(layer)}.weight" for stem in (FFN_GATE, FFN_UP, FFN_DOWN) for layer in layers]
+    return all(is_float(header.by_name[name].type_id) for name in names if name in header.by_name)
 
 
 def write_bake(plan: BakePlan, path: Path) -> None:

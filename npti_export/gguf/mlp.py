@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from npti_export.activations import activate
 from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, GGUFFamily
+from npti_export.compiler.neurons import LayerSample, Neurons, program_change
+from npti_export.compiler.program import MLPProgram
 from npti_export.gguf.blocks import decode
 from npti_export.gguf.reader import GGUFFile, TensorInfo, mlp_widths
 from npti_export.gguf.weights import read_rows, read_vector
@@ -17,6 +19,10 @@ from npti_export.rule import SteeringRule
 Floats = npt.NDArray[np.float32]
 _NEURONS = 4096  # computed at once; a multiple of every block, so that down columns can be cut there
 _KEPT_BYTES = 512 << 20  # models whose MLPs are smaller in float32 are dequantised once
+
+
+LayerMLP = Callable[[int, Floats], Floats]
+"""An MLP of a model: the output ``[rows, hidden]`` of a layer for its input."""
 
 
 class FileMLP:
@@ -58,6 +64,18 @@ class FileMLP:
         bias = self._bias(FFN_DOWN.format(layer))
         return result if bias is None else result + bias
 
+    def neurons(self, layer: int, index: npt.NDArray[np.int64]) -> Neurons:
+        """The weights of some neurons, ``index`` sorted."""
+        gates, ups, downs = [], [], []
+        for neurons, gate_rows, up_rows, down_columns in self._pieces(layer):
+            some = index[(index >= neurons.start) & (index < neurons.stop)] - neurons.start
+            gates.append(gate_rows[some])
+            ups.append(up_rows[some])
+            downs.append(down_columns[:, some])
+        biases = (self._bias(stem.format(layer)) for stem in (FFN_GATE, FFN_UP))
+        gate_bias, up_bias = (np.zeros(len(index), np.float32) if one is None else one[index] for one in biases)
+        return Neurons(index, np.concatenate(gates), np.concatenate(ups), np.hstack(downs), gate_bias, up_bias)
+
     def _pieces(self, layer: int) -> Iterator[tuple[slice, Floats, Floats, Floats]]:
         if layer in self._kept:
             yield from self._kept[layer]
@@ -93,3 +111,18 @@ class FileMLP:
     def _bias(self, stem: str) -> Floats | None:
         tensor = self._header.by_name.get(stem + ".bias")
         return None if tensor is None else read_vector(self._header, tensor)
+
+
+class ProgramMLP:
+    """The MLPs of a file with a program in them, in plain float32: what the steered file should compute."""
+
+    def __init__(self, mlp: FileMLP, program: MLPProgram) -> None:
+        self._mlp, self._program = mlp, program
+        self._neurons: dict[int, Neurons] = {}
+
+    def __call__(self, layer: int, x: Floats) -> Floats:
+        """``[rows, hidden]`` for an input ``[rows, hidden]``."""
+        program = self._program.layers[layer]
+        if layer not in self._neurons:
+            self._neurons[layer] = self._mlp.neurons(layer, program.touched)
+        return self._mlp(layer, x) + program_change(program, LayerSample(x, self._neurons[layer]))
