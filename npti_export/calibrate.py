@@ -15,8 +15,6 @@ from npti_export.rule import SteeringRule
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 from npti_export.verify_llamacpp import in_chunks
 
-QUESTION_TOKENS = 48  # what a question and its answer bring, at least: decides how many are asked
-
 
 def calibrate(
     runtime: LlamaCppRuntime,

@@ -26,6 +26,7 @@ from npti_export.recipe import Recipe, recipe_from_json, select_recipe
 from npti_export.rule_io import SavedRule, Where, artifact_format, base_name, load_rule
 from npti_export.traits import TraitSpec, parse_trait
 
+QUESTION_TOKENS = 48  # what a question and its answer bring at least: decides how many the compiler asks
 _AFTER_THE_RULE = ("compile.", "verify.")  # what a recipe still says of an artifact whose rule is there
 
 

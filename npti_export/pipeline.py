@@ -14,7 +14,7 @@ from npti_export.endings.base import SINGLE_FILES, Ending, Written
 from npti_export.errors import FidelityError, ModelError, NptiError
 from npti_export.files import set_aside
 from npti_export.identify.collect import identify
-from npti_export.job import Job, Prepared, held_out, prepared, searched, with_base
+from npti_export.job import QUESTION_TOKENS, Job, Prepared, held_out, prepared, searched, with_base
 from npti_export.loader import Models, Timings
 from npti_export.models import ModelSource, gguf_source
 from npti_export.profile import NeuronProfile
@@ -58,7 +58,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         ):
             assert ready.job.out is not None
             ending.check_output(ready.job.out, force=job.force)
-            saved, profiles = _obtain_rule(ready, models, timings, progress)
+            saved, profiles = obtain_rule(ready, models, timings, progress)
             report = _deliver(ready, saved, ending, models, timings, progress)
     report["profiles"] = profiles
     report["seconds"] = {key: round(value, 3) for key, value in timings.seconds.items()}
@@ -93,13 +93,15 @@ def open_ending(ready: Prepared, models: Models) -> Ending:
         from npti_export.endings.checkpoint import CheckpointEnding
 
         return CheckpointEnding(ready.source, models.exact, ready.recipe, job.checkpoint_dtype)
-    from npti_export.calibrate import QUESTION_TOKENS
     from npti_export.endings.gguf import GGUFEnding
 
     assert ready.base is not None
-    compile_section = ready.recipe.compile
-    questions = searched(ready.benches, ready.recipe, -(-compile_section.calibration_tokens // QUESTION_TOKENS))
-    return GGUFEnding(ready.base, ready.recipe, models.settings.llama, questions)
+    return GGUFEnding(ready.base, ready.recipe, models.settings.llama, calibration_questions(ready))
+
+
+def calibration_questions(ready: Prepared) -> list[str]:
+    """Search questions for as many tokens as programs are fitted on."""
+    return searched(ready.benches, ready.recipe, -(-ready.recipe.compile.calibration_tokens // QUESTION_TOKENS))
 
 
 def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress: Progress) -> dict[str, NeuronProfile]:
@@ -129,7 +131,7 @@ def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress:
     return profiles
 
 
-def _obtain_rule(
+def obtain_rule(
     ready: Prepared, models: Models, timings: Timings, progress: Progress
 ) -> tuple[SavedRule, dict[str, Any]]:
     """The rule, and where the profile of each trait came from."""

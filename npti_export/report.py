@@ -145,3 +145,27 @@ def sparkline(values: list[int]) -> str:
     top = max(*values, 1)
     bars = "".join(_BLOCKS[-(-value * (len(_BLOCKS) - 1) // top)] for value in values)
     return f"{bars}  {min(values)} to {max(values)}"
+
+
+def render_programs(found: dict[str, Any], console: Console, *, every_pass: bool) -> None:
+    """Print what programs cost and lose, see :func:`npti_export.explain.explain`."""
+    from rich.table import Table
+
+    width = found["width"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("program", "pass") if every_pass else ("program",):
+        table.add_column(name)
+    for name in ("units a layer", "widest", "extra width", "layers with biases", "predicted error", "KL to the rule"):
+        table.add_column(name, justify="right")
+    for program in found["programs"]:
+        steps = program["steps"] if every_pass else program["steps"][-1:]
+        for number, step in enumerate(steps):
+            extra = -(-step["widest"] // found["block"]) * found["block"]
+            last = number == len(steps) - 1
+            kl = f"{program['kl']:.2g}" if last and "kl" in program else ""
+            names = [program["program"] if number == 0 else ""] + [step["name"]] * every_pass
+            cost = [f"{step['units']:.1f}", str(step["widest"]), f"{extra} ({extra / width:.1%})", str(step["biases"])]
+            table.add_row(*names, *cost, f"{step['error']:.2%}", kl)
+    console.print(f"[bold]{found['trait']}[/bold], MLP width {width}, neurons in blocks of {found['block']}")
+    console.print(table)
+    console.print("predicted error: what the rule changes and the program does not, of what the rule changes")

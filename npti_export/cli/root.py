@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from npti_export.cli.bake_vector import bake_vector
+from npti_export.cli.compile import compile_command
 from npti_export.cli.dial import dial
 from npti_export.cli.identify import identify
 from npti_export.cli.inspect import inspect
@@ -44,6 +45,12 @@ from npti_export.version import __version__
     help="Instead of --trait: an adapter, steered checkpoint or steered GGUF whose rule is used again",
 )
 @rule_options
+@click.option(
+    "--program",
+    metavar="P",
+    help="What a GGUF may cost: exact, bias (no extra neuron), lowrank:R, budget:N% (extra width), kl:X "
+    "[compile.program]",
+)
 @click.option("--save-profile", type=FILE, metavar="FILE", help="Keep the profile, .safetensors or published .json")
 @base_options
 @click.option("--base-id", metavar="ID", help="Hub id to record as the base model")
@@ -70,7 +77,7 @@ def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | 
       npti-export --trait agreeableness+ --out model.gguf
       npti-export --trait calm --trait extraversion+:0.5 --model Llama-3.2-1B-Instruct-Q4_K_M.gguf --out calm.gguf
       npti-export --trait calm --model Llama-3.2-1B-Instruct-BF16.gguf --requantize Q4_K_M --out calm.gguf
-      npti-export --trait openness- --profile openness.safetensors --gamma 1.0 --out plain.gguf
+      npti-export --trait openness- --profile openness.safetensors --gamma 1.0 --program bias --out plain.gguf
       npti-export --trait calm --model ./Qwen2.5-0.5B-Instruct --format peft --out calm/
       npti-export --from calm/ --format checkpoint --out calm-qwen/
       npti-export dial --traits all --out persona/
@@ -89,6 +96,11 @@ def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | 
     if options["out"] is None:
         raise click.UsageError("no --out; name what to write (npti-export identify stops before that)")
     options["format"] = options.pop("format_name") or "gguf"
+    program = options.pop("program")
+    if program is not None:
+        if options["format"] != "gguf":
+            raise click.UsageError("--program says what extra neurons of a GGUF may cost; leave it out for this format")
+        options["overrides"] = (*options["overrides"], f"compile.program={program}")
     _main_job(trait_names, report, options)
 
 
@@ -139,5 +151,5 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
             click.echo(f"pushed {push(job, report, progress)}")
 
 
-for command in (bake_vector, dial, identify, inspect, strip, traits, verify):
+for command in (bake_vector, compile_command, dial, identify, inspect, strip, traits, verify):
     cli.add_command(command)
