@@ -85,6 +85,20 @@ def test_requests(persona):
     assert body["lora"] == [{"id": 4, "scale": 1.0}, {"id": 5, "scale": 1.0}]
 
 
+def test_inspect(persona):
+    folder, _, environment = persona
+
+    def kind(path):
+        done = npti("inspect", path, "--json", environment=environment, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert kind("persona")["poles"] == "extraversion+, extraversion-, neuroticism-"
+    assert kind("persona/base.gguf")["kind"] == "dial base"
+    shown = kind("persona/neuroticism-.clamp.gguf")
+    assert (shown["kind"], shown["npti.trait"]) == ("dial clamp", "neuroticism-")
+
+
 def test_force_replaces_a_dial_and_nothing_else(persona, wide):
     folder, _, environment = persona
     again = ["--traits", "calm", "--model", wide, *MORE]
