@@ -139,6 +139,16 @@ def test_a_split_model(make_tiny, tmp_path, persona):
     assert (tmp_path / "persona" / dial.base).is_file()
 
 
+def test_a_transformers_directory_with_its_gguf(tmp_path, persona, tiny, tiny_checkpoint):
+    """Identified in torch, widened and verified in the GGUF."""
+    *_, environment = persona
+    arguments = ["--traits", "calm", "--model", tiny_checkpoint, "--base", tiny, "--out", "persona", *MORE]
+    done = npti("dial", *arguments, environment=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    index = json.loads((tmp_path / "persona/index.json").read_text())
+    assert index["poles"]["neuroticism-"]["fidelity"]["kl_runtime_floor"] < 1e-4
+
+
 def test_a_quantised_first(tmp_path, persona, wide):
     *_, environment = persona
     arguments = ["--traits", "calm", "--model", wide, "--requantize", "Q8_0", "--out", "persona", *MORE]
