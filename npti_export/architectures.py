@@ -210,9 +210,14 @@ def gguf_family(architecture: str, where: str, *, mixture: bool = False) -> GGUF
 _CONVERTED_AS = {"mistral": "llama"}  # where llama.cpp's converter gives the file another family's name
 
 
+def converted_name(model_type: str | None) -> str | None:
+    """The ``general.architecture`` of the GGUF that llama.cpp's converter makes of a ``model_type`` that bakes."""
+    return _CONVERTED_AS.get(model_type or "", model_type)
+
+
 def bakes_once_converted(model_type: str | None) -> bool:
     """Whether the GGUF that llama.cpp's converter makes of a ``model_type`` is of a family that can be baked."""
-    name = _CONVERTED_AS.get(model_type or "", model_type)
+    name = converted_name(model_type)
     return any(row.model_type == name and row.bake is not None for row in GGUF_FAMILIES)
 
 

@@ -11,6 +11,7 @@ from npti_export.errors import ModelError
 from npti_export.gguf.experts import through_down
 from npti_export.gguf.mlp import FileMLP
 from npti_export.gguf.reader import GGUFFile
+from npti_export.gguf.residual import residual_scale
 from npti_export.gguf.shards import read_model
 from npti_export.gguf.weights import read_vector
 from npti_export.rule import SteeringRule
@@ -113,4 +114,4 @@ def _contribution(header: GGUFFile, norm: Floats | None, y: Floats) -> Floats:
     if norm is not None:
         epsilon = float(header.get(f"{architecture}.attention.layer_norm_rms_epsilon", _EPSILON))
         y = y / np.sqrt(np.square(y).mean(-1, keepdims=True) + epsilon) * norm
-    return y * np.float32(header.get(f"{architecture}.residual_scale", 1.0))
+    return y * np.float32(residual_scale(header))

@@ -50,6 +50,10 @@ class AdapterError(NptiError):
     """An adapter or steered file whose rule is missing, damaged or of another model, or cannot do what is asked."""
 
 
+class VectorError(NptiError):
+    """A control vector or constant that is damaged, changes nothing, or belongs to another model."""
+
+
 class HubError(NptiError):
     """A repository or token that the Hub does not take, or an upload that broke off."""
 

@@ -134,6 +134,16 @@ def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def set_aside(temporary: Path, out: Path) -> Path:
+    """Keep an artifact that was not delivered, under a name that is free."""
+    names = itertools.chain(
+        [f"{out.name}.rejected"], (f"{out.name}.rejected-{number}" for number in itertools.count(2))
+    )
+    aside = next(path for name in names if not (path := out.with_name(name)).exists())
+    temporary.rename(aside)
+    return aside
+
+
 def is_ours(directory: Path) -> bool:
     """Whether a directory is an adapter, a steered checkpoint or a dial of ours and nothing else.
 
@@ -230,16 +240,6 @@ def translate_os_errors(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full; nothing was left behind, make room and run the command again"
             ) from error
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def set_aside(temporary: Path, out: Path) -> Path:
-    """Keep an artifact that was not delivered, under a name that is free."""
-    names = itertools.chain(
-        [f"{out.name}.rejected"], (f"{out.name}.rejected-{number}" for number in itertools.count(2))
-    )
-    aside = next(path for name in names if not (path := out.with_name(name)).exists())
-    temporary.rename(aside)
-    return aside
 
 
 def _prefix(path: Path) -> str:

@@ -105,7 +105,8 @@ class ModelSource:
                 "--runtime llama.cpp, merge them by llama-gguf-split --merge, or name the transformers model by "
                 "--model and this file by --base"
             )
-        if self.kind == "gguf" and "blk.0.ffn_gate.bias" in read_model(self.path).by_name:
+        biases = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.bias")
+        if self.kind == "gguf" and any(map(biases.fullmatch, read_model(self.path).by_name)):
             raise ModelError(
                 f"{self.path}: its MLPs have biases, which transformers does not read from a GGUF; take "
                 "--runtime llama.cpp, or name the transformers model by --model and this file by --base"

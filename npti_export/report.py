@@ -92,6 +92,31 @@ def render_verdict(verdict: dict[str, Any], console: Console) -> None:
         console.print(f"[bold green]{good}[/bold green]")
 
 
+def render_vector(report: dict[str, Any], console: Console) -> None:
+    """Print what ``bake-vector`` did and measured."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    vector, found, artifact = report["vector"], report["fidelity"], report["artifact"]
+    noise = f"limit {report['limit']:.2g}; the runtime's own noise is {found['kl_runtime_floor']:.2g}"
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    rows = {
+        "vector": f"{vector['path']} ({vector['kind']}), scale {vector['scale']:g}",
+        "biases": f"in {vector['layers']} layers",
+        "model": report["model"],
+        "moved": f"KL {found['kl_vector_base']:.3g} nats per token from the unsteered model",
+        "faithful": f"KL {found['kl_vector_artifact']:.2g} to the vector ({noise}), top-1 agreement "
+        f"{found['top1']:.1%}, worst logit off by {found['max_logit_diff']:.2g}, {found['positions']:.0f} tokens",
+        "size": f"{artifact['bytes'] / 1e6:.1f} MB",
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+    console.print(f"[bold green]wrote[/bold green] {escape(artifact['path'])}")
+
+
 def _fidelity_rows(fidelity: dict[str, float], limit: float, kind: str) -> dict[str, str]:
     name, moved = "faithful", f"KL {fidelity['kl_rule_base']:.3g} nats per token from the unsteered model"
     if kind == "control-vector":  # it is the rule's constant part, and nobody should take it for the rule

@@ -223,6 +223,8 @@ def rule_of_gguf(header: GGUFFile) -> SavedRule:
         AdapterError: the file is not steered, or by a version that did not keep the rule.
     """
     stored, about = header.data("npti.rule"), header.text("npti.provenance")
+    if stored is None and "npti.vector.kind" in header.by_key:
+        raise AdapterError(f"{header.path}: holds a baked vector and no rule; it was measured when it was made")
     if stored is None or about is None:
         raise AdapterError(f"{header.path}: holds no steering rule (npti.rule); give a file made by npti-export")
     recipe = header.text("npti.recipe") or ""

@@ -26,6 +26,7 @@ from npti_export.gguf.mlp import FileMLP
 from npti_export.gguf.reader import mlp_widths, read_gguf
 from npti_export.gguf.shards import read_model, shard_paths
 from npti_export.job import Job
+from npti_export.loader import RuntimeSettings
 from npti_export.pipeline import run, verify_artifact
 from npti_export.progress import Silent
 from npti_export.rule import SteeringRule, compose
@@ -389,6 +390,7 @@ def test_the_main_job_from_an_adapter(tiny, tiny_checkpoint, make_adapter, tmp_p
         recipe="npti",
         overrides=("verify.prompts=2", "verify.answer_tokens=8"),
         rule_from=make_adapter(rule),
+        runtime=RuntimeSettings(threads=1 if format_name == "gguf" else 0),
     )
     report = run(job, Silent())
     assert report["neurons"]["constant"] == rule.constants

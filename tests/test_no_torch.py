@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from jobs import QUICK, main_job
 
+from npti_export.export.control_vector import write_control_vector
 from npti_export.gguf.reader import read_gguf
 from npti_export.models import gguf_source
 from npti_export.profile_io import load_profile
@@ -79,6 +81,14 @@ def test_verify_inspect_and_strip(job, make_tiny):
     without("inspect", "m.gguf", environment=environment, cwd=folder)
     without("strip", "m.gguf", "--out", "b.gguf", environment=environment, cwd=folder)
     assert (folder / "b.gguf").read_bytes() == make_tiny("Q8_0").read_bytes()
+
+
+def test_bake_vector(job, make_tiny):
+    folder, environment = job
+    write_control_vector(folder / "v.gguf", np.full((2, 64), 0.2, np.float32), "llama", {})
+    arguments = ["bake-vector", "v.gguf", "--out", "vectored.gguf", "--model", make_tiny("Q8_0"), "--json"]
+    report = json.loads(without(*arguments, *QUICK[10:], environment=environment, cwd=folder))
+    assert report["fidelity"]["kl_vector_artifact"] <= report["limit"] < report["fidelity"]["kl_vector_base"]
 
 
 def test_identify(job, make_tiny):

@@ -180,11 +180,12 @@ def test_a_split_file_is_not_read_by_transformers(split):
         TransformersRuntime(gguf_source(split), device="cpu", dtype="float32")
 
 
-def test_mlp_biases_are_not_read_by_transformers(make_tiny):
+@pytest.mark.parametrize("stem", ["ffn_gate", "ffn_up", "ffn_down"])
+def test_mlp_biases_are_not_read_by_transformers(make_tiny, stem):
     from npti_export.runtimes.transformers import TransformersRuntime
 
     with pytest.raises(ModelError, match="its MLPs have biases, which transformers does not read"):
-        TransformersRuntime(gguf_source(make_tiny(biases=("ffn_gate",))), device="cpu", dtype="float32")
+        TransformersRuntime(gguf_source(make_tiny(biases=(stem,))), device="cpu", dtype="float32")
 
 
 def test_the_main_job_on_a_split_base(split, tiny_checkpoint, cli_environment, tmp_path):

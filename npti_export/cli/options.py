@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from npti_export.loader import RuntimeSettings
+    from npti_export.runtimes.llamacpp.context import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -28,19 +29,11 @@ def _decorated(command: Command, decorators: Sequence[Callable[[Command], Comman
     return command
 
 
-def runtime_options(command: Command) -> Command:
-    """Options of every command that runs a model: where and how."""
+def llama_options(command: Command) -> Command:
+    """Options of every command that runs llama.cpp."""
     return _decorated(
         command,
         [
-            click.option(
-                "--runtime",
-                "engine",
-                default="auto",
-                show_default=True,
-                type=click.Choice(["auto", "llama.cpp", "transformers"]),
-                help="What runs the model; auto takes llama.cpp for a GGUF",
-            ),
             click.option(
                 "--threads", type=click.IntRange(1), metavar="N", help="llama.cpp: threads [default: all cores]"
             ),
@@ -59,6 +52,24 @@ def runtime_options(command: Command) -> Command:
                 metavar="N",
                 help="llama.cpp: tokens processed at once [default: 512]",
             ),
+        ],
+    )
+
+
+def runtime_options(command: Command) -> Command:
+    """Options of every command that runs a model: where and how."""
+    return _decorated(
+        command,
+        [
+            click.option(
+                "--runtime",
+                "engine",
+                default="auto",
+                show_default=True,
+                type=click.Choice(["auto", "llama.cpp", "transformers"]),
+                help="What runs the model; auto takes llama.cpp for a GGUF",
+            ),
+            llama_options,
             click.option(
                 "--weights",
                 default="auto",
@@ -196,6 +207,14 @@ def job_options(options: dict[str, Any]) -> dict[str, Any]:
     options["cache"] = None if options.pop("no_cache") else cache_folder()
     options["runtime"] = runtime_settings(options)
     return options
+
+
+def llama_settings(options: dict[str, Any]) -> Settings:
+    """Take llama.cpp's options out of ``options``."""
+    from npti_export.loader import RuntimeSettings
+
+    given = {name: options.pop(name) for name in ("threads", "gpu_layers", "context", "prompt_batch")}
+    return RuntimeSettings(**{name: value for name, value in given.items() if value is not None}).llama
 
 
 def runtime_settings(options: dict[str, Any]) -> RuntimeSettings:

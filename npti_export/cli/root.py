@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from npti_export.cli.bake_vector import bake_vector
 from npti_export.cli.dial import dial
 from npti_export.cli.identify import identify
 from npti_export.cli.inspect import inspect
@@ -138,5 +139,5 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
             click.echo(f"pushed {push(job, report, progress)}")
 
 
-for command in (dial, identify, inspect, strip, traits, verify):
+for command in (bake_vector, dial, identify, inspect, strip, traits, verify):
     cli.add_command(command)

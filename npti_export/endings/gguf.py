@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP
 from npti_export.compiler.exact import compile_exact
+from npti_export.compiler.program import Floats, MLPProgram
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
 from npti_export.export.gguf import check_base, plan_bake, write_bake
 from npti_export.export.metadata import record_fidelity, steering_metadata
@@ -16,6 +17,7 @@ from npti_export.files import atomic_files, atomic_output, check_writable, sha25
 from npti_export.gguf.blocks import is_float
 from npti_export.gguf.reader import GGUFFile, layer_count
 from npti_export.gguf.shards import first_in, named_shards, read_model, shard_paths
+from npti_export.gguf.writer import Value
 from npti_export.recipe import Recipe
 from npti_export.rule_io import SavedRule
 from npti_export.runtimes.base import Message
@@ -71,11 +73,19 @@ class GGUFEnding:
     def write(self, saved: SavedRule, path: Path) -> Written:
         """See :class:`npti_export.endings.base.Ending`."""
         program = compile_exact(saved.rule, self._recipe.compile.clamp_units)
+        return self.write_program(program, steering_metadata(saved, self._base.path), path)
+
+    def write_program(self, program: MLPProgram, metadata: dict[str, Value], path: Path) -> Written:
+        """Write what a program makes of the base; ``metadata`` goes under ``npti.``."""
         digests = [future.result() for future in self._sha256]
-        plan = plan_bake(self._base, program, steering_metadata(saved, self._base.path), digests)
+        plan = plan_bake(self._base, program, metadata, digests)
         write_bake(plan, path / self._first if self._base.shards else path)
         named = {part.path.name: digest for part, digest in zip(self._base.parts, digests, strict=True)}
         return Written(plan.nbytes, plan.extra, self._base.size, named if self._base.shards else digests[0])
+
+    def first_file(self, path: Path) -> Path:
+        """The written file that llama.cpp is given."""
+        return _file(path)
 
     def artifact(self, path: Path) -> Opener:
         """See :class:`npti_export.endings.base.Ending`."""
@@ -88,6 +98,16 @@ class GGUFEnding:
     def in_llamacpp(self, path: Path, source: ModelSource) -> LlamaCppRuntime:
         """See :class:`npti_export.endings.base.Ending`."""
         return LlamaCppRuntime(_file(path), self._settings, sequences=self._recipe.verify.prompts, source=source)
+
+    def unsteered(self, source: ModelSource, control_vector: Floats | None = None) -> LlamaCppRuntime:
+        """The base in llama.cpp; ``control_vector`` ``[layers - 1, hidden]`` is set by llama.cpp's own call."""
+        return LlamaCppRuntime(
+            self._base.path,
+            self._settings,
+            sequences=self._recipe.verify.prompts,
+            source=source,
+            control_vector=control_vector,
+        )
 
     def exact(self, path: Path) -> bool:
         """See :func:`rounds_nothing`."""

@@ -6,6 +6,7 @@ Keys and names after llama.cpp's tools/cvector-generator and common_control_vect
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,10 @@ def read_directions(path: Path, layers: int, hidden: int) -> Floats:
     directions = np.zeros((layers - 1, hidden), np.float32)
     for tensor in header.tensors:
         stem, _, number = tensor.name.partition(".")
-        layer = int(number) if stem == "direction" and number.isdecimal() else 0
-        if not 1 <= layer < layers or tensor.shape != (hidden,) or tensor.type_id != _F32:
+        layer = int(number) if stem == "direction" and re.fullmatch("[0-9]{1,6}", number) else 0
+        if tensor.type_id != _F32:
+            raise GGUFError(f"{path}: {tensor.name} is not F32, which llama.cpp does not take; make it again")
+        if not 1 <= layer < layers or tensor.shape != (hidden,):
             raise GGUFError(
                 f"{path}: {tensor.name} {tensor.shape} does not fit a model of {layers} layers of size {hidden}; "
                 "take the control vector of this model"

@@ -107,6 +107,13 @@ class LlamaCppRuntime:
         """What shared beginnings saved so far."""
         return self._beginnings.savings
 
+    def set_control_vector(self, directions: npt.NDArray[np.float32]) -> None:
+        """Another control vector ``[layers - 1, hidden]`` from now on, for a runtime that was opened with one."""
+        assert self._control_vector is not None
+        self._control_vector = directions
+        if self._context is not None:
+            self._context.set_control_vector(directions)
+
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, repetition_penalty: float
     ) -> list[Exchange]:
