@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from npti_export.dial.index import load_dial, server_command
 from npti_export.errors import ModelError
 from npti_export.export.gguf import PREFIX
+from npti_export.files import DIAL_INDEX
 from npti_export.gguf.blocks import type_name
 from npti_export.gguf.reader import CONTROL_VECTOR, is_control_vector
 from npti_export.gguf.shards import read_model
@@ -37,6 +39,17 @@ def inspect_file(path: Path) -> dict[str, Any]:
 
 
 def _directory(path: Path) -> dict[str, Any]:
+    if (path / DIAL_INDEX).is_file():
+        dial = load_dial(path)
+        overlaps = sum(one.kind == "overlap" for one in dial.adapters)
+        return {
+            "kind": "dial",
+            "base": dial.base,
+            "poles": ", ".join(dial.poles),
+            "adapters": f"{len(dial.adapters)}, of which {overlaps} for what poles clamp in common",
+            "mixed": dial.mixed,
+            "server": server_command(dial),
+        }
     saved = load_rule(path)
     layers, width = saved.rule.shift.shape
     about = saved.about.to_dict()
@@ -58,7 +71,7 @@ def _gguf(path: Path) -> dict[str, Any]:
     sizes = [header.by_key.get(f"{header.architecture}.{key}") for key in ("block_count", "feed_forward_length")]
     types = sorted({type_name(tensor.type_id) for tensor in header.tensors})
     return {
-        "kind": "steered GGUF" if steering else "GGUF, not steered by npti-export",
+        "kind": header.text(f"{PREFIX}kind") or ("steered GGUF" if steering else "GGUF, not steered by npti-export"),
         "name": header.text("general.name"),
         "architecture": header.architecture,
         "layers": sizes[0].shown if sizes[0] else None,

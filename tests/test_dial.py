@@ -74,7 +74,7 @@ def overlapping_rules(layers, width):
 
 @pytest.fixture(scope="module")
 def made(make_tiny, tmp_path_factory):
-    """A dial of three poles on a float32 model whose width is a multiple of what vector instructions take at once."""
+    """A dial of three poles on a float32 model, as wide as vector instructions like it: bitwise needs the same sums."""
     return make(make_tiny(width=128), tmp_path_factory.mktemp("dial"), overlapping_rules(3, 128))
 
 

@@ -85,6 +85,20 @@ def test_requests(persona):
     assert body["lora"] == [{"id": 4, "scale": 1.0}, {"id": 5, "scale": 1.0}]
 
 
+def test_inspect(persona):
+    folder, _, environment = persona
+
+    def kind(path):
+        done = npti("inspect", path, "--json", environment=environment, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert kind("persona")["poles"] == "extraversion+, extraversion-, neuroticism-"
+    assert kind("persona/base.gguf")["kind"] == "dial base"
+    shown = kind("persona/neuroticism-.clamp.gguf")
+    assert (shown["kind"], shown["npti.trait"]) == ("dial clamp", "neuroticism-")
+
+
 def test_force_replaces_a_dial_and_nothing_else(persona, wide):
     folder, _, environment = persona
     again = ["--traits", "calm", "--model", wide, *MORE]
@@ -123,6 +137,16 @@ def test_a_split_model(make_tiny, tmp_path, persona):
     dial = load_dial(tmp_path / "persona")
     assert dial.base.startswith("base-00001-of-0000")
     assert (tmp_path / "persona" / dial.base).is_file()
+
+
+def test_a_transformers_directory_with_its_gguf(tmp_path, persona, tiny, tiny_checkpoint):
+    """Identified in torch, widened and verified in the GGUF."""
+    *_, environment = persona
+    arguments = ["--traits", "calm", "--model", tiny_checkpoint, "--base", tiny, "--out", "persona", *MORE]
+    done = npti("dial", *arguments, environment=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    index = json.loads((tmp_path / "persona/index.json").read_text())
+    assert index["poles"]["neuroticism-"]["fidelity"]["kl_runtime_floor"] < 1e-4
 
 
 def test_a_quantised_first(tmp_path, persona, wide):

@@ -55,6 +55,13 @@ def test_the_hook_works(cli_environment, tmp_path):
     assert "No module named 'torch'" in done.stderr
 
 
+def test_a_dial(job, make_tiny):
+    folder, environment = job
+    options = ["--model", make_tiny("Q8_0"), "--recipe", "npti", *QUICK, "--set", "verify.kl_limit_quantised=0.05"]
+    without("dial", "--traits", "extraversion+", "--out", "persona", *options, environment=environment, cwd=folder)
+    assert "extraversion+" in json.loads((folder / "persona/index.json").read_text())["poles"]
+
+
 def test_the_main_job(job):
     folder, _ = job
     report = json.loads((folder / "r.json").read_text())
