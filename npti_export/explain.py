@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from npti_export.compile_for import FileCompiler
@@ -21,7 +23,7 @@ def explain(job: Job, programs: Sequence[str], progress: Progress, *, measures: 
     """Compile the rule of a job to each program.
 
     Args:
-        job: of the format ``gguf``, without an output.
+        job: of the format ``gguf``; its output is not written.
         programs: in the notation of :func:`npti_export.compiler.kinds.parse_program`; none takes the recipe's.
         progress: told of each stage.
         measures: whether to run each program in llama.cpp, MLPs in float32, and measure its KL to the rule.
@@ -34,7 +36,7 @@ def explain(job: Job, programs: Sequence[str], progress: Progress, *, measures: 
     """
     kinds = [parse_program(text) for text in programs]
     timings = Timings()
-    with prepared(job) as asked:
+    with TemporaryDirectory(prefix="npti-") as folder, prepared(replace(job, out=Path(folder) / "x.gguf")) as asked:
         if asked.base is not None:
             check_base(asked.base)
         with (

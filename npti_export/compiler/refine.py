@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.compiler.clamp import FLOOR, GRID, clamped, gates_and_weights, silu
+from npti_export.compiler.clamp import FLOOR, GRID, clamped, fit_clamps, gates_and_weights, silu
 from npti_export.compiler.neurons import LayerRule, LayerSample
 from npti_export.compiler.program import Indices, LayerProgram
 from npti_export.compiler.shapes import STAYING, Shape
@@ -43,12 +43,11 @@ class Clamps(NamedTuple):
 def refine_clamps(rule: LayerRule, program: LayerProgram, sample: LayerSample) -> LayerProgram:
     """The program with each clamp's units refined under the neuron's own gates, the neuron being one of them.
 
-    For models whose MLPs are floats; programs with more units for a clamp than there are shapes stay as they are.
+    For models whose MLPs are floats. Where no shapes have as many units, the neuron is switched off instead.
     """
-    del rule  # the program says which neurons are clamped
     units, off = program.copies, program.off
     if not len(off) or units not in STAYING:
-        return program
+        return fit_clamps(rule, program, sample)
     found = refined_clamps(sample, off, units)
     kept = program.picked(
         np.arange(program.copied - units * len(off)), np.ones(program.copied - units * len(off), bool)

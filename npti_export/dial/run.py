@@ -40,6 +40,8 @@ from npti_export.verify_llamacpp import measure_file
 from npti_export.version import __version__
 
 BASE = "base.gguf"
+# One set of units serves every pole, so clamps are not fitted to gates; in floats five hold two poles mixed to 1e-5.
+_FLOAT_CLAMP_UNITS = 5
 
 
 def make_dial(job: Job, mixed: int, progress: Progress) -> dict[str, Any]:
@@ -72,7 +74,8 @@ def make_dial(job: Job, mixed: int, progress: Progress) -> dict[str, Any]:
             check_base(ready.base)
             check_directory_writable(out, force=job.force, need_bytes=ready.base.size)
             rules = _rules(ready, models, timings, progress)
-            program = compile_dial(rules, ready.recipe.compile.clamp_units, mixed)
+            units = _FLOAT_CLAMP_UNITS if rounds_nothing(ready.base) else ready.recipe.compile.clamp_units
+            program = compile_dial(rules, units, mixed)
             with atomic_directory(out, force=job.force) as folder:
                 progress.start("write", 1)
                 made = _write(ready, program, mixed, folder)
