@@ -11,7 +11,8 @@ from npti_export.compiler.canonical import canonical
 from npti_export.compiler.kinds import ProgramKind
 from npti_export.compiler.passes import Calibration, Compiled, compile_rule
 from npti_export.compiler.program import MLPProgram
-from npti_export.export.gguf import rounds_nothing, unit_block
+from npti_export.export.gguf import unit_block
+from npti_export.gguf.columns import rounding
 from npti_export.gguf.mlp import FileMLP, ProgramMLP
 from npti_export.gguf.shards import read_model
 from npti_export.progress import Progress
@@ -55,7 +56,7 @@ class FileCompiler:
         """What the model's MLPs read under a rule."""
         tokens = self._recipe.compile.calibration_tokens
         samples = calibrate(self._runtime, self._mlp, canonical(rule), self._sequences, tokens, self._progress)
-        return Calibration(samples, self._width, unit_block(self._header), rounds_nothing(self._header))
+        return Calibration(samples, self._width, unit_block(self._header), rounding(self._header))
 
     def compile(self, rule: SteeringRule, kind: ProgramKind, calibration: Calibration) -> Compiled:
         """See :func:`npti_export.compiler.passes.compile_rule`."""

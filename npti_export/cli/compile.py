@@ -56,4 +56,5 @@ def compile_command(
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        render_programs(found, Console(), every_pass=explained)
+        console = Console()
+        render_programs(found, console if console.is_terminal else Console(width=160), every_pass=explained)

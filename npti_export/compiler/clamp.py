@@ -81,11 +81,18 @@ FLOOR = 1e-4 * np.gradient(GRID)
 _LARGEST = 0.5  # as in the fit of the shapes: larger terms that cancel would be unbalanced by a float16 block scale
 
 
-def fit_clamps(rule: LayerRule, program: LayerProgram, sample: LayerSample) -> LayerProgram:
+def fit_clamps(rule: LayerRule, program: LayerProgram, sample: LayerSample, *, rounding: float = 0.0) -> LayerProgram:
     """Pass: each clamp's units fitted to the gates that its neuron had, weighted by the up projection's squares.
 
     Of the shapes with as many units the best is taken for each neuron, its factors being the solution of a weighted
-    least-squares problem; a small weight on all other gates bounds the error there.
+    least-squares problem; a small weight on all other gates bounds the error there. Terms that cancel are large beside
+    their sum, and each is rounded with its own column, so their squares count as well, times that of ``rounding``.
+
+    Args:
+        rule: of the layer.
+        program: with clamps written out.
+        sample: calibration tokens.
+        rounding: relative error of a column in the file's type, 0 for floats.
     """
     del rule  # the program says which neurons are clamped
     if not len(program.off) or program.copies not in SHAPES:
@@ -93,11 +100,12 @@ def fit_clamps(rule: LayerRule, program: LayerProgram, sample: LayerSample) -> L
     gate, weight = gates_and_weights(sample, program.off)
     basis = clamp_basis(program.copies)
     found = [np.tile(values, (len(program.off), 1)) for values in (basis.scale, basis.bias, basis.alpha)]
-    best = _cost(gate, weight, *found)
+    noise = rounding**2
+    best = _cost(gate, weight, noise, *found)
     for shape in SHAPES[program.copies]:
         scale, bias = (np.tile(values, (len(program.off), 1)) for values in shape)
-        alpha = _solve(gate, weight, np.array(shape[0]), np.array(shape[1]))
-        cost = np.where(np.abs(alpha).max(1) <= _LARGEST, _cost(gate, weight, scale, bias, alpha), np.inf)
+        alpha = _solve(gate, weight, noise, np.array(shape[0]), np.array(shape[1]))
+        cost = np.where(np.abs(alpha).max(1) <= _LARGEST, _cost(gate, weight, noise, scale, bias, alpha), np.inf)
         better = cost < best
         for old, new in zip(found, (scale, bias, alpha), strict=True):
             old[better] = new[better]
@@ -119,23 +127,25 @@ def gates_and_weights(sample: LayerSample, chosen: Indices) -> tuple[Doubles, Do
     return gate, weight / np.maximum(weight.sum(0), np.finfo(np.float64).tiny)
 
 
-def _solve(gate: Doubles, weight: Doubles, scale: Doubles, bias: Doubles) -> Doubles:
+def _solve(gate: Doubles, weight: Doubles, noise: float, scale: Doubles, bias: Doubles) -> Doubles:
     """``[n, units]`` factors of units of one shape for gates ``[tokens, n]``."""
     tail = silu(np.multiply.outer(GRID, scale) + bias)
     terms = silu(gate[..., None] * scale + bias)
     weighted = terms * weight[..., None]
     normal = np.einsum("tnj,tnk->njk", weighted, terms) + (tail * FLOOR[:, None]).T @ tail
     right = np.einsum("tnj,tn->nj", weighted, clamped(gate)) + (tail * FLOOR[:, None]).T @ clamped(GRID)
-    ridge = 1e-12 * np.trace(normal, axis1=1, axis2=2)[:, None, None] * np.eye(len(scale))
-    solved: Doubles = np.linalg.solve(normal + ridge, right[..., None])[..., 0]
+    ridge = 1e-12 * np.trace(normal, axis1=1, axis2=2)[:, None] + noise * np.einsum("tnj,tnj->nj", weighted, terms)
+    solved: Doubles = np.linalg.solve(normal + ridge[..., None] * np.eye(len(scale)), right[..., None])[..., 0]
     return solved
 
 
-def _cost(gate: Doubles, weight: Doubles, scale: Doubles, bias: Doubles, alpha: Doubles) -> Doubles:
-    """``[n]`` weighted squared errors of units ``[n, units]``."""
-    inside = (silu(gate[..., None] * scale + bias) * alpha).sum(-1) - clamped(gate)
+def _cost(gate: Doubles, weight: Doubles, noise: float, scale: Doubles, bias: Doubles, alpha: Doubles) -> Doubles:
+    """``[n]`` weighted squared errors of units ``[n, units]``, that of rounding their columns included."""
+    terms = silu(gate[..., None] * scale + bias) * alpha
+    inside = terms.sum(-1) - clamped(gate)
     tail = (silu(GRID[:, None, None] * scale + bias) * alpha).sum(-1) - clamped(GRID)[:, None]
-    cost: Doubles = (weight * inside**2).sum(0) + (FLOOR[:, None] * tail**2).sum(0)
+    rounded = noise * (weight[..., None] * terms**2).sum((0, 2))
+    cost: Doubles = (weight * inside**2).sum(0) + rounded + (FLOOR[:, None] * tail**2).sum(0)
     return cost
 
 

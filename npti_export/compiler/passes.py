@@ -72,24 +72,25 @@ class Calibration:
         samples: one a layer.
         width: neurons of the model's layers.
         block: extra neurons come in multiples of it.
-        floats: whether the MLPs are floats, where a column and its copy are equal to the bit.
+        rounding: relative error of a column of the down projections in their type; 0 for floats, where a column and
+            its copy are equal to the bit.
     """
 
     samples: Sequence[LayerSample]
     width: int
     block: int
-    floats: bool
+    rounding: float
 
 
-def passes_for(kind: ProgramKind, units: int, *, floats: bool) -> tuple[Pass, ...]:
+def passes_for(kind: ProgramKind, units: int, rounding: float) -> tuple[Pass, ...]:
     """What follows the rule written out.
 
     Args:
         kind: of program.
         units: extra neurons that a layer may have.
-        floats: see :class:`Calibration`.
+        rounding: see :class:`Calibration`.
     """
-    fit = Pass("clamps fitted to their gates", refine_clamps if floats else fit_clamps)
+    fit = Pass("clamps fitted to their gates", partial(fit_clamps, rounding=rounding) if rounding else refine_clamps)
     if kind.name == "exact":
         return (fit,)
     if kind.name == "bias":
@@ -166,7 +167,7 @@ def _compiled(
     rules = layer_rules(rule)
     program = compile_exact(rule, clamp_units)
     steps = [_step("rule written out", rules, program, calibration)]
-    for one in passes_for(kind, units, floats=calibration.floats):
+    for one in passes_for(kind, units, calibration.rounding):
         layers = (one.run(*parts) for parts in zip(rules, program.layers, calibration.samples, strict=True))
         program = MLPProgram(program.width, tuple(layers))
         steps.append(_step(one.name, rules, program, calibration))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from npti_export.compiler.program import Indices
@@ -16,6 +18,7 @@ from npti_export.gguf.blocks import (
     quantise,
     type_name,
 )
+from npti_export.gguf.reader import GGUFFile
 
 _SUPERBLOCK = 256  # QK_K in ggml-common.h
 _ONE_SCALE = ("TQ1_0", "TQ2_0")  # superblocks without scales inside
@@ -95,3 +98,20 @@ def _nearest(values: Floats, type_id: int) -> Bytes:
     energy = np.einsum("rbc,rbc->rb", found, found)
     ratio = np.divide(np.einsum("rbc,rbc->rb", target, found), energy, out=np.ones_like(energy), where=energy > 0)
     return multiply_scales(encoded, ratio, type_id)
+
+
+def rounding(header: GGUFFile) -> float:
+    """Relative error of columns that are like a model's own, in the types of its down projections; 0 for floats.
+
+    The root mean square over normal values and over layers, as each layer may have a type of its own.
+    """
+    kinds = [tensor.type_id for tensor in header.tensors if tensor.name.endswith("ffn_down.weight")]
+    errors = [0.0 if is_float(kind) else _rounding_of(kind) for kind in kinds]
+    return float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.0
+
+
+@cache
+def _rounding_of(type_id: int) -> float:
+    values = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
+    rounded = decode(quantise_columns(values, None, type_id), type_id)
+    return float(np.sqrt(np.square(rounded - values).mean() / np.square(values).mean()))
