@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from npti_export.architectures import Layout, check_ragged, converted_name, gguf_family
 from npti_export.errors import ModelError, OutputError
 from npti_export.export.convert import (
     Conversion,
@@ -25,6 +26,7 @@ from npti_export.export.convert import (
     plan_conversion,
 )
 from npti_export.export.gguf import check_base
+from npti_export.export.rehome import home_of
 from npti_export.files import check_place, translate_os_errors
 from npti_export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from npti_export.gguf.reader import GGUFFile
@@ -130,6 +132,25 @@ def plan_base(
         imatrix.check_for(matrix_sizes(base), str(base.path))
     small = least_bytes(matrix_elements(base), file_type)
     return BasePlan(base.path, file_type, source.fingerprint, 2 * small, imatrix)
+
+
+def check_layout(source: ModelSource, base: GGUFFile | None, layout: Layout) -> None:
+    """Raise if a file in this layout cannot be made, before anything is converted or quantised for it.
+
+    Args:
+        source: the model.
+        base: the GGUF to bake into; None if it is to be converted from the model's directory.
+        layout: of the recipe.
+
+    Raises:
+        ArchitectureError: llama.cpp takes no width for each layer of this family.
+        ModelError: the file holds something that only its own family has a place for.
+    """
+    if base is not None:
+        home_of(base, layout)
+    elif layout == "ragged":
+        check_family(source)
+        check_ragged(gguf_family(str(converted_name(source.model_type)), source.name), source.name)
 
 
 def _sizes_to_come(source: ModelSource) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from npti_export.architectures import Layout
 from npti_export.errors import RecipeError
 
 if sys.version_info >= (3, 11):
@@ -88,6 +89,7 @@ class CompileSection(_Section):
     """How the rule becomes extra neurons."""
 
     clamp_units: int = Field(ge=3, le=5, description="Extra neurons for one clamp")
+    layout: Layout = Field(default="uniform", description="GGUF: all layers equally wide, or each as it needs")
 
 
 class VerifySection(_Section):
