@@ -26,7 +26,6 @@ from npti_export.export.convert import (
     plan_conversion,
 )
 from npti_export.export.gguf import check_base
-from npti_export.export.rehome import home_of
 from npti_export.files import check_place, translate_os_errors
 from npti_export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from npti_export.gguf.reader import GGUFFile
@@ -135,7 +134,7 @@ def plan_base(
 
 
 def check_layout(source: ModelSource, base: GGUFFile | None, layout: Layout) -> None:
-    """Raise if a file in this layout cannot be made, before anything is converted or quantised for it.
+    """Raise if a ragged file is wanted and cannot be made, before anything is converted or quantised for it.
 
     Args:
         source: the model.
@@ -143,12 +142,14 @@ def check_layout(source: ModelSource, base: GGUFFile | None, layout: Layout) -> 
         layout: of the recipe.
 
     Raises:
-        ArchitectureError: llama.cpp takes no width for each layer of this family.
-        ModelError: the file holds something that only its own family has a place for.
+        ArchitectureError: llama.cpp loads no MLP biases for this family, or takes no width for each layer of it.
+        NptiError: see :func:`npti_export.export.gguf.check_base`.
     """
+    if layout == "uniform":
+        return
     if base is not None:
-        home_of(base, layout)
-    elif layout == "ragged":
+        check_base(base, layout)
+    else:
         check_family(source)
         check_ragged(gguf_family(str(converted_name(source.model_type)), source.name), source.name)
 

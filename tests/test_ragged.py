@@ -9,10 +9,12 @@ import pytest
 from conftest import random_rule
 from gguf import GGUFReader
 from jobs import main_job, npti
+from llama_server import started
 from reference import ReferenceLlama, kl
 from test_bake import TOKENS, llama_logits
 from tolerances import KL_TINY_FLOAT
 
+from npti_export.base_file import check_layout
 from npti_export.compiler.exact import compile_exact
 from npti_export.errors import ArchitectureError, GGUFError, ModelError
 from npti_export.export.gguf import check_base, plan_bake, strip, write_bake
@@ -20,6 +22,7 @@ from npti_export.files import sha256_file
 from npti_export.gguf.cursor import ARRAY, INT32, UINT32
 from npti_export.gguf.reader import KeyValue, mlp_widths, read_gguf
 from npti_export.gguf.shards import named_shards, read_model, shard_paths
+from npti_export.models import resolve_model
 from npti_export.rule import SteeringRule
 
 # Neurons shifted and clamped in each layer, and the neurons that these become where a clamp takes five. llama.cpp sums
@@ -186,12 +189,39 @@ def test_the_default_model(default_model, tmp_path):
             np.testing.assert_array_equal(tensor.data, old[tensor.name].data)
 
 
+def test_llamacpps_own_server_takes_it(make_tiny, tmp_path):
+    """As xllamacpp brings it, which is another version of llama.cpp."""
+    base, rule = make_tiny(width=WIDTH), rule_of(WIDTH, (FEW, NONE, MANY))
+    answers = []
+    for layout in ("uniform", "ragged", None):
+        path = base if layout is None else tmp_path / f"{layout}.gguf"
+        if layout is not None:
+            bake(base, path, rule, layout)
+        with started(path) as ask:
+            answers.append(ask("How was your day?"))
+    assert answers[0] == answers[1] != answers[2]
+
+
 @pytest.mark.parametrize("family", ["mistral3", "granite", "minicpm"])
 def test_families_that_deci_cannot_say(make_tiny, family):
     base = read_gguf(make_tiny(family=family))
     check_base(base)
     with pytest.raises(ArchitectureError, match=f"all that {family} computes; it works for llama, deci, qwen2"):
         check_base(base, "ragged")
+
+
+def test_mixtures_are_refused_for_what_they_are(make_tiny):
+    with pytest.raises(ArchitectureError, match="its MLPs are experts"):
+        check_base(read_gguf(make_tiny(experts=True)), "ragged")
+
+
+def test_directories_are_judged_before_they_are_converted(tiny_checkpoint):
+    source = resolve_model(str(tiny_checkpoint))
+    check_layout(source, None, "ragged")
+    granite = replace(source, model_type="granite")
+    check_layout(granite, None, "uniform")
+    with pytest.raises(ArchitectureError, match="all that granite computes"):
+        check_layout(granite, None, "ragged")
 
 
 def altered(base, key, raw):
