@@ -11,11 +11,12 @@ from gguf import GGUFReader
 from jobs import main_job, npti
 from llama_server import started
 from reference import ReferenceLlama, kl
-from test_bake import TOKENS, llama_logits
+from test_bake import TOKENS, WIDE, llama_logits
 from tolerances import KL_TINY_FLOAT
 
 from npti_export.base_file import check_layout
 from npti_export.compiler.exact import compile_exact
+from npti_export.compiler.program import DenseUnits, MLPProgram
 from npti_export.errors import ArchitectureError, GGUFError, ModelError
 from npti_export.export.gguf import check_base, plan_bake, strip, write_bake
 from npti_export.files import sha256_file
@@ -118,6 +119,39 @@ def test_blocks_of_256(make_tiny, tmp_path, kind):
     base = make_tiny(kind, **K_QUANTS)
     out = both(base, tmp_path, rule_of(512, (FEW, NONE, (100, 40))))
     assert mlp_widths(read_gguf(out)) == [512 + 256, 512, 512 + 512]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WIDE if kind not in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS")] + ["MXFP4"])
+def test_corrections_are_kept(make_tiny, tmp_path, kind):
+    """Below four bits padding works: each layer keeps as much of it as the uniform file has use for."""
+    base = make_tiny(kind, **K_QUANTS)
+    out = both(base, tmp_path, rule_of(512, ((120, 20), NONE, (300, 40)), seed=1))
+    first, none, _ = (width - 512 for width in mlp_widths(read_gguf(out)))
+    assert first >= 220 + 220  # each unit and what quantising lost of it
+    assert none == 0
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q2_K"])
+def test_units_of_their_own(make_tiny, tmp_path, kind):
+    """They stand at the end of the columns, behind idle ones, which are cut out."""
+    base, rng = make_tiny(kind, **K_QUANTS), np.random.default_rng(0)
+    copying = compile_exact(rule_of(512, (FEW, NONE, (200, 40))), 5)
+
+    def with_own(layer, count):
+        up, down = (rng.normal(size=shape).astype(np.float32) / 8 for shape in ((count, 256), (256, count)))
+        return replace(layer, dense=DenseUnits(np.full(count, 0.5, np.float32), up, down))
+
+    layers = [with_own(layer, count) for layer, count in zip(copying.layers, (20, 7, 300), strict=True)]
+    program, paths = MLPProgram(512, tuple(layers)), [tmp_path / layout for layout in ("uniform", "ragged")]
+    for path in paths:
+        write_bake(plan_bake(read_gguf(base), program, {}, sha256_file(base), path.name), path)
+    uniform, ragged = map(llama_logits, paths)
+    np.testing.assert_array_equal(ragged, uniform)
+    assert kl(ragged, llama_logits(base)) > 0.02
+    widths = [mlp_widths(read_gguf(path)) for path in paths]
+    assert widths[1][1] <= widths[1][0] < widths[1][2] <= widths[0][2] == widths[0][0]
+    strip(paths[1], tmp_path / "stripped", force=False)
+    assert (tmp_path / "stripped").read_bytes() == base.read_bytes()
 
 
 def test_each_layer_is_filled_up_to_its_own_block(make_tiny, tmp_path):

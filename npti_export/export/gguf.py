@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, RAGGED, Layout, check_bakeable, gguf_family
-from npti_export.compiler.layout import arrange
+from npti_export.compiler.layout import arrange, without_idle_blocks
 from npti_export.compiler.program import LayerProgram, MLPProgram
 from npti_export.errors import DiskFullError, GGUFError, ModelError
 from npti_export.export import biases, widen
@@ -134,16 +134,14 @@ def plan_bake(
     A split base gives a file split alike; keys about steering go to its first shard, what brings a shard of the base
     back to that shard.
 
-    A ragged file of types of four bits and more holds the same units as the uniform one and less padding. Below,
-    padding holds corrections, see :mod:`npti_export.compiler.layout`, for which a ragged file has less room.
+    A ragged file is the uniform one without the blocks of new columns in which no unit works, so it computes the same.
 
     Args:
         base: header of the unsteered file, see :func:`check_base`.
         program: as many layers as the base has; where those differ in width, as wide as the widest.
         metadata: added under ``npti.``; floats may be patched later by :func:`record`.
         base_sha256: of the base file, which :func:`strip` compares its result with; of each of its shards in turn.
-        layout: ``ragged`` gives each layer the width that its own units need; where that is the same for all, as where
-            there are no units, the family of the file is what it is in the uniform one.
+        layout: where a ragged file comes out with equal widths, as without units, it is the uniform one.
 
     Raises:
         ArchitectureError: the family cannot be ragged.
@@ -151,12 +149,8 @@ def plan_bake(
     """
     digests = [base_sha256] if isinstance(base_sha256, str) else base_sha256
     old = mlp_widths(base)
-    extras = _extras(base, program, old, layout)
-    widths = [width + extra for width, extra in zip(old, extras, strict=True)]
-    padded = MLPProgram(
-        program.width,
-        tuple(_placed(base, number, *one) for number, one in enumerate(zip(program.layers, extras, strict=True))),
-    )
+    padded = _padded(base, program, old, layout)
+    widths = [width + layer.units for width, layer in zip(old, padded.layers, strict=True)]
     # Equal widths need no deci, which fewer programs know.
     home = home_of(base, layout if len(set(widths)) > 1 else "uniform")
     new = biases.new_biases(base, padded, widths)
@@ -178,34 +172,41 @@ def plan_bake(
     return BakePlan(base, home, padded, tuple(old), tuple(parts))
 
 
+def _padded(base: GGUFFile, program: MLPProgram, widths: Sequence[int], layout: Layout) -> MLPProgram:
+    """The program with units in the order in which their columns are rounded best, each layer of whole blocks.
+
+    All layers get as many, unless the file has a width for each, or is to have.
+
+    Raises:
+        ModelError: see :func:`plan_bake`.
+    """
+    blocks = [_MINIMUM_BLOCK] * len(widths)
+    for number, (layer, width) in enumerate(zip(program.layers, widths, strict=True)):
+        biases.check_sizes(base, layer, number, width)
+        if width:
+            tensor = base.require_tensor(FFN_DOWN.format(number) + ".weight")
+            blocks[number] = max(_MINIMUM_BLOCK, block_shape(tensor.type_id, str(base.path))[0])
+    step, layers = max(blocks), []
+    own = base.by_key[f"{base.architecture}.feed_forward_length"].array is not None and base.architecture == RAGGED
+    for number, (layer, block) in enumerate(zip(program.layers, blocks, strict=True)):
+        if layout == "ragged" and layer.silent:  # adapters know the units by their places
+            layers.append(layer.padded(-(-layer.units // block) * block))
+        elif layout == "ragged":
+            layers.append(without_idle_blocks(_placed(base, number, layer, program.extra_width(step)), block))
+        else:
+            extra = -(-layer.units // step) * step if own else program.extra_width(step)
+            layers.append(_placed(base, number, layer, extra))
+    return MLPProgram(program.width, tuple(layers))
+
+
 def _placed(base: GGUFFile, number: int, layer: LayerProgram, extra: int) -> LayerProgram:
-    """A layer's units in the order in which their down columns are rounded best, filled up to ``extra``."""
+    """One layer's units in that order, filled up to ``extra``."""
     if not extra or not layer.units:
         return layer.padded(extra)
     kind = base.require_tensor(FFN_DOWN.format(number) + ".weight").type_id
     if layer.silent or (is_fine(kind) and layer.dense is None):
         return layer.padded(extra)
     return arrange(layer, extra, granule(kind), is_codebook(kind), correct=not is_fine(kind))
-
-
-def _extras(base: GGUFFile, program: MLPProgram, widths: Sequence[int], layout: Layout) -> list[int]:
-    """Neurons to append to each layer: as many to all, unless the file is to have a width for each layer, or has.
-
-    Raises:
-        ModelError: see :func:`plan_bake`.
-    """
-    blocks = [_MINIMUM_BLOCK] * len(widths)
-    for layer, (one, width) in enumerate(zip(program.layers, widths, strict=True)):
-        biases.check_sizes(base, one, layer, width)
-        if width:
-            tensor = base.require_tensor(FFN_DOWN.format(layer) + ".weight")
-            blocks[layer] = max(_MINIMUM_BLOCK, block_shape(tensor.type_id, str(base.path))[0])
-    step = max(blocks)
-    if layout == "ragged":
-        return [-(-one.units // block) * block for one, block in zip(program.layers, blocks, strict=True)]
-    if base.by_key[f"{base.architecture}.feed_forward_length"].array is not None and base.architecture == RAGGED:
-        return [-(-one.units // step) * step for one in program.layers]
-    return [program.extra_width(step)] * len(widths)
 
 
 def write_bake(plan: BakePlan, path: Path) -> None:
