@@ -102,6 +102,7 @@ class GGUFFamily:
         bake: what a steered file is: ``itself`` where llama.cpp loads optional biases of the MLP
             (``create_tensor`` with TENSOR_NOT_REQUIRED) and passes them to ``build_ffn``, ``llama`` where the same
             computation can be written as that architecture, None where neither is so.
+        ragged: whether the same computation can be written as ``deci`` (:data:`RAGGED`), which takes a width a layer.
         activation: name of the gate's non-linearity. llama.cpp's GELU is the tanh approximation.
         fused: the up projection holds the gate's rows in front of its own, and the gate's node both.
         gate: node of the gate's output before the non-linearity, ``[rows, n_ff]``, or ``[rows, 2 n_ff]`` where fused.
@@ -118,6 +119,7 @@ class GGUFFamily:
     name: str
     model_type: str
     bake: Literal["itself", "llama"] | None = None
+    ragged: bool = False
     activation: Activation = "silu"
     fused: bool = False
     gate: str = "ffn_gate"
@@ -140,12 +142,12 @@ _POST = (
     "post_ffw_norm",
 )  # olmo2 and exaone4 norm what attention and MLP put out, not their input
 GGUF_FAMILIES: tuple[GGUFFamily, ...] = (
-    GGUFFamily("llama", "llama", bake="itself"),
-    GGUFFamily("mistral3", "ministral3", bake="itself"),
+    GGUFFamily("llama", "llama", bake="itself", ragged=True),
+    GGUFFamily("mistral3", "ministral3", bake="itself"),  # may scale queries by their position
     GGUFFamily("granite", "granite", bake="itself"),  # scales the MLP's output, in an unnamed node after ffn_out
     GGUFFamily("minicpm", "minicpm", bake="itself"),  # the same
-    GGUFFamily("deci", "deci", bake="itself"),
-    GGUFFamily("qwen2", "qwen2", bake="llama"),
+    GGUFFamily("deci", "deci", bake="itself", ragged=True),
+    GGUFFamily("qwen2", "qwen2", bake="llama", ragged=True),
     GGUFFamily("qwen3", "qwen3"),
     GGUFFamily("gemma", "gemma", activation="gelu_pytorch_tanh", why_not=_NOT_SILU),
     GGUFFamily("gemma2", "gemma2", activation="gelu_pytorch_tanh", norms=_FOUR, why_not=_NOT_SILU),
@@ -169,6 +171,8 @@ GGUF_MIXTURES: tuple[GGUFFamily, ...] = tuple(
     for name, model in (("llama", "mixtral"), ("qwen3moe", "qwen3_moe"), ("olmoe", "olmoe"))
 )
 
+Layout = Literal["uniform", "ragged"]  # all layers as wide as the widest, or each as wide as it must be
+RAGGED = "deci"  # the family whose files say how wide each layer is (src/models/deci.cpp)
 FFN_GATE, FFN_UP, FFN_DOWN = "blk.{}.ffn_gate", "blk.{}.ffn_up", "blk.{}.ffn_down"
 
 
@@ -219,6 +223,20 @@ def bakes_once_converted(model_type: str | None) -> bool:
     """Whether the GGUF that llama.cpp's converter makes of a ``model_type`` is of a family that can be baked."""
     name = converted_name(model_type)
     return any(row.model_type == name and row.bake is not None for row in GGUF_FAMILIES)
+
+
+def check_ragged(family: GGUFFamily, where: str) -> None:
+    """Raise if a steered GGUF of this family cannot have a width for each layer.
+
+    Raises:
+        ArchitectureError: it says for which that works.
+    """
+    if not family.ragged:
+        able = ", ".join(row.name for row in GGUF_FAMILIES if row.ragged)
+        raise ArchitectureError(
+            f"{where}: --layout ragged: llama.cpp takes a width for each layer from {RAGGED} files only, and those "
+            f"cannot say all that {family.name} computes; it works for {able}; take --layout uniform for this one"
+        )
 
 
 def check_bakeable(family: GGUFFamily, where: str) -> None:

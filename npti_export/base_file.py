@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from npti_export.architectures import Layout, check_ragged, converted_name, gguf_family
 from npti_export.errors import ModelError, OutputError
 from npti_export.export.convert import (
     Conversion,
@@ -130,6 +131,27 @@ def plan_base(
         imatrix.check_for(matrix_sizes(base), str(base.path))
     small = least_bytes(matrix_elements(base), file_type)
     return BasePlan(base.path, file_type, source.fingerprint, 2 * small, imatrix)
+
+
+def check_layout(source: ModelSource, base: GGUFFile | None, layout: Layout) -> None:
+    """Raise if a ragged file is wanted and cannot be made, before anything is converted or quantised for it.
+
+    Args:
+        source: the model.
+        base: the GGUF to bake into; None if it is to be converted from the model's directory.
+        layout: of the recipe.
+
+    Raises:
+        ArchitectureError: llama.cpp loads no MLP biases for this family, or takes no width for each layer of it.
+        NptiError: see :func:`npti_export.export.gguf.check_base`.
+    """
+    if layout == "uniform":
+        return
+    if base is not None:
+        check_base(base, layout)
+    else:
+        check_family(source)
+        check_ragged(gguf_family(str(converted_name(source.model_type)), source.name), source.name)
 
 
 def _sizes_to_come(source: ModelSource) -> dict[str, int]:

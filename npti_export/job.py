@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from npti_export.base_file import BasePlan, check_request, made_base, plan_base
+from npti_export.base_file import BasePlan, check_layout, check_request, made_base, plan_base
 from npti_export.bench import Question, TraitBench, load_bench
 from npti_export.endings.base import BAKED, IN_LLAMACPP, SINGLE_FILES, Format
 from npti_export.errors import AdapterError, ModelError, OutputError, ProfileError, RecipeError
@@ -148,6 +148,8 @@ def _prepare(job: Job, saved: SavedRule | None, source: ModelSource, matrix: Imp
         job = replace(job, out=paths[0])
         _refuse_shared_paths(job, source, [*others, *paths])
     recipe = _recipe(job, saved, source)
+    if _bakes(job):
+        check_layout(source, base, recipe.compile.layout)
     if saved is not None and saved.where == "response" and job.format != "peft" and job.where is None:
         raise OutputError(
             f"{job.rule_from}: steers the response only, and weights steer every position; pass --where all for that"
@@ -310,6 +312,9 @@ def _refuse_idle_options(job: Job, source: ModelSource) -> None:
         ),
         "--converter makes a GGUF of a directory; it goes with --format gguf": (
             job.converter is not None and job.format not in BAKED
+        ),
+        "--layout says how wide the layers of a GGUF are; it goes with --format gguf": (
+            any(one.startswith("compile.layout=") for one in job.overrides) and job.format not in BAKED
         ),
         "--private goes with --push-to-hub": job.private and job.push_to is None,
         "--where response: weights steer every position; it goes with --format peft": (

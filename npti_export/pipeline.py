@@ -313,6 +313,7 @@ def _report(
             "clamp_per_layer": rule.clamp.sum(1).tolist(),
             "width": rule.shift.shape[1],
             "extra_width": written.extra_width,
+            "extra_width_mean": round(written.extra_width_mean, 1),
         },
         "fidelity": {key: float(value) for key, value in about.fidelity.items()} | {"limit": limit},
         "peak_rss_mb": peak_rss_mb(),

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from npti_export.architectures import Layout
 from npti_export.compiler.kinds import parse_program
 from npti_export.errors import RecipeError
 
@@ -91,6 +92,7 @@ class CompileSection(_Section):
     program: str = Field(default="exact", description="exact, bias, lowrank:R, budget:N% or kl:X; for GGUF output")
     clamp_units: int = Field(ge=3, le=5, description="Extra neurons for one clamp, where it is written out")
     calibration_tokens: int = Field(default=768, ge=64, le=65536, description="Tokens that programs are fitted on")
+    layout: Layout = Field(default="uniform", description="GGUF: all layers equally wide, or each as it needs")
 
     @field_validator("program")
     @classmethod

@@ -44,7 +44,7 @@ def render(report: dict[str, Any], console: Console) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    width = f"MLP width {neurons['width']}" + (f" + {neurons['extra_width']}" if neurons["extra_width"] else "")
+    width = f"MLP width {neurons['width']}{_added(neurons)}"
     base = f", base {artifact['base_bytes'] / 1e6:.1f} MB" if "base_bytes" in artifact else ""
     constants = f", {neurons['constant']} with a constant" if "constant" in neurons else ""
     gamma = "" if report["gamma"] is None else f", gamma {report['gamma']:g}"
@@ -127,6 +127,13 @@ def _fidelity_rows(fidelity: dict[str, float], limit: float, kind: str) -> dict[
         f"{fidelity['kl_runtime_floor']:.2g}), top-1 agreement {fidelity['top1']:.1%}, "
         f"worst logit off by {fidelity['max_logit_diff']:.2g}, {fidelity['positions']:.0f} tokens",
     }
+
+
+def _added(neurons: dict[str, Any]) -> str:
+    widest, mean = neurons["extra_width"], neurons["extra_width_mean"]
+    if widest in (0, mean):
+        return f" + {widest}" if widest else ""
+    return f" + {widest} at most, {mean:g} on average"
 
 
 def _render_sample(sample: dict[str, str], console: Console) -> None:

@@ -188,10 +188,15 @@ def write_tiny(
     split=0,
     small_first_shard=False,
     experts=False,
+    rope_freqs=False,
+    attention_biases=False,
+    keys=(),
 ):
     """A random model of a family; MLP and attention weights in ``kind``, K-quants through ggml.
 
-    ``experts`` makes it a mixture.
+    ``experts`` makes it a mixture. ``rope_freqs`` stretches the rotation of each pair of dimensions, as Llama 3.1 does;
+    ``attention_biases`` gives q, k, v and the attention's output biases; ``keys`` are pairs of a key of the family,
+    without its prefix, and an integer or a list of such.
 
     ``kinds`` gives single tensors another type, by their names.
 
@@ -206,6 +211,9 @@ def write_tiny(
         tiny.writer.add_expert_count(EXPERTS)
         tiny.writer.add_expert_used_count(EXPERTS_USED)
     widths = width if isinstance(width, tuple) else (width,) * layers
+    for key, value in keys:
+        add = tiny.writer.add_array if isinstance(value, tuple) else tiny.writer.add_uint32
+        add(f"{family}.{key}", value)
     _add_keys(tiny, tokenizer, layout, hidden, list(width) if widths is width else width, layers, template, alignment)
 
     def norm(name):
@@ -216,11 +224,17 @@ def write_tiny(
     tiny.writer.add_tensor(
         "token_embd.weight", tiny.rng.normal(size=(VOCABULARY, hidden)).astype(np.float32) * np.float32(0.25)
     )
+    if rope_freqs:
+        tiny.writer.add_tensor("rope_freqs.weight", np.geomspace(1, 8, hidden // HEADS // 2).astype(np.float32))
     for layer in range(layers):
         blk = f"blk.{layer}"
         first, *others = layout.norms
         norm(f"{blk}.{first}")
         _add_attention(tiny, blk, layout, hidden)
+        if attention_biases:
+            kv = hidden * layout.kv_heads // HEADS
+            for name, size in (("q", hidden), ("k", kv), ("v", kv), ("output", hidden)):
+                tiny.vector(f"{blk}.attn_{name}.bias", size, mean=0.2)
         if widths[layer]:
             for name in others:
                 norm(f"{blk}.{name}")

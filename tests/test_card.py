@@ -22,7 +22,7 @@ REPORT = {
         "id": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "license": "apache-2.0",
     },
-    "neurons": {"shift": 812, "clamp": 655, "width": 1536, "extra_width": 96},
+    "neurons": {"shift": 812, "clamp": 655, "width": 1536, "extra_width": 96, "extra_width_mean": 96.0},
     "fidelity": {
         "kl_rule_artifact": 0.00213,
         "kl_rule_base": 0.4321,

@@ -12,7 +12,14 @@ from lora_runs import lora_logits
 from reference import ReferenceLlama, kl
 from test_bake import NARROW, TOKENS, WIDE, tiny_of
 from test_bake_families import BIASES, rule_within
-from tolerances import KL_DIAL, KL_DIAL_SHIFTS, KL_TINY_FLOAT, KL_TINY_QUANTISED, KL_TINY_QUANTISED_OTHERS
+from tolerances import (
+    KL_DIAL,
+    KL_DIAL_SHIFTS,
+    KL_SAME_MODEL,
+    KL_TINY_FLOAT,
+    KL_TINY_QUANTISED,
+    KL_TINY_QUANTISED_OTHERS,
+)
 
 from npti_export.compiler.dial import compile_dial
 from npti_export.dial.index import Adapter, Dial
@@ -21,7 +28,7 @@ from npti_export.export.dial import plan_dial, write_dial
 from npti_export.export.gguf import check_base, strip
 from npti_export.export.lora import encode_signs
 from npti_export.files import sha256_file
-from npti_export.gguf.reader import read_gguf
+from npti_export.gguf.reader import mlp_widths, read_gguf
 from npti_export.rule import SteeringRule, compose
 from npti_export.traits import parse_trait
 
@@ -44,12 +51,12 @@ class Made:
         return lora_logits(self.folder / self.dial.base, chosen, TOKENS)
 
 
-def make(base, folder, rules, units=5, mixed=3):
+def make(base, folder, rules, units=5, mixed=3, layout="uniform"):
     header = read_gguf(base)
-    check_base(header)
+    check_base(header, layout)
     program = compile_dial(rules, units, mixed)
     adapters = tuple(map(Adapter.of, program.adapters))
-    plan = plan_dial(header, program, [folder / one.file for one in adapters], {}, [sha256_file(base)])
+    plan = plan_dial(header, program, [folder / one.file for one in adapters], {}, [sha256_file(base)], layout)
     write_dial(plan, folder / "base.gguf")
     assert sum(path.stat().st_size for path in folder.glob("*.gguf")) == plan.nbytes
     return Made(Path(base), folder, rules, Dial("base.gguf", adapters, mixed))
@@ -120,6 +127,21 @@ def test_a_pole_at_any_strength_is_the_rule_at_that_strength(made, reference, po
 def test_mixed_poles_are_the_composed_rule(made, reference, mix):
     want, error = check(made, reference, mix)
     assert kl(want, made.run(*mix, without="overlap")) > 20 * max(error, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_ragged_layers(make_tiny, tmp_path, family):
+    """The adapters are for the architecture and the widths that the base then has."""
+    base, rules = make_tiny(width=128, family=family), overlapping_rules(3, 128)
+    made = make(base, tmp_path, rules, layout="ragged")
+    header = read_gguf(tmp_path / "base.gguf")
+    assert header.architecture == "deci"
+    assert len(set(mlp_widths(header))) > 1
+    plain = lora_logits(base, {}, TOKENS)
+    if family == "llama":  # qwen2's rows are summed in another order
+        np.testing.assert_array_equal(made.run(), plain)
+    assert kl(made.run(), plain) < KL_SAME_MODEL
+    check(made, ReferenceLlama(base), [POLES[0], f"{POLES[1]}:0.5"])
 
 
 def test_shifts_alone_are_exact(make_tiny, tmp_path):

@@ -181,6 +181,12 @@ def base_options(command: Command) -> Command:
                 help="Importance matrix of the model for --requantize, as llama.cpp's llama-imatrix writes it; IQ2_XS "
                 "and the like need one",
             ),
+            click.option(
+                "--layout",
+                type=click.Choice(["uniform", "ragged"]),
+                help="Widen all layers of a GGUF alike, or each as far as it needs: a smaller file, written as deci, "
+                "which fewer programs know; for llama, qwen2 and deci [compile.layout]",
+            ),
         ],
     )
 
@@ -194,6 +200,7 @@ def recipe_overrides(options: dict[str, Any]) -> tuple[str, ...]:
         "batch_size": "identify.batch_size",
         "seed": "identify.seed",
         "until": "identify.until",
+        "layout": "compile.layout",
     }
     values = [(key, options.pop(name, None)) for name, key in flags.items()]
     return (*options.pop("overrides"), *(f"{key}={value}" for key, value in values if value is not None))

@@ -57,6 +57,34 @@ def arrange(layer: LayerProgram, units: int, granule: int, codebook: bool, *, co
     return result if (corrects < 0).all() else replace(result, corrects=corrects)
 
 
+def without_idle_blocks(layer: LayerProgram, block: int) -> LayerProgram:
+    """The same program without the blocks of columns in which no unit works; each block is quantised by itself.
+
+    Args:
+        layer: padded to whole blocks.
+        block: columns of a block.
+    """
+    works = layer.up_scale != 0
+    if layer.dense is not None:
+        works = np.concatenate([works, layer.dense.up.any(axis=1)])
+
+    def whole(chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        return np.repeat(chosen.reshape(-1, block).any(axis=1), block)
+
+    kept, corrects = whole(works), layer.corrects
+    if corrects is not None:
+        kept[corrects[kept & (corrects >= 0)]] = True
+        kept = whole(kept)
+        moved = np.cumsum(kept) - 1
+        corrects = np.where(corrects < 0, -1, moved[corrects])[kept]
+    copied = np.flatnonzero(kept[: layer.copied])
+    result = layer.picked(copied, np.ones(len(copied), np.bool_))
+    if layer.dense is not None:
+        dense = np.flatnonzero(kept[layer.copied :])
+        result = replace(result, dense=layer.dense.picked(dense, np.ones(len(dense), np.bool_)))
+    return replace(result, corrects=corrects)
+
+
 @dataclass(frozen=True)
 class _Places:
     """Which unit stands where, ``[places]`` int64, whether it works there, and which place it corrects or -1."""

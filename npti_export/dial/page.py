@@ -73,7 +73,8 @@ def closing_lines(index: dict[str, Any], folder: str) -> list[str]:
         *(f"{name}: {_faithful(one['fidelity'])}" for name, one in measured),
         f"all at zero: {_unsteered(index)}",
         f"wrote {folder}: {dial.base} {sizes['base'] / 1e6:.1f} MB (unsteered {sizes['unsteered'] / 1e6:.1f} MB, "
-        f"MLPs wider by {index['extra_width']}), {len(dial.adapters)} adapters, {adapters:.1f} MB",
+        f"MLPs wider by {index['extra_width']} at most, {index['extra_width_mean']:g} on average), "
+        f"{len(dial.adapters)} adapters, {adapters:.1f} MB",
         "",
         f"cd {folder} && {server_command(dial)}",
         "",

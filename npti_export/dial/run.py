@@ -65,13 +65,13 @@ def make_dial(job: Job, mixed: int, progress: Progress) -> dict[str, Any]:
     with prepared(job) as asked:
         check_directory_writable(out, force=job.force)
         if asked.base is not None:
-            check_base(asked.base)
+            check_base(asked.base, asked.recipe.compile.layout)
         with (
             with_base(asked, progress, timings) as ready,
             open_models(ready, timings, progress, verifies=False) as models,
         ):
             assert ready.base is not None
-            check_base(ready.base)
+            check_base(ready.base, ready.recipe.compile.layout)
             check_directory_writable(out, force=job.force, need_bytes=ready.base.size)
             rules = _rules(ready, models, timings, progress)
             units = _FLOAT_CLAMP_UNITS if rounds_nothing(ready.base) else ready.recipe.compile.clamp_units
@@ -116,7 +116,8 @@ def _write(ready: Prepared, program: DialProgram, mixed: int, folder: Path) -> _
         "base.name": ascii_name(base.path),
     }
     digests = [sha256_file(part.path) for part in base.parts]
-    plan = plan_dial(base, program, [folder / one.file for one in adapters], metadata, digests)
+    files = [folder / one.file for one in adapters]
+    plan = plan_dial(base, program, files, metadata, digests, ready.recipe.compile.layout)
     write_dial(plan, paths[0])
     return _Made(Dial(paths[0].name, adapters, mixed), plan, base.path.name)
 
@@ -241,6 +242,7 @@ def _index(ready: Prepared, made: _Made, unsteered: dict[str, Any], measured: li
         },
         "bytes": {"unsteered": plan.bake.base.size, "base": plan.bake.nbytes, "all": plan.nbytes},
         "extra_width": plan.bake.extra,
+        "extra_width_mean": round(plan.bake.mean_extra, 1),
         "unsteered": unsteered,
         "poles": {entry.pop("traits"): entry for entry in poles},
         "mixes": mixes,

@@ -30,13 +30,15 @@ class Written:
 
     Attributes:
         nbytes: its size.
-        extra_width: neurons appended to each layer.
+        extra_width: neurons appended to the layer that gets most.
+        extra_width_mean: neurons appended to a layer on average.
         base_bytes: size of the unsteered file; None where there is no such file.
         base_sha256: of that file, or of each of the files that it is split into.
     """
 
     nbytes: int
     extra_width: int = 0
+    extra_width_mean: float = 0.0
     base_bytes: int | None = None
     base_sha256: str | dict[str, str] | None = None
 

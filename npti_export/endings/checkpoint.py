@@ -99,7 +99,8 @@ class CheckpointEnding:
             runtime.model.generation_config.save_pretrained(path)
         write_checkpoint(plan, path)
         save_checkpoint_rule(saved, path)
-        return Written(plan.nbytes, plan.program.layers[0].units)
+        added = plan.program.layers[0].units
+        return Written(plan.nbytes, added, added)
 
     def artifact(self, path: Path) -> Opener:
         """Loaded by ``AutoModelForCausalLM``, as anyone would."""

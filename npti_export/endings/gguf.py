@@ -42,7 +42,7 @@ class GGUFEnding:
         questions: what programs are fitted on the answers to.
 
     Raises:
-        ArchitectureError: llama.cpp loads no MLP biases for this family.
+        ArchitectureError: llama.cpp loads no MLP biases for this family, or takes no width for each layer of it.
         ModelError: the file cannot be widened.
     """
 
@@ -51,7 +51,7 @@ class GGUFEnding:
     def __init__(
         self, base: GGUFFile, recipe: Recipe, settings: Settings | None = None, questions: Sequence[str] = ()
     ) -> None:
-        check_base(base)
+        check_base(base, recipe.compile.layout)
         self._base, self._recipe, self._settings = base, recipe, settings or Settings()
         self._questions = questions
         self._compiled: Compiled | None = None
@@ -95,10 +95,11 @@ class GGUFEnding:
     def write_program(self, program: MLPProgram, metadata: dict[str, Value], path: Path) -> Written:
         """Write what a program makes of the base; ``metadata`` goes under ``npti.``."""
         digests = [future.result() for future in self._sha256]
-        plan = plan_bake(self._base, program, metadata, digests)
+        plan = plan_bake(self._base, program, metadata, digests, self._recipe.compile.layout)
         write_bake(plan, path / self._first if self._base.shards else path)
         named = {part.path.name: digest for part, digest in zip(self._base.parts, digests, strict=True)}
-        return Written(plan.nbytes, plan.extra, self._base.size, named if self._base.shards else digests[0])
+        sha256 = named if self._base.shards else digests[0]
+        return Written(plan.nbytes, plan.extra, plan.mean_extra, self._base.size, sha256)
 
     def first_file(self, path: Path) -> Path:
         """The written file that llama.cpp is given."""

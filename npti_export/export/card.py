@@ -82,6 +82,11 @@ def _license(name: str | None) -> dict[str, Any]:
     return {"license": "other", "license_name": slug or "unnamed"}
 
 
+def _added(neurons: dict[str, Any]) -> str:
+    widest, mean = neurons["extra_width"], neurons["extra_width_mean"]
+    return f"{widest} neurons" if mean == widest else f"up to {widest} neurons ({mean:g} on average)"
+
+
 def _what(report: dict[str, Any], traits: list[TraitSpec]) -> str:
     kind, neurons = report["artifact"]["format"], report["neurons"]
     poles = "\n".join(f"- {_pole(spec)}" for spec in traits)
@@ -94,8 +99,8 @@ def _what(report: dict[str, Any], traits: list[TraitSpec]) -> str:
         )
     elif neurons["extra_width"]:
         how = (
-            f"This is written into the weights: each MLP has {neurons['extra_width']} neurons more than the base "
-            f"model's {neurons['width']}."
+            f"This is written into the weights: each MLP has {_added(neurons)} more than the base model's "
+            f"{neurons['width']}."
         )
     else:
         how = "This is written into the weights; no MLP is wider than before."

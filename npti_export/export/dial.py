@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npti_export.architectures import FFN_DOWN
+from npti_export.architectures import FFN_DOWN, Layout
 from npti_export.compiler.dial import AdapterPlan, DialProgram
 from npti_export.errors import GGUFError
 from npti_export.export.gguf import BakePlan, plan_bake, write_bake
@@ -48,6 +48,7 @@ def plan_dial(
     paths: Sequence[Path],
     metadata: Mapping[str, Value],
     base_sha256: Sequence[str],
+    layout: Layout = "uniform",
 ) -> DialPlan:
     """Lay out a dial.
 
@@ -57,11 +58,12 @@ def plan_dial(
         paths: of the adapters, in their order.
         metadata: added to each file under ``npti.``.
         base_sha256: of the base, or of each of its shards in turn.
+        layout: of the widened base, see :func:`npti_export.export.gguf.plan_bake`.
 
     Raises:
         ModelError: the program is for neurons that a layer does not have.
     """
-    bake = plan_bake(base, program.units, {"kind": "dial base", **metadata}, base_sha256)
+    bake = plan_bake(base, program.units, {"kind": "dial base", **metadata}, base_sha256, layout)
     files = [_plan_file(bake, one, path, metadata) for one, path in zip(program.adapters, paths, strict=True)]
     return DialPlan(bake, program, tuple(files))
 

@@ -12,11 +12,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, check_bakeable, gguf_family
-from npti_export.compiler.layout import arrange
+from npti_export.architectures import FFN_DOWN, FFN_GATE, FFN_UP, RAGGED, Layout, check_bakeable, gguf_family
+from npti_export.compiler.layout import arrange, without_idle_blocks
 from npti_export.compiler.program import LayerProgram, MLPProgram
 from npti_export.errors import DiskFullError, GGUFError, ModelError
-from npti_export.export import biases, layout, widen
+from npti_export.export import biases, widen
+from npti_export.export import layout as places
 from npti_export.export.layout import PREFIX
 from npti_export.export.rehome import Home, home_of
 from npti_export.export.rest import check_rest, gaps_of
@@ -55,14 +56,23 @@ class PartPlan:
 
 @dataclass(frozen=True)
 class BakePlan:
-    """A steered file, laid out but not written; ``extra`` is what its widest addition to a layer has."""
+    """A steered file, laid out but not written; ``widths`` are the base's, one a layer."""
 
     base: GGUFFile
     home: Home
     program: MLPProgram
     widths: tuple[int, ...]
     parts: tuple[PartPlan, ...]
-    extra: int
+
+    @property
+    def extra(self) -> int:
+        """Neurons added to the layer that gets most."""
+        return self.program.widest
+
+    @property
+    def mean_extra(self) -> float:
+        """Neurons added to a layer on average."""
+        return sum(layer.units for layer in self.program.layers) / len(self.program.layers)
 
     @property
     def nbytes(self) -> int:
@@ -70,11 +80,11 @@ class BakePlan:
         return sum(part.nbytes for part in self.parts)
 
 
-def check_base(base: GGUFFile) -> None:
-    """Raise if a program cannot be baked into ``base``; reads nothing but its header.
+def check_base(base: GGUFFile, layout: Layout = "uniform") -> None:
+    """Raise if a program cannot be baked into ``base`` in a layout; reads nothing but its header.
 
     Raises:
-        ArchitectureError: llama.cpp loads no MLP biases for this family.
+        ArchitectureError: llama.cpp loads no MLP biases for this family, or takes no width for each layer of it.
         GGUFError: a tensor is missing or of another shape than the header says.
         ModelError: already steered, of a family that is re-homed and with something that has no place there, or a
             tensor type that cannot be widened.
@@ -83,7 +93,7 @@ def check_base(base: GGUFFile) -> None:
     check_bakeable(family, str(base.path))
     if any(entry.key.startswith(PREFIX) for part in base.parts for entry in part.keys):
         raise ModelError(f"{base.path}: is steered already; npti-export strip it first, or give --trait several times")
-    home_of(base)
+    home_of(base, layout)
     hidden = base.require_int(f"{base.architecture}.embedding_length")
     for layer, width in enumerate(mlp_widths(base)):
         if width:
@@ -113,52 +123,81 @@ def _check_mlp(base: GGUFFile, layer: int, hidden: int, width: int) -> None:
 
 
 def plan_bake(
-    base: GGUFFile, program: MLPProgram, metadata: dict[str, Value], base_sha256: str | Sequence[str]
+    base: GGUFFile,
+    program: MLPProgram,
+    metadata: dict[str, Value],
+    base_sha256: str | Sequence[str],
+    layout: Layout = "uniform",
 ) -> BakePlan:
     """Lay out the steered file: every tensor of the base, the MLPs widened, biases appended.
 
     A split base gives a file split alike; keys about steering go to its first shard, what brings a shard of the base
     back to that shard.
 
+    A ragged file is the uniform one without the blocks of new columns in which no unit works, so it computes the same.
+
     Args:
         base: header of the unsteered file, see :func:`check_base`.
         program: as many layers as the base has; where those differ in width, as wide as the widest.
         metadata: added under ``npti.``; floats may be patched later by :func:`record`.
         base_sha256: of the base file, which :func:`strip` compares its result with; of each of its shards in turn.
+        layout: where a ragged file comes out with equal widths, as without units, it is the uniform one.
 
     Raises:
+        ArchitectureError: the family cannot be ragged.
         ModelError: the program is for neurons that a layer does not have.
     """
     digests = [base_sha256] if isinstance(base_sha256, str) else base_sha256
     old = mlp_widths(base)
-    extras = _extras(base, program, old)
-    widths = [width + extra for width, extra in zip(old, extras, strict=True)]
-    padded = MLPProgram(
-        program.width,
-        tuple(_placed(base, number, *one) for number, one in enumerate(zip(program.layers, extras, strict=True))),
-    )
-    home = home_of(base)
+    padded = _padded(base, program, old, layout)
+    widths = [width + layer.units for width, layer in zip(old, padded.layers, strict=True)]
+    # Equal widths need no deci, which fewer programs know.
+    home = home_of(base, layout if len(set(widths)) > 1 else "uniform")
     new = biases.new_biases(base, padded, widths)
     count = len(base.tensors) + sum(map(len, new.values()))
     parts = []
     for number, (part, digest) in enumerate(zip(base.parts, digests, strict=True)):
-        tensors = [layout.with_width(tensor, widths, part.path) for tensor in part.tensors]
+        tensors = [places.with_width(tensor, widths, part.path) for tensor in part.tensors]
         tensors += [bias for weight, added in new.items() if weight in part.by_name for bias in added]
-        keys = layout.steered_keys(part, home, widths, count, first=number == 0)
-        about: dict[str, Value] = {layout.FORMAT_KEY: layout.FORMAT, layout.SHA256: digest}
+        keys = places.steered_keys(part, home, widths, count, first=number == 0)
+        about: dict[str, Value] = {places.FORMAT_KEY: places.FORMAT, places.SHA256: digest}
         if number == 0:
             about |= {PREFIX + key: value for key, value in metadata.items()}
         about |= _recovery(part, home, padded, old, keys, tensors)
         keys += [(key, encode_value(value)) for key, value in about.items()]
-        header, placed = layout.header_of(part, keys, tensors)
+        header, placed = places.header_of(part, keys, tensors)
         if len(header) > MAX_HEADER:
             raise GGUFError(f"{part.path}: the header of its steered file would be too long; it is damaged")
         parts.append(PartPlan(part, header, tuple(placed)))
-    return BakePlan(base, home, padded, tuple(old), tuple(parts), max(extras))
+    return BakePlan(base, home, padded, tuple(old), tuple(parts))
+
+
+def _padded(base: GGUFFile, program: MLPProgram, widths: Sequence[int], layout: Layout) -> MLPProgram:
+    """The program with units in the order in which their columns are rounded best, each layer of whole blocks.
+
+    All layers get as many, unless the file has a width for each, or is to have.
+
+    Raises:
+        ModelError: see :func:`plan_bake`.
+    """
+    for number, (layer, width) in enumerate(zip(program.layers, widths, strict=True)):
+        biases.check_sizes(base, layer, number, width)
+    blocks = _blocks(base)
+    step, layers = max(blocks), []
+    own = base.by_key[f"{base.architecture}.feed_forward_length"].array is not None and base.architecture == RAGGED
+    for number, (layer, block) in enumerate(zip(program.layers, blocks, strict=True)):
+        if layout == "ragged" and layer.silent:  # adapters know the units by their places
+            layers.append(layer.padded(-(-layer.units // block) * block))
+        elif layout == "ragged":
+            layers.append(without_idle_blocks(_placed(base, number, layer, program.extra_width(step)), block))
+        else:
+            extra = -(-layer.units // step) * step if own else program.extra_width(step)
+            layers.append(_placed(base, number, layer, extra))
+    return MLPProgram(program.width, tuple(layers))
 
 
 def _placed(base: GGUFFile, number: int, layer: LayerProgram, extra: int) -> LayerProgram:
-    """A layer's units in the order in which their down columns are rounded best, filled up to ``extra``."""
+    """One layer's units in that order, filled up to ``extra``."""
     if not extra or not layer.units:
         return layer.padded(extra)
     kind = base.require_tensor(FFN_DOWN.format(number) + ".weight").type_id
@@ -167,28 +206,20 @@ def _placed(base: GGUFFile, number: int, layer: LayerProgram, extra: int) -> Lay
     return arrange(layer, extra, granule(kind), is_codebook(kind), correct=not is_fine(kind))
 
 
-def _extras(base: GGUFFile, program: MLPProgram, widths: Sequence[int]) -> list[int]:
-    """Neurons to append to each layer: as many to all, unless the file has a width for each layer.
-
-    Raises:
-        ModelError: see :func:`plan_bake`.
-    """
-    for layer, (one, width) in enumerate(zip(program.layers, widths, strict=True)):
-        biases.check_sizes(base, one, layer, width)
-    step = unit_block(base)
-    if base.by_key[f"{base.architecture}.feed_forward_length"].array is not None and base.architecture == "deci":
-        return [-(-one.units // step) * step for one in program.layers]
-    return [program.extra_width(step)] * len(widths)
-
-
 def unit_block(base: GGUFFile) -> int:
-    """Neurons are appended in multiples of this: of a block of the types of its down projections, and of 32."""
-    blocks = {_MINIMUM_BLOCK}
+    """Neurons are appended to all layers in multiples of this: of a block of any type of its down projections."""
+    return max(_blocks(base))
+
+
+def _blocks(base: GGUFFile) -> list[int]:
+    """The same for each layer by itself."""
+    blocks = []
     for layer, width in enumerate(mlp_widths(base)):
+        blocks.append(_MINIMUM_BLOCK)
         if width:
             tensor = base.require_tensor(FFN_DOWN.format(layer) + ".weight")
-            blocks.add(block_shape(tensor.type_id, str(base.path))[0])
-    return max(blocks)
+            blocks[-1] = max(_MINIMUM_BLOCK, block_shape(tensor.type_id, str(base.path))[0])
+    return blocks
 
 
 def rounds_nothing(header: GGUFFile) -> bool:
@@ -264,9 +295,9 @@ def _batches(plan: BakePlan, part: PartPlan, source: BinaryIO) -> Iterator[tuple
 
 def _content(source: BinaryIO, plan: BakePlan, part: PartPlan, tensor: NewTensor) -> Iterator[widen.Piece]:
     old = part.base.by_name.get(tensor.name)
-    found = layout.mlp_tensor(tensor.name)
+    found = places.mlp_tensor(tensor.name)
     if found is None:
-        below = layout.down_bias_layer(tensor.name)
+        below = places.down_bias_layer(tensor.name)
         if below is not None and plan.program.layers[below].changes_output:
             return iter([biases.down_bias(plan.base, plan.program.layers[below], below).data])
         assert old is not None
@@ -296,7 +327,7 @@ def _recovery(
     home: Home,
     program: MLPProgram,
     widths: Sequence[int],
-    keys: Sequence[layout.Entry],
+    keys: Sequence[places.Entry],
     tensors: Sequence[NewTensor],
 ) -> dict[str, Value]:
     """What strip cannot work out for itself from a steered file with these keys and tensors.
@@ -304,18 +335,18 @@ def _recovery(
     That is a header with quirks, bytes between tensors that are not zero, biases that were overwritten or added to.
     """
     count = len(part.tensors)
-    header, _ = layout.header_of(
-        part, layout.base_keys(keys, home), [layout.with_width(one, widths, part.path) for one in tensors[:count]]
+    header, _ = places.header_of(
+        part, places.base_keys(keys, home), [places.with_width(one, widths, part.path) for one in tensors[:count]]
     )
     with part.path.open("rb") as stream:
         original = stream.read(part.data_start)
         biases_kept = biases.kept(part, program, stream)
     gaps = gaps_of(part)
-    result: dict[str, Value] = {layout.BYTES: part.size, layout.TENSORS: count}
+    result: dict[str, Value] = {places.BYTES: part.size, places.TENSORS: count}
     if original != header[: part.size]:  # a shard without tensors may end before its padding
-        result[layout.HEADER] = original
+        result[places.HEADER] = original
     if gaps:
-        result[layout.GAPS] = gaps
+        result[places.GAPS] = gaps
     return result | biases_kept
 
 

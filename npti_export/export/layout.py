@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from npti_export.errors import GGUFError
-from npti_export.export.rehome import Home, check_heads, head_size
+from npti_export.export.rehome import Home, rehomed
 from npti_export.gguf.blocks import block_shape
 from npti_export.gguf.cursor import ARRAY, INT32, SCALARS
 from npti_export.gguf.reader import GGUFFile, KeyValue, TensorInfo, widths_of
@@ -99,7 +99,7 @@ def steered_keys(part: GGUFFile, home: Home, widths: Sequence[int], tensor_count
         if entry.key == "split.tensors.count" and entry.kind == INT32:
             changed[entry.key] = struct.pack("<Ii", INT32, tensor_count)
         elif entry.key == f"{home.base}.feed_forward_length" and first:
-            changed[entry.key] = _same_array(entry, widths) or encode_uint32(widths[0])
+            changed[entry.key] = _encoded(widths, entry)
         elif entry.key == "general.architecture" and home.steered != home.base and first:
             changed[entry.key] = encode_value(home.steered)
     names = (home.steered_key(entry.key) if first else entry.key for entry in part.keys)
@@ -131,11 +131,7 @@ def steered_home(steered: GGUFFile) -> Home:
         GGUFError: its heads are not what it says.
     """
     base = steered.text(_ARCHITECTURE) or steered.architecture
-    if base == steered.architecture:
-        return Home(steered.architecture, steered.architecture)
-    home = Home(base, steered.architecture, head_size(steered))
-    check_heads(steered, home)
-    return home
+    return rehomed(steered, base, steered.architecture)
 
 
 def base_widths(steered: GGUFFile, widths: Sequence[int]) -> list[int]:
@@ -150,9 +146,9 @@ def base_widths(steered: GGUFFile, widths: Sequence[int]) -> list[int]:
     return result
 
 
-def _same_array(entry: KeyValue, values: Sequence[int]) -> bytes | None:
-    """The values as an array of the same type as the entry is, or None where that is none."""
-    if entry.array is None:
-        return None
-    inner, _ = entry.array
-    return struct.pack(f"<IIQ{len(values)}{SCALARS[inner]}", ARRAY, inner, len(values), *values)
+def _encoded(widths: Sequence[int], old: KeyValue) -> bytes:
+    """The widths as one number, if that was so and they are equal; else as an array, of the type of the old one."""
+    if old.array is None and len(set(widths)) == 1:
+        return encode_uint32(widths[0])
+    inner = INT32 if old.array is None else old.array[0]
+    return struct.pack(f"<IIQ{len(widths)}{SCALARS[inner]}", ARRAY, inner, len(widths), *widths)

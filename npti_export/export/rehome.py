@@ -1,4 +1,9 @@
-"""Write a family whose MLPs have no place for biases as one that has: qwen2 as llama.
+"""Write a family as another that has a place for what it lacks.
+
+That is qwen2 as llama, whose MLPs may have biases, and both as deci, whose layers may differ in width. llama.cpp loads
+and computes the same for llama and deci (src/models/llama.cpp and deci.cpp, line by line: norms, rotary embedding with
+its factors, attention with its biases and scales, MLP with its biases, output), as long as every layer has heads and an
+MLP; only that a draft model can see each layer's input in llama alone. qwen2 differs in one thing:
 
 llama.cpp computes both alike but for the dimensions that its rotary embedding pairs: (j, j + d/2) of each head of size
 d in qwen2 (LLAMA_ROPE_TYPE_NEOX), (2j, 2j + 1) in llama (LLAMA_ROPE_TYPE_NORM). Scores are sums over dimensions, so
@@ -13,10 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npti_export.architectures import gguf_family
+from npti_export.architectures import RAGGED, Layout, check_ragged, gguf_family
 from npti_export.compiler.program import Indices
 from npti_export.errors import GGUFError, ModelError
-from npti_export.gguf.reader import GGUFFile
+from npti_export.gguf.cursor import INT32, UINT32
+from npti_export.gguf.reader import GGUFFile, layer_count
 
 _REORDERED = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
 # Tensors of qwen2 files (src/models/qwen2.cpp of llama.cpp) that llama has a place for, too.
@@ -24,6 +30,14 @@ _SHARED = re.compile(
     r"(token_embd|output_norm|output)\.weight"
     r"|blk\.\d+\.(attn_norm|attn_output|ffn_norm|ffn_gate|ffn_up|ffn_down)\.weight"
     r"|blk\.\d+\.attn_[qkv]\.(weight|bias)"
+)
+# Tensors of llama files that deci has a place for, too; scales are loaded alike for all families (src/llama-model.cpp).
+_LLAMA = re.compile(
+    r"token_embd\.weight|output_norm\.weight|output\.(weight|scale|input_scale)"
+    r"|rope_(freqs|factors_long|factors_short)\.weight"
+    r"|blk\.\d+\.(attn_norm|ffn_norm)\.weight"
+    r"|blk\.\d+\.attn_(q|k|v|qkv|output)\.(weight|bias|scale|input_scale)"
+    r"|blk\.\d+\.ffn_(gate|up|down)\.(weight|bias)"
 )
 
 
@@ -61,31 +75,69 @@ class Home:
         return None if order is None else np.argsort(order)
 
 
-def home_of(base: GGUFFile) -> Home:
+def home_of(base: GGUFFile, layout: Layout = "uniform") -> Home:
     """Where a steered file of ``base`` lives.
 
     Raises:
-        ArchitectureError: a family that is not in the table.
+        ArchitectureError: a family that is not in the table, or that cannot be ragged.
         GGUFError: it must be re-homed, and its heads are not what it says.
         ModelError: it must be re-homed, and holds something that its new home has no place for.
     """
     family = gguf_family(base.architecture, str(base.path))
-    if family.bake in (None, "itself"):
-        return Home(family.name, family.name)
-    assert family.bake is not None
-    home = Home(family.name, family.bake, head_size(base))
-    check_heads(base, home)
+    steered = family.name if family.bake in (None, "itself") else "llama"
+    if layout == "ragged":
+        check_ragged(family, str(base.path))
+        steered = RAGGED
+    home = rehomed(base, family.name, steered)
+    if home.steered == home.base:
+        return home
+    other = "take --layout uniform" if family.bake == "itself" else "take --format peft"
     where = f"{base.path}: a steered {home.base} file is written as {home.steered}, "
+    known = _SHARED if home.head else _LLAMA
     for tensor in base.tensors:
-        if not _SHARED.fullmatch(tensor.name):
-            raise ModelError(f"{where}which has no place for the tensor {tensor.name}; take --format peft")
+        if not known.fullmatch(tensor.name):
+            raise ModelError(f"{where}which has no place for the tensor {tensor.name}; {other}")
     for entry in base.keys:
         if entry.key.startswith(f"{home.steered}."):
             raise ModelError(f"{where}but it has a key {entry.key} already; convert the model again")
     rotated = base.number(f"{home.base}.rope.dimension_count")
-    if rotated not in (None, home.head):
+    if home.head and rotated not in (None, home.head):
         raise ModelError(f"{where}but it rotates {rotated} of {home.head} dimensions of a head; take --format peft")
+    if home.steered == RAGGED:
+        _check_head_counts(base)
     return home
+
+
+def rehomed(header: GGUFFile, base: str, steered: str) -> Home:
+    """The home of a file of the architecture ``base`` that becomes, or was made, one of ``steered``.
+
+    Raises:
+        GGUFError: see :func:`check_heads`; rows of all families but llama are reordered.
+    """
+    if steered == base or base == "llama":
+        return Home(base, steered)
+    home = Home(base, steered, head_size(header))
+    check_heads(header, home)
+    return home
+
+
+def _check_head_counts(base: GGUFFile) -> None:
+    """Raise unless all layers have as many heads, and at least one: to deci, others are layers of another kind.
+
+    Raises:
+        GGUFError: see above.
+    """
+    layers = layer_count(base)
+    for name in ("attention.head_count", "attention.head_count_kv"):
+        key = f"{base.architecture}.{name}"
+        entry = base.by_key.get(key)
+        if entry is None and name.endswith("_kv"):  # then as many as there are heads
+            continue
+        if entry is not None and entry.array in ((UINT32, layers), (INT32, layers)):
+            counts = set(entry.value)
+            if len(counts) == 1 and min(counts) > 0:
+                continue
+        base.require_int(key)
 
 
 def check_heads(header: GGUFFile, home: Home) -> None:
