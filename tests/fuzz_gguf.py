@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 import warnings
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,16 +93,21 @@ def names_of(count):
 
 
 def bake(path, folder):
-    """Bake a rule, and take it out again."""
+    """Bake a rule, in either layout, and take it out again."""
     base = read_model(path)
-    check_base(base)
-    program = compile_exact(fuzz_seeds.rule_for(mlp_widths(base), per_layer=(2, 2)), 4)
+    with path.open("rb") as stream:  # what case it is, not what fell before it, says which
+        layout = ("uniform", "ragged")[zlib.crc32(stream.read(1 << 16)) % 2]
+    check_base(base, layout)
+    rule = fuzz_seeds.rule_for(mlp_widths(base), per_layer=(2, 2))
+    if layout == "ragged":
+        rule.shift[0], rule.clamp[0] = 0, False
+    program = compile_exact(rule, 4)
     paths = [part.path for part in base.parts]
     if base.size > _WRITTEN:
-        plan_bake(base, program, {}, ["0" * 64] * len(paths))
+        plan_bake(base, program, {}, ["0" * 64] * len(paths), layout)
         return
     steered, back = (shard_paths(folder / name, len(paths)) for name in ("baked.gguf", "back.gguf"))
-    write_bake(plan_bake(base, program, {}, [sha256_file(one) for one in paths]), steered[0])
+    write_bake(plan_bake(base, program, {}, [sha256_file(one) for one in paths], layout), steered[0])
     try:
         strip(steered[0], back[0], force=True)
     except NptiError as error:

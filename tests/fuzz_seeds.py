@@ -202,13 +202,15 @@ def rule_for(widths, seed=0, per_layer=(8, 8)):
     return SteeringRule(shift, clamp)
 
 
-def steer(base, out):
+def steer(base, out, layout="uniform"):
     """A steered file, or as many as the base has, with all that the command writes into one."""
     header = read_model(base)
     rule = rule_for(mlp_widths(header))
+    if layout == "ragged":
+        rule.shift[0], rule.clamp[0] = 0, False
     metadata = said_of(rule, base)
     digests = [sha256_file(part.path) for part in header.parts]
-    write_bake(plan_bake(header, compile_exact(rule, 4), metadata, digests), out)
+    write_bake(plan_bake(header, compile_exact(rule, 4), metadata, digests, layout), out)
     record(shard_paths(out, len(digests))[0], {key: 0.25 for key in metadata if key.startswith("fidelity.")})
 
 
@@ -249,6 +251,8 @@ def write_seeds(folder):
     for name in sorted(set(names)):
         first = next(folder.glob(f"{name}-00001-of-*.gguf"), folder / f"{name}.gguf")
         steer(first, shard_paths(folder / f"{name}-steered.gguf", len(named_shards(first)))[0])
+    for name in ("mixed", "qwen2"):
+        steer(folder / f"{name}.gguf", folder / f"{name}-ragged-steered.gguf", "ragged")
     directions = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
     rule = rule_for([64] * 4)
     write_control_vector(folder / "vector-steered.gguf", directions, "llama", said_of(rule, folder / "float.gguf"))

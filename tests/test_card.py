@@ -143,6 +143,7 @@ def test_what_it_is():
 def test_width_by_format():
     assert "no weight of the base model is changed" in model_card(report("peft", neurons__extra_width=0))
     assert "no MLP is wider" in model_card(report("checkpoint", neurons__extra_width=0))
+    assert "each MLP has up to 96 neurons (40.5 on average) more" in model_card(report(neurons__extra_width_mean=40.5))
 
 
 @pytest.mark.parametrize("format_", FORMATS)

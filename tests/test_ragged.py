@@ -68,6 +68,16 @@ def bake(base_path, out, rule, layout):
     return plan
 
 
+def one_by_one(path):
+    """Logits of llama.cpp decoding a token at a time, by other kernels than a prompt's."""
+    from llama_cpp import Llama
+
+    llama = Llama(str(path), n_ctx=64, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
+    for token in TOKENS:
+        llama.eval([token])
+    return llama.scores[: len(TOKENS)].copy()
+
+
 def both(base, folder, rule):
     """The base baked uniform and ragged, the ragged file stripped; returns the ragged file."""
     paths = {layout: folder / f"{layout}.gguf" for layout in ("uniform", "ragged")}
@@ -75,6 +85,7 @@ def both(base, folder, rule):
     assert paths["ragged"].stat().st_size == plans["ragged"].nbytes < plans["uniform"].nbytes
     uniform, ragged = map(llama_logits, paths.values())
     np.testing.assert_array_equal(ragged, uniform)
+    np.testing.assert_array_equal(*map(one_by_one, paths.values()))
     assert kl(ragged, llama_logits(base)) > 0.02
     strip(paths["ragged"], folder / "stripped.gguf", force=False)
     assert (folder / "stripped.gguf").read_bytes() == base.read_bytes()
