@@ -175,17 +175,14 @@ def summary():
 def table():
     _, found, speeds = summary()
     exact = np.mean([one["gain"].mean() for one in found["exact"]])
-    say(
-        "| program | extra width | size | KL to the rule: program | file | effect (95%) | of exact | fluency | generation |"
-    )
+    say("| program | extra width | size | KL, program | KL, file | effect (95%) | of exact | fluency | generation |")
     say("|---|---|---|---|---|---|---|---|---|")
     for name in PROGRAMS:
         if name not in found:
             continue
         some = found[name]
-        mean = {
-            key: np.mean([one[key] for one in some]) for key in ("extra", "bytes", "kl_program", "kl_file", "kl_base")
-        }
+        keys = ("extra", "bytes", "kl_program", "kl_file", "kl_base")
+        mean = {key: np.mean([one[key] for one in some]) for key in keys}
         gain, low, high = interval(np.concatenate([one["gain"] for one in some]))
         fluency = np.mean([np.mean(one["fluency"]) for one in some])
         rate = f"{speeds[name]['generation']:.2f}" if name in speeds else ""

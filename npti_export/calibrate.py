@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from npti_export.compiler.neurons import Floats, LayerSample
+from npti_export.compiler.neurons import Floats, LayerSample, Neurons
 from npti_export.compiler.passes import layer_rules
 from npti_export.errors import ModelError
 from npti_export.gguf.mlp import FileMLP
@@ -57,6 +57,17 @@ def calibrate(
         runtime.run(some, see)
         progress.advance(len(some), sum(map(len, some)))
     return [
-        LayerSample(np.concatenate(x) if x else np.zeros((0, 0), np.float32), mlp.neurons(layer, one.touched))
+        LayerSample(np.concatenate(x), mlp.neurons(layer, one.touched)) if x else _NO_MLP
         for layer, (x, one) in enumerate(zip(inputs, layer_rules(rule), strict=True))
     ]
+
+
+def _nothing(*shape: int) -> Floats:
+    return np.zeros(shape, np.float32)
+
+
+# deci has layers without an MLP, which no rule touches
+_NO_MLP = LayerSample(
+    _nothing(1, 1),
+    Neurons(np.zeros(0, np.int64), _nothing(0, 1), _nothing(0, 1), _nothing(1, 0), _nothing(0), _nothing(0)),
+)

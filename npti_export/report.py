@@ -162,7 +162,7 @@ def render_programs(found: dict[str, Any], console: Console, *, every_pass: bool
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("program", "pass") if every_pass else ("program",):
         table.add_column(name)
-    for name in ("units a layer", "widest", "extra width", "layers with biases", "predicted error", "KL to the rule"):
+    for name in ("units a layer", "widest", "extra width", "biased layers", "worst clamp", "predicted error", "KL"):
         table.add_column(name, justify="right")
     for program in found["programs"]:
         steps = program["steps"] if every_pass else program["steps"][-1:]
@@ -172,7 +172,10 @@ def render_programs(found: dict[str, Any], console: Console, *, every_pass: bool
             kl = f"{program['kl']:.2g}" if last and "kl" in program else ""
             names = [program["program"] if number == 0 else ""] + [step["name"]] * every_pass
             cost = [f"{step['units']:.1f}", str(step["widest"]), f"{extra} ({extra / width:.1%})", str(step["biases"])]
-            table.add_row(*names, *cost, f"{step['error']:.2%}", kl)
+            worst = f"{step['worst']:.2g}" if step["worst"] else ""
+            table.add_row(*names, *cost, worst, f"{step['error']:.2%}", kl)
     console.print(f"[bold]{found['trait']}[/bold], MLP width {width}, neurons in blocks of {found['block']}")
     console.print(table)
-    console.print("predicted error: what the rule changes and the program does not, of what the rule changes")
+    console.print("worst clamp: largest error at any gate; predicted error: what is left of what the rule changes")
+    if any("kl" in program for program in found["programs"]):
+        console.print("KL: from rule to program, MLPs in float32, nats per token")

@@ -6,7 +6,7 @@ from tolerances import CLAMP_FITTED, FLOAT32
 
 from npti_export.compiler.budget import within_budget
 from npti_export.compiler.canonical import canonical
-from npti_export.compiler.clamp import clamp_basis, fit_clamps
+from npti_export.compiler.clamp import clamp_basis, fit_clamps, worst_clamp
 from npti_export.compiler.exact import compile_exact
 from npti_export.compiler.gate_bias import all_to_biases, clamps_to_biases, fit_biases
 from npti_export.compiler.kinds import ProgramKind, parse_program
@@ -160,6 +160,25 @@ def test_a_budget_is_kept_and_used(units):
     if units >= exact.units:
         assert program is exact
     assert error_of(rule, within_budget(layer, exact, sample, 12), sample) < 0.25
+
+
+@pytest.mark.parametrize("fit", [fit_clamps, refine_clamps])
+def test_the_worst_error_of_a_clamp(fit):
+    """Neuron by neuron over a finer grid, from what the units say they are."""
+    rule, _, sample = make(shifts=3, clamps=8, seed=2)
+    (layer,) = layer_rules(rule)
+    program = fit(layer, compile_exact(rule, 3).layers[0], sample)
+    gates, worst = np.linspace(-60, 60, 24001), 0.0
+    for neuron in np.flatnonzero(rule.clamp[0]):
+        own = program.bias[program.biased == neuron]
+        total = silu(gates + float(own[0])) if len(own) else np.zeros_like(gates)
+        for unit in np.flatnonzero((program.source == neuron) & (program.gate_scale != 0)):
+            gate = float(program.gate_scale[unit]) * gates + float(program.gate_bias[unit])
+            total += float(program.up_scale[unit]) * silu(gate)
+        worst = max(worst, np.abs(total - np.minimum(silu(gates), 0)).max())
+    assert worst_clamp(program) == pytest.approx(worst, rel=0.1)
+    assert 0 < worst < 0.2
+    assert worst_clamp(all_to_biases(layer, program, sample)) == 0
 
 
 @pytest.mark.parametrize("units", [3, 4, 5])

@@ -118,6 +118,23 @@ def fit_clamps(rule: LayerRule, program: LayerProgram, sample: LayerSample, *, r
     return replace(program, gate_scale=fitted[0], gate_bias=fitted[1], up_scale=fitted[2])
 
 
+def worst_clamp(program: LayerProgram) -> float:
+    """The largest error of a clamp in a program, over gates up to 60 in size; 0 if none is written out in units."""
+    units = np.flatnonzero(program.gate_scale != 0)  # those of shifts have constant gates
+    neurons = np.unique(program.source[units])
+    if not len(neurons):
+        return 0.0
+    total = np.zeros((len(GRID), len(neurons)))
+    for unit in units.tolist():
+        place = np.searchsorted(neurons, program.source[unit])
+        gate = float(program.gate_scale[unit]) * GRID + float(program.gate_bias[unit])
+        total[:, place] += float(program.up_scale[unit]) * silu(gate)
+    stays = np.isin(neurons, program.biased)
+    own = program.bias[np.isin(program.biased, neurons)].astype(np.float64)
+    total[:, stays] += silu(GRID[:, None] + own)
+    return float(np.abs(total - clamped(GRID)[:, None]).max())
+
+
 def gates_and_weights(sample: LayerSample, chosen: Indices) -> tuple[Doubles, Doubles]:
     """Of some neurons ``[tokens, n]``: their gates, and the up projection's squares, which add up to 1 for each."""
     neurons = sample.neurons

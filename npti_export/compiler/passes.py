@@ -13,7 +13,7 @@ import numpy as np
 
 from npti_export.compiler.budget import within_budget, without_units
 from npti_export.compiler.canonical import canonical
-from npti_export.compiler.clamp import fit_clamps
+from npti_export.compiler.clamp import fit_clamps, worst_clamp
 from npti_export.compiler.exact import compile_exact
 from npti_export.compiler.gate_bias import all_to_biases, clamps_to_biases
 from npti_export.compiler.kinds import ProgramKind
@@ -45,6 +45,7 @@ class Step:
         units: mean extra neurons a layer.
         widest: of the layer that has most.
         biases: layers with a bias that is not of an extra neuron, at gate or output.
+        worst: largest error of a clamp that is written out, at any gate up to 60 in size; 0 where none is.
         error: predicted: what the rule changes and the program does not, by what the rule changes, root mean square
             over the layers that the rule touches.
     """
@@ -53,6 +54,7 @@ class Step:
     units: float
     widest: int
     biases: int
+    worst: float
     error: float
 
 
@@ -188,6 +190,7 @@ def _step(name: str, rules: Sequence[LayerRule], program: MLPProgram, calibratio
         float(np.mean([layer.units for layer in program.layers])),
         program.widest,
         sum(layer.changes_output or bool(len(layer.biased) + len(layer.off)) for layer in program.layers),
+        max((worst_clamp(layer) for layer in program.layers), default=0.0),
         float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.0,
     )
 
