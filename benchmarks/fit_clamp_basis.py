@@ -3,11 +3,11 @@
     python benchmarks/fit_clamp_basis.py
 
 prints the tables of npti_export/compiler/shapes.py: for each number of units and each deviation of a normal gate the
-scales and biases that fit best; the compiler solves for alpha itself, under each neuron's own gate. In the first table
-the clamped neuron is switched off, in the second it stays, with a gate bias, as one more unit (alpha = k = 1). A power-of-two
-gate scale leaves every float and every f16 block scale exact when a gate row is multiplied by it. The squared error is
-weighted by the gate's density over a floor that keeps the tails, up to |g| = 60, in hand. |alpha| stays under LARGEST,
-so that rounding it into f16 block scales cannot unbalance large terms that cancel.
+scales and biases that fit best; the compiler solves for alpha itself, under each neuron's own gate. In the first
+table the clamped neuron is switched off, in the second it stays, with a gate bias, as one more unit (alpha = k = 1).
+A power-of-two gate scale leaves every float and every f16 block scale exact when a gate row is multiplied by it. The
+squared error is weighted by the gate's density over a floor that keeps the tails, up to |g| = 60, in hand. |alpha|
+stays under LARGEST, so that rounding it into f16 block scales cannot unbalance large terms that cancel.
 """
 
 import itertools
