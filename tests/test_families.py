@@ -124,21 +124,6 @@ def test_a_checkpoint_and_its_gguf_have_one_fingerprint(make_tiny, tiny_runtime,
     assert directory.identity.bfloat16 == directory.identity.float32  # what a model loaded in bfloat16 is known by
 
 
-def test_a_mixture_of_experts_is_refused(make_tiny, tmp_path):
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(tmp_path / "moe.gguf", "llama")
-    for add, value in ((writer.add_block_count, 1), (writer.add_feed_forward_length, 96), (writer.add_expert_count, 8)):
-        add(value)
-    writer.add_embedding_length(64)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ArchitectureError, match="is a mixture of experts"):
-        gguf_source(tmp_path / "moe.gguf")
-
-
 def test_unknown_families_are_named():
     with pytest.raises(ArchitectureError, match="'rwkv7' is not supported; supported are llama, mistral3"):
         gguf_family("rwkv7", "x")

@@ -143,11 +143,11 @@ def test_sequences_in_pieces_and_in_a_given_context(tiny, tmp_path, monkeypatch)
 
 def test_chunks():
     sequences = [(1,) * size for size in (5, 5, 5, 40, 3, 3)]
-    sizes = lambda *limits: [[len(one) for one in some] for some in verify_llamacpp._chunks(sequences, *limits)]  # noqa: E731
+    sizes = lambda *limits: [[len(one) for one in some] for some in verify_llamacpp.in_chunks(sequences, *limits)]  # noqa: E731
     assert sizes(1000, 0) == [[5, 5, 5, 40, 3, 3]]
     assert sizes(1000, 12) == [[5, 5], [5], [40], [3, 3]]
     assert sizes((96 << 20) // 4 // 12, 0) == [[5, 5], [5], [40], [3, 3]]
-    assert [len(some) for some in verify_llamacpp._chunks([(1,)] * 600, 1000, 0)] == [256, 256, 88]
+    assert [len(some) for some in verify_llamacpp.in_chunks([(1,)] * 600, 1000, 0)] == [256, 256, 88]
 
 
 def test_a_qwen2_file_that_is_steered_as_llama(make_tiny, tmp_path):
