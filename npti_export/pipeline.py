@@ -92,7 +92,8 @@ def open_ending(ready: Prepared, models: Models) -> Ending:
     if job.format == "checkpoint":
         from npti_export.endings.checkpoint import CheckpointEnding
 
-        return CheckpointEnding(ready.source, models.exact, ready.recipe, job.checkpoint_dtype)
+        questions = calibration_questions(ready)
+        return CheckpointEnding(ready.source, models.exact, ready.recipe, job.checkpoint_dtype, questions)
     from npti_export.endings.gguf import GGUFEnding
 
     assert ready.base is not None

@@ -83,9 +83,12 @@ def request(folder: Path, mix: str, message: str | None) -> None:
     """
     import json
 
+    from npti_export.dial.adapters import check_adapters
     from npti_export.dial.index import load_dial, parse_mix
 
-    body = load_dial(folder).request(parse_mix(mix))
+    dial = load_dial(folder)
+    check_adapters(folder, dial, some_missing=True)
+    body = dial.request(parse_mix(mix))
     if message is not None:
         body = {"messages": [{"role": "user", "content": message}], **body}
     click.echo(json.dumps(body, ensure_ascii=False))

@@ -48,7 +48,7 @@ from npti_export.version import __version__
 @click.option(
     "--program",
     metavar="P",
-    help="What a GGUF may cost: exact, bias (no extra neuron), lowrank:R, budget:N% (extra width), kl:X "
+    help="What a GGUF or checkpoint may cost: exact, bias (no extra neuron), lowrank:R, budget:N% (extra width), kl:X "
     "[compile.program]",
 )
 @click.option("--save-profile", type=FILE, metavar="FILE", help="Keep the profile, .safetensors or published .json")
@@ -98,8 +98,8 @@ def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | 
     options["format"] = options.pop("format_name") or "gguf"
     program = options.pop("program")
     if program is not None:
-        if options["format"] != "gguf":
-            raise click.UsageError("--program says what extra neurons of a GGUF may cost; leave it out for this format")
+        if options["format"] not in ("gguf", "checkpoint"):
+            raise click.UsageError("--program says what extra neurons may cost; leave it out for this format")
         options["overrides"] = (*options["overrides"], f"compile.program={program}")
     _main_job(trait_names, report, options)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from npti_export.compiler.dial import AdapterPlan, Kind, overlap_scale
@@ -161,6 +161,9 @@ def load_dial(folder: Path) -> Dial:
     )
     if not adapters or not all(one.traits for one in adapters):
         raise AdapterError(f"{path}: adapters: are missing, or one names no trait; make the dial again")
+    for name in (found.base, *(one.file for one in adapters)):
+        if PurePath(name).name != name or "\\" in name:
+            raise AdapterError(f"{path}: {shortened(name)} is not the name of a file beside it; make the dial again")
     return Dial(found.base, adapters, found.mixed)
 
 

@@ -74,7 +74,7 @@ def make_dial(job: Job, mixed: int, progress: Progress) -> dict[str, Any]:
             check_base(ready.base, ready.recipe.compile.layout)
             check_directory_writable(out, force=job.force, need_bytes=ready.base.size)
             rules = _rules(ready, models, timings, progress)
-            units = _FLOAT_CLAMP_UNITS if rounds_nothing(ready.base) else ready.recipe.compile.clamp_units
+            units = _FLOAT_CLAMP_UNITS if rounds_nothing(ready.base) else ready.recipe.compile.basis_units
             program = compile_dial(rules, units, mixed)
             with atomic_directory(out, force=job.force) as folder:
                 progress.start("write", 1)
