@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path, PurePath
@@ -103,13 +103,13 @@ class Dial:
                 )
 
 
-def parse_mix(text: str) -> tuple[TraitSpec, ...]:
-    """Read ``extraversion+:0.7,calm``; nothing is no pole.
+def parse_mix(text: str, known: Collection[str] = ()) -> tuple[TraitSpec, ...]:
+    """Read ``extraversion+:0.7,calm``; nothing is no pole. ``known`` are names of traits of the user's own.
 
     Raises:
         TraitError: see :func:`npti_export.traits.parse_trait`.
     """
-    return tuple(parse_trait(part) for part in text.split(",")) if text.strip() else ()
+    return tuple(parse_trait(part, known) for part in text.split(",")) if text.strip() else ()
 
 
 def parse_poles(text: str) -> tuple[TraitSpec, ...]:
