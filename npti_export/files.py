@@ -8,7 +8,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -167,8 +167,16 @@ def _mentions(path: Path, text: str) -> bool:
         return False
 
 
-def check_directory_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
+def check_directory_writable(
+    path: Path, *, force: bool, need_bytes: int = 0, ours: Callable[[Path], bool] = is_ours
+) -> None:
     """Raise before any work is done if a directory ``path`` could not be written at the end of it.
+
+    Args:
+        path: the directory.
+        force: it may replace one that is ``ours``.
+        need_bytes: how large it will be.
+        ours: whether a directory is such an output and nothing else.
 
     Raises:
         OutputError: the path exists and ``force`` is not set, or it is not an output of ours; or as for a file.
@@ -177,7 +185,7 @@ def check_directory_writable(path: Path, *, force: bool, need_bytes: int = 0) ->
     if path.is_dir() and any(path.iterdir()):
         if not force:
             raise OutputError(f"{path}: exists already; pass --force to replace it, or choose another name")
-        if not is_ours(path):
+        if not ours(path):
             raise OutputError(f"{path}: holds more than an output of ours, so it is not replaced; choose another name")
     elif path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file, and this format is a directory; choose another name")
@@ -185,24 +193,25 @@ def check_directory_writable(path: Path, *, force: bool, need_bytes: int = 0) ->
 
 
 @contextmanager
-def atomic_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, *, force: bool = False, ours: Callable[[Path], bool] = is_ours) -> Iterator[Path]:
     """Yield a temporary directory beside ``path``; publish it whole on success, remove it on any failure.
 
     Every file in it is fsynced first. A directory that is replaced disappears only after the new one is in its place.
-    A caller may move the temporary directory elsewhere: then nothing is published.
+    A caller may move the temporary directory elsewhere: then nothing is published. ``ours`` says what ``force`` may
+    replace, see :func:`check_directory_writable`.
 
     Raises:
         OutputError: see :func:`check_directory_writable`.
         DiskFullError: the disk filled up while writing.
     """
-    check_directory_writable(path, force=force)
+    check_directory_writable(path, force=force, ours=ours)
     with translate_os_errors(path):
         temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".partial", dir=path.absolute().parent))
     try:
         with translate_os_errors(path):
             yield temporary
             if temporary.exists():
-                check_directory_writable(path, force=force)
+                check_directory_writable(path, force=force, ours=ours)
                 _publish_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from npti_export.bench.balance import balanced_order
-from npti_export.bench.definition import FILE_NAME, TraitDefinition, read_definition
+from npti_export.bench.definition import FILE_NAME, TraitDefinition, placeholders, read_definition
 from npti_export.bench.lines import PLACEHOLDER, Fault, Schema, read_bytes, read_lines
 from npti_export.errors import BenchError
 from npti_export.traits import FACETS, SIGNS, Sign
@@ -146,19 +147,27 @@ def read_questions(data: bytes, folder: Path, definition: TraitDefinition, fault
     return [Question(**item, line=number) for number, item in read_lines(path, data, schema, faults)]
 
 
-def missing_parts(
-    folder: Path, personas: list[Persona] | tuple[Persona, ...], questions: list[Question] | tuple[Question, ...]
-) -> list[Fault]:
-    """What a trait cannot be used without, and lines that ``bench new`` wrote and nobody has replaced."""
+def missing_parts(bench: TraitBench) -> list[Fault]:
+    """What a trait cannot be used without, and what ``bench new`` wrote and nobody has replaced."""
+    folder = bench.folder
+    unwritten = placeholders(bench.definition)
     faults = [
+        Fault(folder / FILE_NAME, 0, f"{field!r} is still a {PLACEHOLDER.lower()}; write it") for field in unwritten
+    ]
+    groups: tuple[tuple[str, Sequence[Persona | Question]], ...] = (
+        (PERSONAS, bench.personas),
+        (QUESTIONS, bench.questions),
+    )
+    faults += [
         Fault(folder / name, one.line, f"is still a {PLACEHOLDER.lower()}; write it or remove the line")
-        for name, group in ((PERSONAS, personas), (QUESTIONS, questions))
+        for name, group in groups
         for one in group
         if one.text.lstrip().startswith(PLACEHOLDER)
     ]
-    poles, splits = {persona.pole for persona in personas}, {question.split for question in questions}
-    faults += [Fault(folder / PERSONAS, 0, f"no persona of pole {sign!r}") for sign in SIGNS if sign not in poles]
-    faults += [Fault(folder / QUESTIONS, 0, f"no question of split {name!r}") for name in SPLITS if name not in splits]
+    faults += [Fault(folder / PERSONAS, 0, f"no persona of pole {sign!r}") for sign in SIGNS if not bench.pole(sign)]
+    faults += [
+        Fault(folder / QUESTIONS, 0, f"no question of split {name!r}") for name in SPLITS if not bench.split(name)
+    ]
     return faults
 
 
@@ -178,7 +187,7 @@ def load_bench(trait: str, folder: Path | None = None) -> TraitBench:
     folder = folder or shipped_folder(trait)
     definition = definition_of(trait, folder)
     bench, faults = read_bench(definition, folder)
-    faults = faults or missing_parts(folder, bench.personas, bench.questions)
+    faults = faults or missing_parts(bench)
     if faults:
         more = f" (and {len(faults) - 1} more; npti-export bench lint lists all)" if len(faults) > 1 else ""
         raise BenchError(f"{faults[0]}{more}")

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
-from npti_export.errors import BenchError
+from npti_export.bench.lines import PLACEHOLDER
+from npti_export.errors import BenchError, shortened
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,6 +83,36 @@ class TraitDefinition(_Table):
     def pole(self, sign: str) -> Pole:
         """The pole ``+`` or ``-``."""
         return self.poles.high if sign == "+" else self.poles.low
+
+
+def check_name(name: str) -> None:
+    """Raise unless a trait can have this name.
+
+    Raises:
+        BenchError: it cannot.
+    """
+    try:
+        TypeAdapter(TraitName).validate_python(name)
+    except ValidationError as error:
+        raise BenchError(
+            f"{shortened(name)}: cannot be a trait's name; use up to 64 lower-case letters, digits, - and _, "
+            "beginning with a letter"
+        ) from error
+
+
+def placeholders(definition: TraitDefinition) -> list[str]:
+    """The fields that ``bench new`` wrote and nobody has replaced, such as ``poles.high.name``."""
+    return _unwritten("", definition.model_dump())
+
+
+def _unwritten(field: str, value: object) -> list[str]:
+    if isinstance(value, str):
+        return [field] if value.upper().startswith(PLACEHOLDER) else []
+    if isinstance(value, dict):
+        return [one for key, inner in value.items() for one in _unwritten(f"{field}.{key}" if field else key, inner)]
+    if isinstance(value, (list, tuple)):
+        return [one for place, inner in enumerate(value, 1) for one in _unwritten(f"{field}[{place}]", inner)]
+    return []
 
 
 def read_definition(folder: Path) -> TraitDefinition:

@@ -53,7 +53,7 @@ class Schema:
                 return f"{key!r} must be a non-empty string"
             if len(value) > LONGEST_TEXT:
                 return f"{key!r} has {len(value)} characters; at most {LONGEST_TEXT} make sense"
-            if not _encodable(value):
+            if not encodable(value):
                 return f"{key!r} holds half a surrogate pair, which no text can hold"
             if allowed is not None and value not in allowed:
                 return f"{key!r} is {shortened(value)}, must be one of {', '.join(allowed)}"
@@ -62,7 +62,8 @@ class Schema:
         return None
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
+    """Whether a string is text: one with half a surrogate pair is not."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from npti_export.bench import TraitBench, definition_of, missing_parts, read_bench
 from npti_export.bench.checks import CHECKS, Weakness
+from npti_export.bench.definition import FILE_NAME
+from npti_export.traits import EVERYDAY
 
 Severity = Literal["error", "warning", "note"]
 
@@ -58,9 +60,13 @@ def lint(trait: str, folder: Path) -> list[Finding]:
     """
     bench, faults = read_bench(definition_of(trait, folder), folder)
     found = [Finding("error", "line", one.path, one.line, one.text, "mend the line or remove it") for one in faults]
-    for one in missing_parts(folder, bench.personas, bench.questions):
-        check, mend = ("placeholder", "it shows the form only") if one.line else ("missing", "write some")
-        found.append(Finding("error", check, one.path, one.line, one.text, mend))
+    if trait in EVERYDAY:
+        text = f"'name' is {trait!r}, which means {EVERYDAY[trait]}"
+        found.append(Finding("error", "name", folder / FILE_NAME, 0, text, "choose another name"))
+    for one in missing_parts(bench):
+        said, _, mend = one.text.partition("; ")
+        check = "placeholder" if mend else "missing"
+        found.append(Finding("error", check, one.path, one.line, said, mend or "write some"))
     for check, weaknesses in CHECKS.items():
         found += _findings(check, weaknesses, bench)
     order: list[Severity] = ["error", "warning", "note"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 LIMIT = 0.4  # of the shorter text's runs; the shipped bench keeps below it
 _RUN = 3  # words
+_BITS = 24  # of a word's number: 16 million words
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
@@ -32,11 +33,13 @@ def words(text: str) -> list[str]:
     return [word.replace("’", "'") for word in _WORD.findall(text.lower())]
 
 
-def runs(text: str) -> frozenset[int]:
-    """The runs of three words in a text, hashed to 64 bits; of a shorter text it is the whole one."""
-    found = words(text)
-    last = max(1, len(found) - _RUN + 1)
-    return frozenset(hash(" ".join(found[start : start + _RUN])) for start in range(last))
+def _runs(text: str, vocabulary: dict[str, int]) -> frozenset[int]:
+    """The runs of three words in a text, numbered; of a shorter text it is the whole one."""
+    numbers = [vocabulary.setdefault(word, len(vocabulary) + 1) for word in words(text)]
+    return frozenset(
+        sum(number << _BITS * place for place, number in enumerate(numbers[start : start + _RUN]))
+        for start in range(max(1, len(numbers) - _RUN + 1))
+    )
 
 
 def near_duplicates(texts: Sequence[str], limit: float = LIMIT) -> list[Near]:
@@ -46,7 +49,8 @@ def near_duplicates(texts: Sequence[str], limit: float = LIMIT) -> list[Near]:
     stay; a pair is found by the text's rarer runs alone, as too few to matter are left beyond these (prefix filtering:
     Chaudhuri et al., "A Primitive Operator for Similarity Joins in Data Cleaning", 2006).
     """
-    grams = [runs(text) for text in texts]
+    vocabulary: dict[str, int] = {}
+    grams = [_runs(text, vocabulary) for text in texts]
     often = Counter(gram for one in grams for gram in one)
     stays: dict[int, list[int]] = {}
     found = []
@@ -55,7 +59,7 @@ def near_duplicates(texts: Sequence[str], limit: float = LIMIT) -> list[Near]:
         needed = int(limit * len(own)) + 1
         rare = sorted(own, key=lambda gram: (often[gram], gram))[: len(own) - needed + 1]
         shared = Counter(other for gram in rare for other in stays.get(gram, ()))
-        for other, _ in shared.most_common():
+        for other in sorted(shared, key=lambda one: (-shared[one], one)):
             common = len(own & grams[other])
             if common >= needed:
                 found.append(Near(place, other, common / len(own)))
