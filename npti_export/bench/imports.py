@@ -154,29 +154,43 @@ def _import_text(source: Path, out: Path, how: How, faults: Faults) -> Imported:
     key, value = ("pole", how.pole) if personas else ("split", how.split)
     path = out / (PERSONAS if personas else QUESTIONS)
     kept, there = _kept(path, definition, key, value)
-    added = repeated = 0
+    made = not out.exists()
     with translate_os_errors(out):
         out.mkdir(exist_ok=True)
+    try:
+        added, repeated = _add(source, path, kept, there, {key: value}, faults)
+    except BaseException:
+        if made:
+            out.rmdir()
+        raise
+    return Imported({definition.name: Counter({value: added})}, {}, faults, repeated)
+
+
+def _add(
+    source: Path, path: Path, kept: list[bytes], there: set[int], tag: dict[str, str], faults: Faults
+) -> tuple[int, int]:
+    """Write what stays and what is new; return how many are new, and how many were there."""
+    added = repeated = 0
     with atomic_output(path, force=True) as temporary:
         with temporary.open("wb") as stream:
             stream.writelines(line + b"\n" for line in kept)
             for number, text in _texts(source, faults):
-                if text in there:
+                if hash(text) in there:  # 64 bits for each text, so that files of any size go through
                     repeated += 1
                     continue
-                there.add(text)
-                item = {key: value, "text": text, "source": {"file": source.name, "line": number}}
+                there.add(hash(text))
+                item = {**tag, "text": text, "source": {"file": source.name, "line": number}}
                 stream.write(json.dumps(item, ensure_ascii=False).encode() + b"\n")
                 added += 1
         faults.check()
         if not added:
             had = f"; all {repeated} were there already" if repeated else ""
             raise BenchError(f"{source}: holds no line that could be added{had}")
-    return Imported({definition.name: Counter({value: added})}, {}, faults, repeated)
+    return added, repeated
 
 
-def _kept(path: Path, definition: TraitDefinition, key: str, value: str) -> tuple[list[bytes], set[str]]:
-    """Lines of the folder's file that stay, and the texts among them of that pole or split."""
+def _kept(path: Path, definition: TraitDefinition, key: str, value: str) -> tuple[list[bytes], set[int]]:
+    """Lines of the folder's file that stay, and hashes of the texts among them of that pole or split."""
     if not path.exists():
         return [], set()
     data, faults = read_bytes(path), list[Fault]()
@@ -190,7 +204,7 @@ def _kept(path: Path, definition: TraitDefinition, key: str, value: str) -> tupl
     same = {item.line: item.text for item in items if getattr(item, key) == value}
     gone = {line for line, text in same.items() if text.lstrip().startswith(PLACEHOLDER)}
     kept = [line for number, line in enumerate(lines, 1) if number not in gone and line.strip()]
-    return kept, {text for line, text in same.items() if line not in gone}
+    return kept, {hash(text) for line, text in same.items() if line not in gone}
 
 
 def _texts(source: Path, faults: Faults) -> Iterator[tuple[int, str]]:
