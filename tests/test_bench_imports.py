@@ -156,6 +156,9 @@ def test_nothing_readable(layout, tmp_path):
         path.write_text("no JSON\n")
     with pytest.raises(BenchError, match=r"holds nothing that could be read .*description\.json:1: not a JSON object"):
         bring(layout, tmp_path / "out", skip_bad=True)
+    (layout / "questions").mkdir()
+    with pytest.raises(BenchError, match="has test/ and questions/"):
+        bring(layout, tmp_path / "out")
     (tmp_path / "other").mkdir()
     with pytest.raises(BenchError, match="no published layout"):
         bring(tmp_path / "other", tmp_path / "out")

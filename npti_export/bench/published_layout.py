@@ -109,6 +109,8 @@ def import_layout(source: Path, out: Path, faults: Faults, *, force: bool) -> di
     """
     if out.resolve() == source.resolve() or source.resolve().is_relative_to(out.resolve()):
         raise OutputError(f"{out}: holds what is to be imported; name another folder by --out")
+    if (source / "test").is_dir() and (source / "questions").is_dir():
+        raise BenchError(f"{source}: has test/ and questions/, which are both for test questions; remove one of them")
     check_directory_writable(out, force=force, ours=is_imported)
     found: dict[str, Counter[str]] = {}
     with atomic_directory(out, force=force, ours=is_imported) as folder, ExitStack() as stack:
