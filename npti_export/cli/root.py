@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from npti_export.cli.bake_vector import bake_vector
+from npti_export.cli.bench import bench
 from npti_export.cli.compile import compile_command
 from npti_export.cli.dial import dial
 from npti_export.cli.identify import identify
@@ -151,5 +152,5 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
             click.echo(f"pushed {push(job, report, progress)}")
 
 
-for command in (bake_vector, compile_command, dial, identify, inspect, strip, traits, verify):
+for command in (bake_vector, bench, compile_command, dial, identify, inspect, strip, traits, verify):
     cli.add_command(command)
