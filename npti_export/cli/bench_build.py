@@ -13,10 +13,10 @@ import click
 from npti_export.cli.options import FILE, llama_options, llama_settings
 
 if TYPE_CHECKING:
-    from npti_export.bench.build.builder import Display
-    from npti_export.bench.build.generators import Generator
-    from npti_export.bench.build.judge import Judge
-    from npti_export.bench.build.plan import Plan
+    from npti_export.bench.making.builder import Display
+    from npti_export.bench.making.generators import Generator
+    from npti_export.bench.making.judge import Judge
+    from npti_export.bench.making.plan import Plan
 
 SHORT_EXIT = 5  # some cells did not get their items
 _WORDS = {"questions": "8-80", "personas": "25-120"}
@@ -103,7 +103,7 @@ def build(context: click.Context, /, trait: str, out: Path, dry_run: bool, as_js
     """
     from rich.console import Console
 
-    from npti_export.bench.build.report import estimate
+    from npti_export.bench.making.report import estimate
 
     _check_pairs(context, options)
     settings = llama_settings(options)
@@ -117,8 +117,8 @@ def build(context: click.Context, /, trait: str, out: Path, dry_run: bool, as_js
             _render_estimate(found, plan, options["rounds"])
         return
 
-    from npti_export.bench.build.builder import Options, build
-    from npti_export.bench.build.folder import Folder
+    from npti_export.bench.making.builder import Options, build
+    from npti_export.bench.making.folder import Folder
     from npti_export.cli.bench_display import RichDisplay, render
 
     folder = Folder(out)
@@ -184,8 +184,8 @@ def _definition(trait: str) -> Any:
 
 
 def _plan(context: click.Context, trait: str, options: dict[str, Any]) -> Plan:
-    from npti_export.bench.build.plan import Plan
-    from npti_export.bench.build.topics import TOPICS, read_topics
+    from npti_export.bench.making.plan import Plan
+    from npti_export.bench.making.topics import TOPICS, read_topics
     from npti_export.models import DEFAULT_FILE
 
     what, model = context.params["what"], options["model"]
@@ -218,14 +218,14 @@ def _generator(options: dict[str, Any], settings: Any, display: Display) -> Gene
     if options["endpoint"] is not None:
         return _endpoint(options, options["endpoint"], options["model"], options["api_key_env"], display)
 
-    from npti_export.bench.build.local import LocalModel
+    from npti_export.bench.making.local import LocalModel
     from npti_export.models import resolve_model
 
     return LocalModel(resolve_model(options["model"]), settings, options["concurrency"])
 
 
 def _endpoint(options: dict[str, Any], url: str, model: str, key_variable: str, display: Display) -> Generator:
-    from npti_export.bench.build.endpoint import Endpoint, EndpointSettings
+    from npti_export.bench.making.endpoint import Endpoint, EndpointSettings
 
     extra = {}
     for one in options["extra"]:
@@ -253,7 +253,7 @@ def _judge(plan: Plan, options: dict[str, Any], generator: Generator, display: D
     if not options["judge"]:
         return None
 
-    from npti_export.bench.build.judge import Judge
+    from npti_export.bench.making.judge import Judge
 
     url, model = options["judge_endpoint"] or options["endpoint"], options["judge_model"] or options["model"]
     if options["judge_endpoint"] or options["judge_model"]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from npti_export.bench.build.builder import Tally
-from npti_export.bench.build.report import cost
+from npti_export.bench.making.builder import Tally
+from npti_export.bench.making.report import cost
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,7 @@ class RichDisplay:
         self._bars.stop()
 
     def update(self, tally: Tally) -> None:
-        """See :class:`npti_export.bench.build.builder.Display`."""
+        """See :class:`npti_export.bench.making.builder.Display`."""
         now = time.monotonic()
         if self._first is None:
             self._first, self._begun = tally, now
@@ -77,7 +77,7 @@ class RichDisplay:
         return text if spent is None else f"{text}, cost {spent:.2f}"
 
     def note(self, text: str) -> None:
-        """See :class:`npti_export.bench.build.builder.Display`."""
+        """See :class:`npti_export.bench.making.builder.Display`."""
         self._console.print(text, style="dim", markup=False)
 
 
