@@ -15,7 +15,7 @@ OVERLAP = 0.4
 """From this share of the shorter text's 3-grams on, two texts are one too many; as the shipped bench was checked."""
 
 _WORD = re.compile(r"[a-z0-9']+|[^\W\x00-\x7f]+")
-# Odd multipliers, one for each place in a 3-gram, so that its words' order counts (golden ratio, as in Fibonacci hashing).
+# Odd multipliers, one for each place in a 3-gram, so that the words' order counts (the first is Fibonacci hashing's).
 _PLACES = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
 
 

@@ -59,8 +59,8 @@ def _personas(plan: Plan, order: Order, rng: random.Random) -> str:
     hints = "\n".join(f"{at}. {hint}" for at, hint in enumerate(sides(rng, order.ask), 1))
     return f"""Write {order.ask} descriptions of somebody {pole.name}. {pole.description} Above all: {_clause(manner)}.
 
-Each is one paragraph of {plan.words[0]} to {plan.words[1]} words, addressed to that person as you ("You are …"). Plain \
-and general: what you are like, how you feel, talk and act; no anecdotes, no names, no questions.{_language(plan)}
+Each is one paragraph of {plan.words[0]} to {plan.words[1]} words, addressed to that person as you ("You are …"). \
+Plain and general: what you are like, how you feel, talk and act; no anecdotes, no names, no questions.{_language(plan)}
 
 Let each dwell on something else:
 {hints}
