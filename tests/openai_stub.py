@@ -152,7 +152,7 @@ class Stub:
                     self.bodies.append(body)
                 if not await self._answer(body, self._fault(), writer):
                     return
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass
         finally:
             writer.close()
@@ -194,9 +194,11 @@ class Stub:
             await writer.drain()
             return False
         if fault == "drip":
-            for byte in head + data:
+            writer.write(head)
+            for byte in data:
                 writer.write(bytes([byte]))
-                await asyncio.sleep(0.05 if b"{" in data else 0)
+                await writer.drain()
+                await asyncio.sleep(0.05)
         else:
             writer.write(head + data)
         await writer.drain()

@@ -223,8 +223,9 @@ class _Builder:
         except UnusableAnswerError as error:
             return Record(order.number, "", fault=str(error))
         tokens_in, tokens_out, requests = answer.tokens_in, answer.tokens_out, 1
-        record = Record(order.number, answer.text, answer.cut, "", tokens_in, tokens_out)
-        if self._judge is None:
+        fault = "" if answer.text.strip() else "it is empty; a model that reasons first needs more --max-tokens"
+        record = Record(order.number, answer.text, answer.cut, fault, tokens_in, tokens_out)
+        if fault or self._judge is None:
             return record
         candidates = self._candidates(order, record)
         verdicts: list[bool | None] = [None] * len(candidates)
