@@ -60,9 +60,10 @@ def question(rng, person):
 def persona(rng):
     one, two, three, four, five, six = rng.choices(ADJECTIVES, k=6)
     a, b, c = rng.choices(NOUNS, k=3)
+    d, e, f, g = rng.choices(NOUNS, k=4)
     return (
-        f"You are as {one} and {two} as a {three} {a}, and you like what is {four} in other people more than you like "
-        f"the {five} {b} in your own house. When you speak, you do it in the way of a {six} {c}."
+        f"You are as {one} as a {two} {a}, {three} with every {b} and {four} without a {c}. Each {d} in your {five} {e} "
+        f"is {six}, and what {rng.choice(VERBS)} your {f} also {rng.choice(VERBS)} your {g}."
     )
 
 

@@ -121,21 +121,21 @@ def build(context: click.Context, /, trait: str, out: Path, dry_run: bool, as_js
     from npti_export.bench.making.folder import Folder
     from npti_export.cli.bench_display import RichDisplay, render
 
-    folder = Folder(out)
-    with folder.opened(plan, force=options["force"]):
-        pass  # a folder of another plan is refused before a model is loaded
+    folder, limits = Folder(out), (options["rounds"], options["max_tokens"] or 0, options["keep_rejected"])
     with RichDisplay(Console(stderr=True), prices) as display:
-        generator = _generator(options, settings, display)
+        # Mistakes are found before the folder is touched, and a folder of another plan before a model is loaded.
+        start, judge = _generator(options, settings, display), _judge_endpoint(options, display)
+        with folder.opened(plan, force=options["force"]):
+            pass
+        generator = start()
         summary = build(
             plan,
             folder,
             generator,
-            _judge(plan, options, generator, display),
-            Options(
-                options["rounds"], options["max_tokens"] or 0, options["keep_rejected"], False, *prices,
-            ),
+            _judge(plan, options, judge or generator),
+            Options(*limits, False, *prices),
             display,
-        )  # fmt: skip
+        )
     if as_json:
         click.echo(json.dumps(summary, indent=2, ensure_ascii=False))
     else:
@@ -214,14 +214,17 @@ def _plan(context: click.Context, trait: str, options: dict[str, Any]) -> Plan:
     )
 
 
-def _generator(options: dict[str, Any], settings: Any, display: Display) -> Generator:
+def _generator(options: dict[str, Any], settings: Any, display: Display) -> Callable[[], Generator]:
+    """Check what was asked for; what is returned loads it."""
     if options["endpoint"] is not None:
-        return _endpoint(options, options["endpoint"], options["model"], options["api_key_env"], display)
+        endpoint = _endpoint(options, options["endpoint"], options["model"], options["api_key_env"], display)
+        return lambda: endpoint
 
     from npti_export.bench.making.local import LocalModel
     from npti_export.models import resolve_model
 
-    return LocalModel(resolve_model(options["model"]), settings, options["concurrency"])
+    source = resolve_model(options["model"])
+    return lambda: LocalModel(source, settings, options["concurrency"])
 
 
 def _endpoint(options: dict[str, Any], url: str, model: str, key_variable: str, display: Display) -> Generator:
@@ -249,15 +252,20 @@ def _endpoint(options: dict[str, Any], url: str, model: str, key_variable: str, 
     )
 
 
-def _judge(plan: Plan, options: dict[str, Any], generator: Generator, display: Display) -> Judge | None:
-    if not options["judge"]:
+def _judge_endpoint(options: dict[str, Any], display: Display) -> Generator | None:
+    """The judge's own, or None where it is the generator."""
+    if not (options["judge_endpoint"] or options["judge_model"]):
+        return None
+    url, model = options["judge_endpoint"] or options["endpoint"], options["judge_model"]
+    return _endpoint(options, url, model, options["judge_key_env"] or options["api_key_env"], display)
+
+
+def _judge(plan: Plan, options: dict[str, Any], generator: Generator) -> Judge | None:
+    if not plan.judge:
         return None
 
     from npti_export.bench.making.judge import Judge
 
-    url, model = options["judge_endpoint"] or options["endpoint"], options["judge_model"] or options["model"]
-    if options["judge_endpoint"] or options["judge_model"]:
-        generator = _endpoint(options, url, model, options["judge_key_env"] or options["api_key_env"], display)
     return Judge(generator, plan.definition, max_tokens=options["max_tokens"] or 0)
 
 

@@ -94,9 +94,8 @@ def build(
         try:
             asyncio.run(builder.run())
         except BaseException:
-            # Back to the last commit, as an order may be half taken in; the journal has what came after it.
             with suppress(NptiError):
-                builder.reopen()
+                builder.recover()
                 builder.finish()
             raise
         finally:
@@ -132,9 +131,16 @@ class _Builder:
         self._store.close()
         self._journal.close()
 
-    def reopen(self) -> None:
+    def recover(self) -> None:
+        """Back to the last commit, as an order may be half taken in; and on from there with what the journal has."""
         self._store.close()
         self._store = Store(self._folder.store)
+        saved = {record.order: record for record in self._journal.records(self._store.done)}
+        for order in self._orders():
+            if order.number not in saved:
+                break
+            self._take(order, saved[order.number])
+        self._store.commit()
 
     def finish(self) -> None:
         """Write the outputs; needs everything committed."""

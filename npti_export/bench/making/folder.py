@@ -48,13 +48,13 @@ class Folder:
         with translate_os_errors(self.root):
             self.work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.work / _LOCK)
-        try:
-            with translate_os_errors(self.work / _LOCK):
+        with translate_os_errors(self.work / _LOCK):
+            try:
                 lock.acquire(timeout=0)
-        except Timeout as error:
-            raise BenchError(
-                f"{self.root}: another process is building there; wait for it, or choose another folder"
-            ) from error
+            except Timeout as error:  # an OSError, too
+                raise BenchError(
+                    f"{self.root}: another process is building there; wait for it, or choose another folder"
+                ) from error
         try:
             if force:
                 self._clear()
