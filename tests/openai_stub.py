@@ -62,8 +62,8 @@ def persona(rng):
     a, b, c = rng.choices(NOUNS, k=3)
     d, e, f, g = rng.choices(NOUNS, k=4)
     return (
-        f"You are as {one} as a {two} {a}, {three} with every {b} and {four} without a {c}. Each {d} in your {five} {e} "
-        f"is {six}, and what {rng.choice(VERBS)} your {f} also {rng.choice(VERBS)} your {g}."
+        f"You are as {one} as a {two} {a}, {three} with every {b} and {four} without a {c}. Each {d} in your {five} "
+        f"{e} is {six}, and what {rng.choice(VERBS)} your {f} also {rng.choice(VERBS)} your {g}."
     )
 
 

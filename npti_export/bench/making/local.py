@@ -47,6 +47,7 @@ class LocalModel:
         self._waiting: deque[tuple[Request, asyncio.Future[Answer]]] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._stopped = threading.Event()
+        self._decoding = threading.Lock()
 
     def about(self) -> dict[str, Any]:
         """See :class:`npti_export.bench.making.generators.Generator`."""
@@ -57,7 +58,9 @@ class LocalModel:
         self._stopped.set()
         if self._worker is not None:
             await asyncio.gather(self._worker, return_exceptions=True)
-        self._runtime.close()
+        # Tasks end at once when they are cancelled, their thread at its next token: nothing is freed under it.
+        with self._decoding:
+            self._runtime.close()
 
     async def answer(self, request: Request) -> Answer:
         """See :class:`npti_export.bench.making.generators.Generator`."""
@@ -91,6 +94,11 @@ class LocalModel:
                     _settle(future, answer)
 
     def _decode(self, requests: list[Request]) -> list[Answer]:
+        with self._decoding:
+            self._check()
+            return self._decoded(requests)
+
+    def _decoded(self, requests: list[Request]) -> list[Answer]:
         from npti_export.runtimes.llamacpp.sampling import Sampler
 
         runtime = self._runtime
