@@ -120,7 +120,7 @@ def main():
     recipe = load_recipe("smollm2-135m")
     profile = profile_of(arguments.trait, source, fast, recipe)
     rule = build_rule(profile, TraitSpec(arguments.trait, arguments.sign), recipe)
-    program = compile_exact(rule, recipe.compile.clamp_units)
+    program = compile_exact(rule, recipe.compile.basis_units)
     say("| file | gate, up | down | extra width | error alone | corrected | KL rule, file | KL rule, base | KL floor |")
     say("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,7 @@ def main(profile_path, folder="."):
     for strength in ("0.5", "1", "1.5"):
         spec = parse_trait(f"calm:{strength}")
         rule = build_rule(profile, spec, recipe)
-        program = compile_exact(rule, recipe.compile.clamp_units)
+        program = compile_exact(rule, recipe.compile.basis_units)
         plan = plan_bake(base, program, {"trait": str(spec), "gamma": recipe.rule.gamma}, digest)
         with atomic_output(Path(folder) / f"calm-{strength}.gguf") as temporary:
             write_bake(plan, temporary)

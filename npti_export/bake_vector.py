@@ -16,6 +16,7 @@ import numpy as np
 
 from npti_export.architectures import GGUF_FAMILIES
 from npti_export.bench import load_bench
+from npti_export.benches import held_out
 from npti_export.compiler.exact import compile_exact
 from npti_export.compiler.program import MLPProgram
 from npti_export.endings.gguf import GGUFEnding
@@ -27,7 +28,6 @@ from npti_export.gguf.reader import GGUFFile, mlp_widths
 from npti_export.gguf.residual import residual_scale
 from npti_export.gguf.shards import read_model
 from npti_export.gguf.writer import Value
-from npti_export.job import held_out
 from npti_export.models import ModelSource, resolve_model
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe, select_recipe

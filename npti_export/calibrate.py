@@ -2,64 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from npti_export.compiler.neurons import Floats, LayerSample, Neurons
+from npti_export.compiler.neurons import Floats, Indices, LayerSample, Neurons
 from npti_export.compiler.passes import layer_rules
-from npti_export.errors import ModelError
-from npti_export.gguf.mlp import FileMLP
-from npti_export.progress import Progress
 from npti_export.rule import SteeringRule
-from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
-from npti_export.verify_llamacpp import in_chunks
 
 
-def calibrate(
-    runtime: LlamaCppRuntime,
-    mlp: FileMLP,
-    rule: SteeringRule,
-    sequences: Sequence[tuple[int, ...]],
-    tokens: int,
-    progress: Progress,
-) -> list[LayerSample]:
-    """Run the steered model, its MLPs computed by the rule, and keep what each of them read.
+class TokenSamples:
+    """Keeps what the MLPs of a running model see of some tokens, evenly spread.
 
     Args:
-        runtime: the file that will be baked into, opened with its source.
-        mlp: of that file.
-        rule: of the model's sizes.
-        sequences: questions with answers, token ids.
-        tokens: how many are kept, evenly spread; fewer where there are fewer.
-        progress: told of each pass.
-
-    Raises:
-        ModelError: there is no token.
+        lengths: of the sequences that will be run, one after the other.
+        tokens: how many are kept; fewer where there are fewer.
+        layers: of the model.
     """
-    lengths = [len(one) for one in sequences]
-    total = sum(lengths)
-    if not total:
-        raise ModelError("calibration: there is no question to ask; give --bench a folder with search questions")
-    kept = np.zeros(total, np.bool_)
-    kept[np.linspace(0, total - 1, min(tokens, total)).round().astype(np.int64)] = True
-    inputs: list[list[Floats]] = [[] for _ in rule.shift]
-    seen = [0] * len(rule.shift)
 
-    def see(layer: int, x: Floats, y: Floats) -> bool:
-        inputs[layer].append(x[kept[seen[layer] : seen[layer] + len(x)]])
-        seen[layer] += len(x)
-        y[:] = mlp(layer, x, rule)
-        return True
+    def __init__(self, lengths: Sequence[int], tokens: int, layers: int) -> None:
+        total = sum(lengths)
+        self._kept = np.zeros(total, np.bool_)
+        self._kept[np.linspace(0, total - 1, min(tokens, total)).round().astype(np.int64)] = True
+        self._inputs: list[list[Floats]] = [[] for _ in range(layers)]
+        self._streams: list[list[Floats]] = [[] for _ in range(layers)]
+        self._seen = [0] * layers
 
-    progress.start("calibrate", len(sequences))
-    for some in in_chunks(sequences, runtime.model.vocabulary_size, runtime.settings.context):
-        runtime.run(some, see)
-        progress.advance(len(some), sum(map(len, some)))
-    return [
-        LayerSample(np.concatenate(x), mlp.neurons(layer, one.touched)) if x else _NO_MLP
-        for layer, (x, one) in enumerate(zip(inputs, layer_rules(rule), strict=True))
-    ]
+    def see_stream(self, layer: int, h: Floats) -> None:
+        """The residual stream ``[rows, hidden]`` that an MLP will add to, before :meth:`see_input`."""
+        some = h[self._kept[self._seen[layer] : self._seen[layer] + len(h)]]
+        self._streams[layer].append(np.square(some, dtype=np.float64).sum(-1).astype(np.float32))
+
+    def see_input(self, layer: int, x: Floats) -> None:
+        """What an MLP reads, ``[rows, hidden]``."""
+        self._inputs[layer].append(x[self._kept[self._seen[layer] : self._seen[layer] + len(x)]])
+        self._seen[layer] += len(x)
+
+    def samples(self, rule: SteeringRule, neurons: Callable[[int, Indices], Neurons]) -> list[LayerSample]:
+        """One a layer; ``neurons`` reads the weights of some of a layer's neurons."""
+        return [
+            LayerSample(np.concatenate(x), neurons(layer, one.touched), _sensitivity(sizes)) if x else _NO_MLP
+            for layer, (x, sizes, one) in enumerate(zip(self._inputs, self._streams, layer_rules(rule), strict=True))
+        ]
+
+
+def _sensitivity(sizes: Sequence[Floats]) -> float:
+    return float(np.mean(1 / np.maximum(np.concatenate(sizes), np.finfo(np.float32).tiny)))
 
 
 def _nothing(*shape: int) -> Floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from npti_export.dial.adapters import check_adapters
 from npti_export.dial.index import load_dial, server_command
 from npti_export.errors import ModelError
 from npti_export.export.gguf import PREFIX
@@ -41,6 +42,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
 def _directory(path: Path) -> dict[str, Any]:
     if (path / DIAL_INDEX).is_file():
         dial = load_dial(path)
+        check_adapters(path, dial)
         overlaps = sum(one.kind == "overlap" for one in dial.adapters)
         return {
             "kind": "dial",

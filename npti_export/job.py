@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from npti_export.base_file import BasePlan, check_layout, check_request, made_base, plan_base
-from npti_export.bench import Question, TraitBench, load_bench
+from npti_export.bench import TraitBench
+from npti_export.benches import held_out, load_benches
 from npti_export.endings.base import BAKED, IN_LLAMACPP, SINGLE_FILES, Format
 from npti_export.errors import AdapterError, ModelError, OutputError, ProfileError, RecipeError
 from npti_export.export.gguf import strip
@@ -24,7 +25,7 @@ from npti_export.profile_io import load_profile, profile_files
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe, recipe_from_json, select_recipe
 from npti_export.rule_io import SavedRule, Where, artifact_format, base_name, load_rule
-from npti_export.traits import TraitSpec, parse_trait
+from npti_export.traits import TraitSpec, parse_recorded
 
 QUESTION_TOKENS = 48  # what a question and its answer bring at least: decides how many the compiler asks
 _AFTER_THE_RULE = ("compile.", "verify.")  # what a recipe still says of an artifact whose rule is there
@@ -54,7 +55,8 @@ class Job:
         profiles: saved profiles to re-use.
         save_profile: where to keep the profile.
         report: where the caller will write the report; only checked here.
-        bench: folder of personas and questions instead of the shipped ones (one trait only).
+        bench: instead of the shipped bench, see :func:`npti_export.benches.load_benches`.
+        trait_dirs: folders of traits of the user's own that ``rule_from`` records by name.
         any_model: accept a profile or rule of another model of the same shape.
         force: replace existing outputs.
         cache: folder of resumable state; None keeps none.
@@ -80,6 +82,7 @@ class Job:
     save_profile: Path | None = None
     report: Path | None = None
     bench: Path | None = None
+    trait_dirs: tuple[Path, ...] = ()
     any_model: bool = False
     force: bool = False
     cache: Path | None = None
@@ -132,7 +135,7 @@ def prepared(job: Job) -> Iterator[Prepared]:
 
 
 def _prepare(job: Job, saved: SavedRule | None, source: ModelSource, matrix: ImportanceMatrix | None) -> Prepared:
-    traits = job.traits if saved is None else tuple(parse_trait(text) for text in saved.about.trait.split())
+    traits = job.traits if saved is None else tuple(parse_recorded(text) for text in saved.about.trait.split())
     _refuse_idle_options(job, source)
     names = sorted({spec.trait for spec in traits})
     outputs = _check_outputs(job, names)
@@ -155,7 +158,7 @@ def _prepare(job: Job, saved: SavedRule | None, source: ModelSource, matrix: Imp
             f"{job.rule_from}: steers the response only, and weights steer every position; pass --where all for that"
         )
     profiles = {} if saved else _load_profiles(job, source)
-    benches = {name: load_bench(name, job.bench) for name in names}
+    benches = load_benches(traits, job.bench, job.trait_dirs)
     if saved is None:
         for name, bench in benches.items():
             if name not in profiles:
@@ -184,29 +187,6 @@ def with_base(ready: Prepared, progress: Progress, timings: Timings) -> Iterator
         if ready.job.base is None:
             made = replace(made, hub_id=old.hub_id, license=made.license or old.license, digest=sha256_file(path))
         yield replace(ready, base=base, source=made if ready.job.base is None else old)
-
-
-def held_out(benches: dict[str, TraitBench], recipe: Recipe, count: int) -> list[str]:
-    """Test questions of the requested traits in turn, as the user would send them.
-
-    Raises:
-        BenchError: there are fewer.
-    """
-    share = -(-count // len(benches))
-    pools = [bench.test(share) for bench in benches.values()]
-    return _in_turn(pools, recipe, count)
-
-
-def searched(benches: dict[str, TraitBench], recipe: Recipe, count: int) -> list[str]:
-    """Search questions of the requested traits in turn, likewise; fewer where a bench has fewer."""
-    pools = [bench.search(0, recipe.identify.seed) for bench in benches.values()]
-    share = min(-(-count // len(benches)), *map(len, pools))
-    return _in_turn([pool[:share] for pool in pools], recipe, count)
-
-
-def _in_turn(pools: Sequence[Sequence[Question]], recipe: Recipe, count: int) -> list[str]:
-    mixed = [question for turn in zip(*pools, strict=True) for question in turn]
-    return [recipe.prompt.user.replace("{question}", question.text) for question in mixed[:count]]
 
 
 def _check_outputs(job: Job, traits: Sequence[str]) -> list[Path]:
@@ -351,7 +331,8 @@ def _idle_runtime_options(job: Job, source: ModelSource) -> dict[str, bool]:
 def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:
     """No output may replace an input, or another output, whatever --force says."""
     resolved = [path.resolve() for path in outputs]
-    given = [path for path in (job.base, job.rule_from, job.bench, job.converter, job.imatrix) if path is not None]
+    places = (job.base, job.rule_from, job.bench, job.converter, job.imatrix, *(spec.folder for spec in job.traits))
+    given = [path for path in (*places, *job.trait_dirs) if path is not None]
     parts = [part for path in given for part in named_shards(path)]
     inputs = {path.resolve() for path in [source.path, *source.shards, *job.profiles, *parts]}
     for path, place in zip(outputs, resolved, strict=True):

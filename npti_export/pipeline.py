@@ -10,11 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npti_export.benches import held_out, searched
 from npti_export.endings.base import SINGLE_FILES, Ending, Written
 from npti_export.errors import FidelityError, ModelError, NptiError
 from npti_export.files import set_aside
 from npti_export.identify.collect import identify
-from npti_export.job import QUESTION_TOKENS, Job, Prepared, held_out, prepared, searched, with_base
+from npti_export.job import QUESTION_TOKENS, Job, Prepared, prepared, with_base
 from npti_export.loader import Models, Timings
 from npti_export.models import ModelSource, gguf_source
 from npti_export.profile import NeuronProfile
@@ -92,7 +93,8 @@ def open_ending(ready: Prepared, models: Models) -> Ending:
     if job.format == "checkpoint":
         from npti_export.endings.checkpoint import CheckpointEnding
 
-        return CheckpointEnding(ready.source, models.exact, ready.recipe, job.checkpoint_dtype)
+        questions = calibration_questions(ready)
+        return CheckpointEnding(ready.source, models.exact, ready.recipe, job.checkpoint_dtype, questions)
     from npti_export.endings.gguf import GGUFEnding
 
     assert ready.base is not None
@@ -298,6 +300,7 @@ def _report(
         "version": __version__,
         "trait": about.trait,
         "traits": about.trait.split(),
+        "poles": _poles(ready),
         "gamma": about.gamma,
         "model": {
             "name": about.model,
@@ -321,6 +324,15 @@ def _report(
         "sample": sample,
         "recipe": json.loads(ready.recipe.to_json()),
     }
+
+
+def _poles(ready: Prepared) -> list[dict[str, str]]:
+    """What each pole is called and means, by the definition of its trait."""
+    found = []
+    for spec in ready.traits:
+        pole = ready.benches[spec.trait].definition.pole(spec.sign)
+        found.append({"pole": spec.pole, "name": pole.name, "description": pole.description})
+    return found
 
 
 def push(job: Job, report: dict[str, Any], progress: Progress) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.errors import ProfileError
+from npti_export.errors import ProfileError, shortened
 from npti_export.files import atomic_output
 from npti_export.models import ModelShape, ModelSource
 from npti_export.stats import ActivationStats
-from npti_export.traits import FACETS, Sign
+from npti_export.traits import FACETS, Sign, is_own_name
 from npti_export.version import __version__
 
 Matrix = npt.NDArray[np.float32]
@@ -27,7 +27,7 @@ class NeuronProfile:
     """Per neuron of one model: how it behaves under both poles of one trait.
 
     Attributes:
-        trait: one of the Big Five.
+        trait: one of the Big Five, or the name of a trait of the user's own.
         p_plus: ``[layers, width]`` float32, ``P(a > 0)`` under the ``+`` pole (paper: activation probability).
         p_minus: the same under the ``-`` pole.
         a95_plus: ``[layers, width]`` float32, a95 (the recipe's percentile of the activation) under ``+``.
@@ -124,8 +124,8 @@ def read_profile(path: Path) -> NeuronProfile:
         )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ProfileError(f"{path}: not a neuron profile, or damaged ({type(error).__name__}: {error})") from error
-    if profile.trait not in FACETS:
-        raise ProfileError(f"{path}: is a profile of an unknown trait {profile.trait!r}")
+    if not (isinstance(profile.trait, str) and (profile.trait in FACETS or is_own_name(profile.trait))):
+        raise ProfileError(f"{path}: is a profile of {shortened(profile.trait)}, which is no name of a trait")
     for name, array in zip(FIELDS, arrays, strict=True):
         if array.dtype != np.float32 or array.ndim != 2 or array.shape != arrays[0].shape:
             raise ProfileError(

@@ -8,6 +8,7 @@ from npti_export.errors import ProfileError
 from npti_export.models import ModelShape
 from npti_export.profile import SAFETENSORS_SUFFIXES, NeuronProfile, read_profile, write_profile
 from npti_export.published import published_pair, read_published, write_published
+from npti_export.traits import FACETS
 
 
 def save_profile(
@@ -63,6 +64,11 @@ def profile_files(path: Path, trait: str) -> list[Path]:
     if path.suffix != ".json":
         raise ProfileError(
             f"{path}: a profile is written as .safetensors or (published format) .json; change the suffix"
+        )
+    if trait not in FACETS:
+        raise ProfileError(
+            f"{path}: the published format names the Big Five only; save {trait} as "
+            f"{path.with_suffix('.safetensors').name}"
         )
     named, plus, minus = published_pair(path)
     if named != trait:

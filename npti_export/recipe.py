@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -90,9 +91,14 @@ class CompileSection(_Section):
     """How the rule becomes extra neurons."""
 
     program: str = Field(default="exact", description="exact, bias, lowrank:R, budget:N% or kl:X; for GGUF output")
-    clamp_units: int = Field(ge=3, le=5, description="Extra neurons for one clamp, where it is written out")
+    clamp_units: float = Field(ge=2, le=5, description="Extra neurons for one clamp, on average, where written out")
     calibration_tokens: int = Field(default=768, ge=64, le=65536, description="Tokens that programs are fitted on")
     layout: Layout = Field(default="uniform", description="GGUF: all layers equally wide, or each as it needs")
+
+    @property
+    def basis_units(self) -> int:
+        """Extra neurons for one clamp where nothing is fitted, see :func:`npti_export.compiler.clamp.clamp_basis`."""
+        return max(3, math.ceil(self.clamp_units))
 
     @field_validator("program")
     @classmethod

@@ -18,7 +18,7 @@ from npti_export.fingerprint import Fingerprint
 from npti_export.gguf.reader import GGUFFile, is_control_vector, read_gguf
 from npti_export.gguf.shards import shard_paths
 from npti_export.rule import SteeringRule
-from npti_export.traits import parse_trait
+from npti_export.traits import parse_recorded
 from npti_export.version import __version__
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -103,7 +103,7 @@ class Provenance:
 
         about: Provenance = TypeAdapter(cls).validate_python(values)
         for trait in about.trait.split() or [""]:
-            parse_trait(trait)
+            parse_recorded(trait)
         return about
 
 

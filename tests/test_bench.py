@@ -30,11 +30,25 @@ def trigrams(text):
 def test_enough_and_balanced(trait):
     bench = load_bench(trait)
     for sign in "+-":
-        assert Counter(persona.facet for persona in bench.pole(sign)) == dict.fromkeys(FACETS[trait], 4)
-    for split, count in (("search", 16), ("test", 8)):
+        assert Counter(persona.facet for persona in bench.pole(sign)) == dict.fromkeys(FACETS[trait], 14)
+    for split, count in (("search", 68), ("test", 15)):
         facets = Counter(question.facet for question in bench.questions if question.split == split)
         assert facets == dict.fromkeys(FACETS[trait], count)
-    assert min(Counter(question.topic for question in bench.questions).values()) >= 6
+    topics = Counter(question.topic for question in bench.questions)
+    assert len(topics) == 14
+    assert max(topics.values()) < 1.2 * min(topics.values())
+    persons = Counter(question.person for question in bench.questions)
+    assert min(persons.values()) > 0.25 * persons.total()
+
+
+def test_traits_are_alike_in_length():
+    benches = [load_bench(trait) for trait in FACETS]
+    for texts in (
+        [[one.text for one in bench.questions] for bench in benches],
+        [[one.text for one in bench.pole(sign)] for bench in benches for sign in "+-"],
+    ):
+        means = [sum(len(words(text)) for text in some) / len(some) for some in texts]
+        assert max(means) < 1.2 * min(means)
 
 
 @pytest.mark.parametrize("trait", FACETS)
@@ -53,7 +67,7 @@ def test_no_near_duplicates_within_or_between_traits():
         for a, b in pairs
         if len(grams[a] & grams[b]) > 0.4 * min(len(grams[a]), len(grams[b]))
     ]
-    assert len(questions) == 720
+    assert len(questions) == 2490
     assert close == []
 
 
@@ -77,13 +91,13 @@ def test_any_prefix_of_the_questions_is_balanced_over_facets():
 
 def test_personas_are_used_evenly():
     bench = load_bench("openness")
-    used = Counter(persona.text for persona in pair_with_personas(bench, "+", 48, seed=0))
+    used = Counter(persona.text for persona in pair_with_personas(bench, "+", 168, seed=0))
     assert set(used.values()) == {2}
 
 
 def test_more_questions_than_there_are():
-    with pytest.raises(BenchError, match="97 search questions asked for, the bench has 96"):
-        load_bench("openness").search(97)
+    with pytest.raises(BenchError, match="409 search questions asked for, the bench has 408"):
+        load_bench("openness").search(409)
 
 
 @pytest.mark.parametrize(

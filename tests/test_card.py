@@ -15,6 +15,10 @@ REPORT = {
     "version": "0.1.0",
     "trait": "calm:0.5 openness+",
     "traits": ["calm:0.5", "openness+"],
+    "poles": [
+        {"pole": "neuroticism-", "name": "calm", "description": "Even-tempered."},
+        {"pole": "openness+", "name": "open", "description": "Curious."},
+    ],
     "gamma": 1.1,
     "model": {
         "name": "SmolLM2-135M-Instruct",

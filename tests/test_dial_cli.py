@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 from jobs import QUICK, npti
 
 from npti_export.dial.index import load_dial
@@ -97,6 +99,49 @@ def test_inspect(persona):
     assert kind("persona/base.gguf")["kind"] == "dial base"
     shown = kind("persona/neuroticism-.clamp.gguf")
     assert (shown["kind"], shown["npti.trait"]) == ("dial clamp", "neuroticism-")
+
+
+def lora(path, alpha=None, kind="adapter"):
+    writer = GGUFWriter(path, "llama")
+    writer.add_string("general.type", kind)
+    writer.add_string("adapter.type", "lora")
+    if alpha is not None:
+        writer.add_float32("adapter.lora.alpha", alpha)
+    writer.add_tensor("blk.0.ffn_down.weight.lora_a", np.zeros((1, 32), np.float32))
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+
+
+@pytest.mark.parametrize("command", [["inspect", "."], ["dial", "request", ".", "calm:0.5"]])
+def test_scales_that_a_server_would_misread(tmp_path, cli_environment, command):
+    """llama.cpp multiplies by alpha over rank where there is an alpha; 0 is none."""
+    entries = [{"trait": "neuroticism-", "kind": kind, "file": f"{kind}.gguf"} for kind in ("shift", "clamp")]
+    index = {"npti_dial": 1, "base": "b.gguf", "mixed": 2, "adapters": entries}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    lora(tmp_path / "shift.gguf")
+
+    def run():
+        return npti(*command, environment=cli_environment, cwd=tmp_path)
+
+    missing = run()
+    if command[0] == "inspect":
+        assert missing.returncode == 2
+        assert "clamp.gguf: is missing, and is the clamp of neuroticism- here" in missing.stderr
+    else:
+        assert missing.returncode == 0, missing.stderr  # the server has the files
+    for alpha in (None, 0.0):
+        lora(tmp_path / "clamp.gguf", alpha)
+        done = run()
+        assert done.returncode == 0, done.stderr
+    lora(tmp_path / "clamp.gguf", 16.0)
+    done = run()
+    assert done.returncode == 2
+    assert "clamp.gguf: adapter.lora.alpha is 16.0, so llama.cpp would scale each layer by that" in done.stderr
+    lora(tmp_path / "clamp.gguf", kind="model")
+    done = run()
+    assert done.returncode == 2
+    assert "clamp.gguf: is no LoRA adapter" in done.stderr
 
 
 def test_force_replaces_a_dial_and_nothing_else(persona, wide):
@@ -210,6 +255,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(make_tiny, tmp_path, cli_envir
         ({"adapters": [{"kind": "shift", "file": "f"}]}, "names no trait"),
         ({"adapters": [{"trait": "a", "kind": "other", "file": "f"}]}, "adapters.0.kind: "),
         ({"mixed": None}, "mixed: "),
+        ({"base": "../b"}, "not the name of a file beside it"),
+        ({"adapters": [{"trait": "a", "kind": "clamp", "file": "/tmp/f"}]}, "not the name of a file beside it"),
         ([], "is not the index"),
     ],
 )

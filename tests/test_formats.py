@@ -181,12 +181,12 @@ def test_an_adapter_for_the_response_only(tiny_checkpoint, profile, tmp_path):
 
 
 def test_an_unfaithful_checkpoint_is_not_delivered(tiny_checkpoint, profile, tmp_path, monkeypatch):
-    written = CheckpointEnding.write
+    compiled = CheckpointEnding.compile
 
-    def sabotage(self, saved, path):
-        return written(self, replace(saved, rule=replace(saved.rule, shift=saved.rule.shift * 3)), path)
+    def sabotage(self, saved, progress):
+        return compiled(self, replace(saved, rule=replace(saved.rule, shift=saved.rule.shift * 3)), progress)
 
-    monkeypatch.setattr(CheckpointEnding, "write", sabotage)
+    monkeypatch.setattr(CheckpointEnding, "compile", sabotage)
     for name in ("out.rejected", "out.rejected-2"):  # what is there is never replaced
         with pytest.raises(FidelityError, match=rf"it is kept as .*{name}$"):
             run(job(tiny_checkpoint, tmp_path / "out", profile, "checkpoint"), Silent())

@@ -87,7 +87,7 @@ def test_fidelity_is_bought_at_the_least_width(tiny, tmp_path, cli_environment):
     [
         (["--program", "budget:5%"], "neurons come in blocks of 32 in this file"),
         (["--program", "best"], "exact, bias, lowrank:R"),
-        (["--program", "bias", "--format", "peft"], "--program says what extra neurons of a GGUF may cost"),
+        (["--program", "bias", "--format", "peft"], "--program says what extra neurons may cost"),
     ],
 )
 def test_impossible_programs_are_refused(tiny, tmp_path, cli_environment, options, message):

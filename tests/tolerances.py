@@ -130,3 +130,9 @@ CLAMP_FITTED = 0.9
 
 # KL(rule || F32 file) with three units a clamp, fitted to their gates, on the tiny model. Measured 4e-6 to 1.2e-5.
 KL_EXACT_FITTED = 3e-5
+
+# Size of the residual stream in llama.cpp against float64, relative: float16 keys and values, see KV_FLOAT16.
+STREAM_LLAMACPP = 1e-2
+
+# A KL of about 0.1 nats measured by a runtime against float64: the same noise on both sides of a difference.
+KL_TWO_ENGINES = 0.03

@@ -1,56 +1,100 @@
 """Personas and questions: what a trait is shown by.
 
-A trait is a folder with ``personas.jsonl`` (``pole``, ``facet``, ``text``) and ``questions.jsonl`` (``split``,
-``facet``, ``topic``, ``text``); see ``data/README.md``.
+A trait is a folder with ``trait.toml`` (:mod:`npti_export.bench.definition`), ``personas.jsonl`` and
+``questions.jsonl``; their lines are described in ``data/README.md``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from npti_export.bench.balance import balanced_order
+from npti_export.bench.definition import FILE_NAME, TraitDefinition, read_definition
+from npti_export.bench.lines import PLACEHOLDER, Fault, Schema, read_bytes, read_lines
 from npti_export.errors import BenchError
-from npti_export.traits import FACETS, Sign
+from npti_export.traits import FACETS, SIGNS, Sign
+
+PERSONAS, QUESTIONS = "personas.jsonl", "questions.jsonl"
+SPLITS = ("search", "test")
+PERSONS = ("first", "second", "third")
 
 
 @dataclass(frozen=True)
 class Persona:
-    """A description of somebody at one pole of a trait, addressed as "you"."""
+    """A description of somebody at one pole of a trait, addressed as "you".
+
+    Attributes:
+        pole: ``+`` or ``-``.
+        text: the description.
+        facet: side of the trait that it shows; None where nobody said.
+        source: where it came from, as the file says; nothing depends on it.
+        line: of the file, from 1.
+    """
 
     pole: Sign
-    facet: str
     text: str
+    facet: str | None = None
+    source: dict[str, Any] | None = field(default=None, compare=False)
+    line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
 class Question:
-    """An everyday situation with an open question. ``search`` ones find neurons, ``test`` ones judge the result."""
+    """An everyday situation with an open question.
+
+    Attributes:
+        split: ``search`` ones find neurons, ``test`` ones judge the result.
+        text: the question.
+        facet: side of the trait that it touches; None where nobody said.
+        topic: part of life, likewise.
+        person: ``first``, ``second`` or ``third``: whose the situation is, likewise.
+        source: where it came from, as the file says; nothing depends on it.
+        line: of the file, from 1.
+    """
 
     split: str
-    facet: str
-    topic: str
     text: str
+    facet: str | None = None
+    topic: str | None = None
+    person: str | None = None
+    source: dict[str, Any] | None = field(default=None, compare=False)
+    line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
 class TraitBench:
-    """Everything that shows one trait. ``digest`` identifies its content."""
+    """Everything that shows one trait.
+
+    Attributes:
+        trait: its name.
+        personas: of both poles.
+        questions: of both splits.
+        digest: SHA-256 of the two files and of what the definition says.
+        definition: its poles and facets.
+        folder: where it was read.
+    """
 
     trait: str
     personas: tuple[Persona, ...]
     questions: tuple[Question, ...]
     digest: str
+    definition: TraitDefinition
+    folder: Path
 
     def pole(self, sign: Sign) -> tuple[Persona, ...]:
         """The personas of one pole."""
         return tuple(persona for persona in self.personas if persona.pole == sign)
 
+    def split(self, name: str) -> tuple[Question, ...]:
+        """The questions of one split, in the order of the file."""
+        return tuple(question for question in self.questions if question.split == name)
+
     def search(self, count: int = 0, seed: int = 0) -> tuple[Question, ...]:
-        """Search questions in seeded order, ``count`` of them spread over the facets; 0 takes all.
+        """Search questions in a seeded order of which any beginning is balanced; ``count`` of them, 0 takes all.
 
         Raises:
             BenchError: more are asked for than there are.
@@ -62,54 +106,100 @@ class TraitBench:
         return self._pick("test", count, seed)
 
     def _pick(self, split: str, count: int, seed: int) -> tuple[Question, ...]:
-        pool = [question for question in self.questions if question.split == split]
+        pool = self.split(split)
         if count > len(pool):
             raise BenchError(f"{self.trait}: {count} {split} questions asked for, the bench has {len(pool)}")
-        rng = random.Random(f"{self.trait}/{split}/{seed}")
-        by_facet: dict[str, list[Question]] = {}
-        for question in pool:
-            by_facet.setdefault(question.facet, []).append(question)
-        for questions in by_facet.values():
-            rng.shuffle(questions)
-        # One of each facet in turn, so that any prefix is balanced.
-        rounds = max(map(len, by_facet.values()))
-        order = [questions[turn] for turn in range(rounds) for questions in by_facet.values() if turn < len(questions)]
+        order = balanced_order(pool, f"{self.trait}/{split}/{seed}")
         return tuple(order[: count or len(order)])
+
+
+def shipped_folder(trait: str) -> Path:
+    """Where the shipped bench of one of the Big Five is."""
+    return Path(__file__).parent / "data" / trait
+
+
+def definition_of(trait: str, folder: Path) -> TraitDefinition:
+    """The definition of a trait: the folder's own, or the shipped one where a folder for one of the Big Five has none.
+
+    Raises:
+        BenchError: there is none, it is malformed, or it is of another trait.
+    """
+    if trait in FACETS and not (folder / FILE_NAME).is_file():
+        return read_definition(shipped_folder(trait))
+    definition = read_definition(folder)
+    if definition.name != trait:
+        raise BenchError(f"{folder / FILE_NAME}: 'name' is {definition.name!r}, and {trait!r} is expected here")
+    return definition
+
+
+def read_personas(data: bytes, folder: Path, definition: TraitDefinition, faults: list[Fault]) -> list[Persona]:
+    """The personas of a file's content; bad lines go to ``faults``."""
+    path = folder / PERSONAS
+    schema = Schema({"pole": SIGNS, "text": None}, {"facet": definition.facet_names})
+    return [Persona(**item, line=number) for number, item in read_lines(path, data, schema, faults)]
+
+
+def read_questions(data: bytes, folder: Path, definition: TraitDefinition, faults: list[Fault]) -> list[Question]:
+    """The questions of a file's content; bad lines go to ``faults``."""
+    path, optional = folder / QUESTIONS, {"facet": definition.facet_names, "topic": None, "person": PERSONS}
+    schema = Schema({"split": SPLITS, "text": None}, optional)
+    return [Question(**item, line=number) for number, item in read_lines(path, data, schema, faults)]
+
+
+def missing_parts(
+    folder: Path, personas: list[Persona] | tuple[Persona, ...], questions: list[Question] | tuple[Question, ...]
+) -> list[Fault]:
+    """What a trait cannot be used without, and lines that ``bench new`` wrote and nobody has replaced."""
+    faults = [
+        Fault(folder / name, one.line, f"is still a {PLACEHOLDER.lower()}; write it or remove the line")
+        for name, group in ((PERSONAS, personas), (QUESTIONS, questions))
+        for one in group
+        if one.text.lstrip().startswith(PLACEHOLDER)
+    ]
+    poles, splits = {persona.pole for persona in personas}, {question.split for question in questions}
+    faults += [Fault(folder / PERSONAS, 0, f"no persona of pole {sign!r}") for sign in SIGNS if sign not in poles]
+    faults += [Fault(folder / QUESTIONS, 0, f"no question of split {name!r}") for name in SPLITS if name not in splits]
+    return faults
 
 
 def load_bench(trait: str, folder: Path | None = None) -> TraitBench:
     """Read the bench of a trait.
 
     Args:
-        trait: one of the Big Five.
-        folder: holds ``personas.jsonl`` and ``questions.jsonl``; None takes the shipped bench.
+        trait: one of the Big Five, or the trait that the folder defines.
+        folder: holds ``personas.jsonl`` and ``questions.jsonl``, and ``trait.toml``, which one for a trait of the Big
+            Five may lack; None takes the shipped bench.
 
     Raises:
-        BenchError: a file is missing, empty or malformed; file and line are named.
+        BenchError: a file is missing, empty or malformed, or holds placeholders; file and line are named.
     """
-    folder = folder or Path(__file__).parent / "data" / trait
-    digest = hashlib.sha256()
-    personas = [
-        Persona(*_fields(where, item, {"pole": ("+", "-"), "facet": FACETS[trait], "text": None}))
-        for where, item in _lines(folder / "personas.jsonl", digest)
-    ]
-    questions = [
-        Question(
-            *_fields(
-                where,
-                item,
-                {"split": ("search", "test"), "facet": FACETS[trait], "topic": None, "text": None},
-            )
-        )
-        for where, item in _lines(folder / "questions.jsonl", digest)
-    ]
-    for sign in ("+", "-"):
-        if not any(persona.pole == sign for persona in personas):
-            raise BenchError(f"{folder / 'personas.jsonl'}: no persona of pole {sign!r}")
-    for split in ("search", "test"):
-        if not any(question.split == split for question in questions):
-            raise BenchError(f"{folder / 'questions.jsonl'}: no question of split {split!r}")
-    return TraitBench(trait, tuple(personas), tuple(questions), digest.hexdigest())
+    if folder is None and trait not in FACETS:
+        raise BenchError(f"{trait}: is none of the Big Five; name the folder that defines it, as in ./{trait}+")
+    folder = folder or shipped_folder(trait)
+    definition = definition_of(trait, folder)
+    bench, faults = read_bench(definition, folder)
+    faults = faults or missing_parts(folder, bench.personas, bench.questions)
+    if faults:
+        more = f" (and {len(faults) - 1} more; npti-export bench lint lists all)" if len(faults) > 1 else ""
+        raise BenchError(f"{faults[0]}{more}")
+    return bench
+
+
+def read_bench(definition: TraitDefinition, folder: Path) -> tuple[TraitBench, list[Fault]]:
+    """What is good in a trait's folder, even if it is not enough to be used, and its bad lines.
+
+    Raises:
+        BenchError: a file cannot be read.
+    """
+    faults: list[Fault] = []
+    data = [read_bytes(folder / name) for name in (PERSONAS, QUESTIONS)]
+    digest = hashlib.sha256(definition.digest.encode())
+    for content in data:
+        digest.update(hashlib.sha256(content).digest())
+    personas = read_personas(data[0], folder, definition, faults)
+    questions = read_questions(data[1], folder, definition, faults)
+    name = definition.name
+    return TraitBench(name, tuple(personas), tuple(questions), digest.hexdigest(), definition, folder), faults
 
 
 def pair_with_personas(bench: TraitBench, sign: Sign, count: int, seed: int) -> tuple[Persona, ...]:
@@ -117,37 +207,3 @@ def pair_with_personas(bench: TraitBench, sign: Sign, count: int, seed: int) -> 
     personas = list(bench.pole(sign))
     random.Random(f"{bench.trait}{sign}/{seed}").shuffle(personas)
     return tuple(personas[index % len(personas)] for index in range(count))
-
-
-def _lines(path: Path, digest: Any) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BenchError(f"{path}: cannot be read ({error.strerror})") from error
-    digest.update(data)
-    items = []
-    for number, line in enumerate(data.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise BenchError(f"{path}:{number}: not a JSON object ({error})") from error
-        if not isinstance(item, dict):
-            raise BenchError(f"{path}:{number}: not a JSON object")
-        items.append((f"{path}:{number}", item))
-    if not items:
-        raise BenchError(f"{path}: is empty; it needs one JSON object a line")
-    return items
-
-
-def _fields(where: str, item: dict[str, Any], schema: dict[str, tuple[str, ...] | None]) -> list[Any]:
-    if set(item) != set(schema):
-        raise BenchError(f"{where}: has keys {sorted(item)}, needs {sorted(schema)}")
-    for key, allowed in schema.items():
-        value = item[key]
-        if not isinstance(value, str) or not value.strip():
-            raise BenchError(f"{where}: {key!r} must be a non-empty string")
-        if allowed is not None and value not in allowed:
-            raise BenchError(f"{where}: {key!r} is {value!r}, must be one of {', '.join(allowed)}")
-    return [item[key] for key in schema]

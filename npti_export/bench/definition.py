@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ else:
 
 FILE_NAME = "trait.toml"
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=1000)]
+# Of a trait: no space, as artifacts record poles in a row.
+TraitName = Annotated[str, StringConstraints(pattern=re.compile(r"\A[a-z][a-z0-9]*([_-][a-z0-9]+)*\Z"), max_length=64)]
 Name = Annotated[str, StringConstraints(pattern=re.compile(r"\A[a-z][a-z0-9]*([ _-][a-z0-9]+)*\Z"), max_length=64)]
 
 
@@ -50,7 +53,7 @@ class Facet(_Table):
 class TraitDefinition(_Table):
     """A contrast that a model can be steered along."""
 
-    name: Name = Field(description="Of the trait, as in --trait NAME+")
+    name: TraitName = Field(description="Of the trait, as in --trait NAME+")
     description: Text
     forbidden: tuple[Text, ...] = Field(default=(), description="Words that no question may hold, beside the names")
     poles: Poles
@@ -71,6 +74,15 @@ class TraitDefinition(_Table):
         """Names of the facets, in order."""
         return tuple(facet.name for facet in self.facets)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it says; comments and layout of the file do not count."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def pole(self, sign: str) -> Pole:
+        """The pole ``+`` or ``-``."""
+        return self.poles.high if sign == "+" else self.poles.low
+
 
 def read_definition(folder: Path) -> TraitDefinition:
     """Read ``trait.toml`` of a trait's folder.
@@ -80,7 +92,7 @@ def read_definition(folder: Path) -> TraitDefinition:
     """
     path = folder / FILE_NAME
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise BenchError(f"{path}: cannot be read ({error.strerror}); a trait's folder needs one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

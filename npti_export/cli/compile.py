@@ -10,7 +10,7 @@ from npti_export.cli.options import RichProgress, base_options, job_options, mod
 
 
 @click.command("compile")
-@click.option("--trait", "trait_names", multiple=True, required=True, metavar="POLE", help="agreeableness+, calm …")
+@click.option("--trait", "trait_names", multiple=True, required=True, metavar="POLE", help="calm, ./pirate+ …")
 @click.option(
     "--program",
     "programs",

@@ -36,6 +36,7 @@ def dial(context: click.Context, /, traits: str | None, out: Path | None, mixed:
       npti-export dial --traits all --out persona/
       npti-export dial --traits extraversion+,calm --model Llama-3.2-1B-Instruct-Q4_K_M.gguf --out persona/
       npti-export dial --traits openness+,openness- --profile openness.safetensors --out persona/
+      npti-export dial --traits ./pirate+,calm --out persona/
       npti-export dial request persona/ extraversion+:0.7,calm
     """
     if context.invoked_subcommand is not None:
@@ -83,9 +84,12 @@ def request(folder: Path, mix: str, message: str | None) -> None:
     """
     import json
 
+    from npti_export.dial.adapters import check_adapters
     from npti_export.dial.index import load_dial, parse_mix
 
-    body = load_dial(folder).request(parse_mix(mix))
+    made = load_dial(folder)
+    check_adapters(folder, made, some_missing=True)
+    body = made.request(parse_mix(mix, {pole[:-1] for pole in made.poles}))
     if message is not None:
         body = {"messages": [{"role": "user", "content": message}], **body}
     click.echo(json.dumps(body, ensure_ascii=False))

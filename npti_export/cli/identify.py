@@ -11,7 +11,12 @@ from npti_export.cli.options import FILE, RichProgress, job_options, model_optio
 
 
 @click.command()
-@click.option("--trait", required=True, metavar="NAME", help="One of the Big Five; both poles are identified at once")
+@click.option(
+    "--trait",
+    required=True,
+    metavar="NAME|DIR",
+    help="One of the Big Five, or a trait's folder; both poles at once",
+)
 @click.option(
     "--out",
     required=True,
@@ -26,22 +31,23 @@ def identify(trait: str, out: Path, **options: Any) -> None:
     \b
       npti-export identify --trait extraversion --out extraversion.safetensors
       npti-export identify --trait extraversion --out Extraversion_dict.json
+      npti-export identify --trait ./pirate --out pirate.safetensors
     """
     from rich.console import Console
 
-    from npti_export.traits import TraitSpec, parse_trait_name
+    from npti_export.traits import parse_whole
 
-    name = parse_trait_name(trait)
+    spec = parse_whole(trait)
 
     from npti_export.pipeline import Job, identify_only
 
     with RichProgress(Console(stderr=True)) as progress:
-        job = Job(traits=(TraitSpec(name, "+"),), out=None, save_profile=out, **job_options(options))
+        job = Job(traits=(spec,), out=None, save_profile=out, **job_options(options))
         profile, seconds = identify_only(job, progress)
     plus, minus = (int((profile.delta * sign >= 0.1).sum()) for sign in (1, -1))
     tokens = profile.origin["tokens"]
     click.echo(
-        f"{name}: {plus} neurons fire for + and {minus} for - with |delta| >= 0.1, "
+        f"{spec.trait}: {plus} neurons fire for + and {minus} for - with |delta| >= 0.1, "
         f"over {tokens['+']} + {tokens['-']} tokens"
     )
     click.echo(f"wrote {out} ({seconds.get('identify', 0):.0f} s)")

@@ -128,13 +128,26 @@ def model_options(command: Command) -> Command:
             "--bench",
             type=FILE,
             metavar="DIR",
-            help="Folder with personas.jsonl and questions.jsonl instead of the shipped ones",
+            help="Instead of the shipped bench: a folder with openness/, extraversion/ …, each with personas.jsonl and "
+            "questions.jsonl; or, for one trait, with these files",
         ),
         runtime_options,
         click.option("--no-cache", is_flag=True, help="Neither use nor keep saved identifications"),
         click.option("--force", is_flag=True, help="Replace existing outputs"),
     ]
     return _decorated(command, decorators)
+
+
+def trait_dir_option(command: Command) -> Command:
+    """The option of commands that measure an artifact: where its own traits are defined."""
+    return click.option(
+        "--trait-dir",
+        "trait_dirs",
+        type=FILE,
+        multiple=True,
+        metavar="DIR",
+        help="Folder of a trait that an artifact was made with and that is not one of the Big Five",
+    )(command)
 
 
 def rule_options(command: Command) -> Command:

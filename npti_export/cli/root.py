@@ -13,7 +13,15 @@ from npti_export.cli.compile import compile_command
 from npti_export.cli.dial import dial
 from npti_export.cli.identify import identify
 from npti_export.cli.inspect import inspect
-from npti_export.cli.options import FILE, RichProgress, base_options, job_options, model_options, rule_options
+from npti_export.cli.options import (
+    FILE,
+    RichProgress,
+    base_options,
+    job_options,
+    model_options,
+    rule_options,
+    trait_dir_option,
+)
 from npti_export.cli.strip import strip
 from npti_export.cli.traits import traits
 from npti_export.cli.verify import verify
@@ -29,7 +37,7 @@ from npti_export.version import __version__
     "trait_names",
     multiple=True,
     metavar="POLE",
-    help="agreeableness+, neuroticism-:0.5, calm …; repeat to compose",
+    help="agreeableness+, neuroticism-:0.5, calm, ./pirate+ (a folder) …; repeat to compose",
 )
 @click.option("--out", type=FILE, metavar="PATH", help="What to write: a GGUF, or a directory for the other formats")
 @click.option(
@@ -45,11 +53,12 @@ from npti_export.version import __version__
     metavar="ARTIFACT",
     help="Instead of --trait: an adapter, steered checkpoint or steered GGUF whose rule is used again",
 )
+@trait_dir_option
 @rule_options
 @click.option(
     "--program",
     metavar="P",
-    help="What a GGUF may cost: exact, bias (no extra neuron), lowrank:R, budget:N% (extra width), kl:X "
+    help="What a GGUF or checkpoint may cost: exact, bias (no extra neuron), lowrank:R, budget:N% (extra width), kl:X "
     "[compile.program]",
 )
 @click.option("--save-profile", type=FILE, metavar="FILE", help="Keep the profile, .safetensors or published .json")
@@ -76,6 +85,7 @@ def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | 
 
     \b
       npti-export --trait agreeableness+ --out model.gguf
+      npti-export --trait ./pirate+ --out pirate.gguf
       npti-export --trait calm --trait extraversion+:0.5 --model Llama-3.2-1B-Instruct-Q4_K_M.gguf --out calm.gguf
       npti-export --trait calm --model Llama-3.2-1B-Instruct-BF16.gguf --requantize Q4_K_M --out calm.gguf
       npti-export --trait openness- --profile openness.safetensors --gamma 1.0 --program bias --out plain.gguf
@@ -99,8 +109,8 @@ def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | 
     options["format"] = options.pop("format_name") or "gguf"
     program = options.pop("program")
     if program is not None:
-        if options["format"] != "gguf":
-            raise click.UsageError("--program says what extra neurons of a GGUF may cost; leave it out for this format")
+        if options["format"] not in ("gguf", "checkpoint"):
+            raise click.UsageError("--program says what extra neurons may cost; leave it out for this format")
         options["overrides"] = (*options["overrides"], f"compile.program={program}")
     _main_job(trait_names, report, options)
 

@@ -16,3 +16,4 @@ def traits() -> None:
             names = [name for name, pole in EVERYDAY.items() if pole == trait + sign]
             click.echo(f"  {trait + sign:<20}{', '.join(names)}")
     click.echo("A strength may follow: neuroticism-:0.5, calm:1.5")
+    click.echo("A folder may define another trait: ./pirate+ (npti-export bench new pirate makes one to fill in)")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from npti_export.cli.options import FILE, RichProgress, runtime_options, runtime_settings
+from npti_export.cli.options import FILE, RichProgress, runtime_options, runtime_settings, trait_dir_option
 
 
 @click.command()
@@ -18,6 +18,7 @@ from npti_export.cli.options import FILE, RichProgress, runtime_options, runtime
 @click.option("--recipe", metavar="NAME|FILE", help="Recipe with the limits [default: the artifact's own]")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value, as verify.prompts=16")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON")
+@trait_dir_option
 @runtime_options
 @click.pass_context
 def verify(context: click.Context, /, artifact: Path, as_json: bool, **options: Any) -> None:
@@ -28,6 +29,7 @@ def verify(context: click.Context, /, artifact: Path, as_json: bool, **options: 
     \b
       npti-export verify model.gguf
       npti-export verify calm/ --model ./Llama-3.2-1B-Instruct
+      npti-export verify pirate.gguf --trait-dir ./pirate
     """
     import json
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -81,7 +83,41 @@ FLOOR = 1e-4 * np.gradient(GRID)
 _LARGEST = 0.5  # as in the fit of the shapes: larger terms that cancel would be unbalanced by a float16 block scale
 
 
-def fit_clamps(rule: LayerRule, program: LayerProgram, sample: LayerSample, *, rounding: float = 0.0) -> LayerProgram:
+class Gates(NamedTuple):
+    """Where ``n`` clamps are to be right, and how much it matters.
+
+    Attributes:
+        gate: ``[n, points]``: those that each neuron had on calibration tokens, then :data:`GRID`.
+        weight: likewise, of the squared error: the up projection's squares, which add up to 1, then :data:`FLOOR`.
+        tokens: how many points are of tokens.
+        size: ``[n]``: times a squared error, that in the layer's output, summed over tokens.
+    """
+
+    gate: Doubles
+    weight: Doubles
+    tokens: int
+    size: Doubles
+
+
+class Clamps(NamedTuple):
+    """Units of ``n`` clamps, ``sum_j alpha_j silu(scale_j g + bias_j)``, beside the neurons' own ``silu(g + own)``.
+
+    Attributes:
+        own: ``[n]``, minus infinity where the neuron is switched off.
+        scale: ``[n, units]``.
+        bias: likewise.
+        alpha: likewise.
+    """
+
+    own: Doubles
+    scale: Doubles
+    bias: Doubles
+    alpha: Doubles
+
+
+def fit_clamps(
+    rule: LayerRule, program: LayerProgram, sample: LayerSample, *, rounding: float = 0.0, units: int = 0
+) -> LayerProgram:
     """Pass: each clamp's units fitted to the gates that its neuron had, weighted by the up projection's squares.
 
     Of the shapes with as many units the best is taken for each neuron, its factors being the solution of a weighted
@@ -93,29 +129,70 @@ def fit_clamps(rule: LayerRule, program: LayerProgram, sample: LayerSample, *, r
         program: with clamps written out.
         sample: calibration tokens.
         rounding: relative error of a column in the file's type, 0 for floats.
+        units: of a clamp; 0 for as many as the program has.
     """
     del rule  # the program says which neurons are clamped
-    if not len(program.off) or program.copies not in SHAPES:
+    if not len(program.off):
         return program
-    gate, weight = gates_and_weights(sample, program.off)
-    basis = clamp_basis(program.copies)
-    found = [np.tile(values, (len(program.off), 1)) for values in (basis.scale, basis.bias, basis.alpha)]
-    noise = rounding**2
-    best = _cost(gate, weight, noise, *found)
-    for shape in SHAPES[program.copies]:
-        scale, bias = (np.tile(values, (len(program.off), 1)) for values in shape)
-        alpha = _solve(gate, weight, noise, np.array(shape[0]), np.array(shape[1]))
-        cost = np.where(np.abs(alpha).max(1) <= _LARGEST, _cost(gate, weight, noise, scale, bias, alpha), np.inf)
-        better = cost < best
-        for old, new in zip(found, (scale, bias, alpha), strict=True):
-            old[better] = new[better]
-        best[better] = cost[better]
+    found, _ = fitted_clamps(gates_of(sample, program.off), units or program.copies, rounding)
+    return with_clamps(program, found)
+
+
+def fitted_clamps(gates: Gates, units: int, rounding: float) -> tuple[Clamps, Doubles]:
+    """The best units for each neuron, which is switched off itself, and what they cost, ``[n]``."""
+    basis, count = clamp_basis(units), len(gates.gate)
+    tiled = (np.tile(values, (count, 1)) for values in (basis.scale, basis.bias, basis.alpha))
+    best = Clamps(np.full(count, -np.inf), *tiled)
+    terms = silu(gates.gate[..., None] * basis.scale + basis.bias)
+    left = clamped(gates.gate)
+    lowest = _cost(gates, terms, best.alpha, left, rounding**2)
+    for scale, bias in SHAPES[units]:
+        shape = Clamps(best.own, *_tiled(count, scale, bias))
+        keep_better(best, lowest, *solved(gates, shape, left, _LARGEST, rounding**2))
+    return best, lowest
+
+
+def keep_better(best: Clamps, lowest: Doubles, found: Clamps, cost: Doubles) -> None:
+    """Put what costs less where it costs less, in place."""
+    better = cost < lowest
+    lowest[better] = cost[better]
+    for old, new in zip(best, found, strict=True):
+        old[better] = new[better]
+
+
+def solved(gates: Gates, shape: Clamps, left: Doubles, largest: float, noise: float = 0.0) -> tuple[Clamps, Doubles]:
+    """Units with the factors, up to ``largest``, that fit ``left``, ``[n, points]``, and what they cost, ``[n]``."""
+    terms = silu(gates.gate[..., None] * shape.scale[:, None] + shape.bias[:, None])
+    weighted = terms * gates.weight[..., None]
+    normal = np.einsum("npj,npk->njk", weighted, terms)
+    rounded = noise * np.einsum("npj,npj->nj", weighted[:, : gates.tokens], terms[:, : gates.tokens])
+    ridge = 1e-12 * np.trace(normal, axis1=1, axis2=2)[:, None] + rounded
+    right = np.einsum("npj,np->nj", weighted, left)
+    alpha = np.linalg.solve(normal + ridge[..., None] * np.eye(terms.shape[-1]), right[..., None])[..., 0]
+    alpha = np.clip(alpha, -largest, largest)
+    return shape._replace(alpha=alpha), _cost(gates, terms, alpha, left, noise)
+
+
+def with_clamps(program: LayerProgram, found: Clamps) -> LayerProgram:
+    """The program with other units for its clamps; a neuron that stays gets its bias instead of being switched off."""
     first = program.copied - program.copies * len(program.off)
-    before = (program.gate_scale, program.gate_bias, program.up_scale)
-    fitted = [
-        np.concatenate([old[:first], new.ravel()]).astype(np.float32) for old, new in zip(before, found, strict=True)
-    ]
-    return replace(program, gate_scale=fitted[0], gate_bias=fitted[1], up_scale=fitted[2])
+    kept = program.picked(np.arange(first), np.ones(first, np.bool_))
+    units, stays = found.scale.shape[1], bool(np.isfinite(found.own).all())
+
+    def more(old: npt.NDArray[np.float32], new: Doubles) -> npt.NDArray[np.float32]:
+        return np.concatenate([old, new.ravel()]).astype(np.float32)
+
+    return replace(
+        kept,
+        source=np.concatenate([kept.source, np.repeat(program.off, units)]),
+        gate_scale=more(kept.gate_scale, found.scale),
+        gate_bias=more(kept.gate_bias, found.bias),
+        up_scale=more(kept.up_scale, found.alpha),
+        off=program.off[:0] if stays else program.off,
+        copies=0 if stays else units,
+        biased=program.off if stays else program.biased,
+        bias=found.own.astype(np.float32) if stays else program.bias,
+    )
 
 
 def worst_clamp(program: LayerProgram) -> float:
@@ -135,35 +212,32 @@ def worst_clamp(program: LayerProgram) -> float:
     return float(np.abs(total - clamped(GRID)[:, None]).max())
 
 
-def gates_and_weights(sample: LayerSample, chosen: Indices) -> tuple[Doubles, Doubles]:
-    """Of some neurons ``[tokens, n]``: their gates, and the up projection's squares, which add up to 1 for each."""
-    neurons = sample.neurons
+def gates_of(sample: LayerSample, chosen: Indices) -> Gates:
+    """Of some neurons of a layer, what fits need."""
+    neurons, count = sample.neurons, len(chosen)
     places = neurons.among(chosen)
-    gate = neurons.gates(sample.inputs)[:, places].astype(np.float64)
-    weight = np.square(neurons.ups(sample.inputs)[:, places], dtype=np.float64)
-    return gate, weight / np.maximum(weight.sum(0), np.finfo(np.float64).tiny)
+    gate = neurons.gates(sample.inputs)[:, places].T.astype(np.float64)
+    weight = np.square(neurons.ups(sample.inputs)[:, places].T, dtype=np.float64)
+    total = np.maximum(weight.sum(1), np.finfo(np.float64).tiny)
+    return Gates(
+        np.concatenate([gate, np.tile(GRID, (count, 1))], axis=1),
+        np.concatenate([weight / total[:, None], np.tile(FLOOR, (count, 1))], axis=1),
+        gate.shape[1],
+        total * np.square(neurons.down[:, places], dtype=np.float64).sum(0),
+    )
 
 
-def _solve(gate: Doubles, weight: Doubles, noise: float, scale: Doubles, bias: Doubles) -> Doubles:
-    """``[n, units]`` factors of units of one shape for gates ``[tokens, n]``."""
-    tail = silu(np.multiply.outer(GRID, scale) + bias)
-    terms = silu(gate[..., None] * scale + bias)
-    weighted = terms * weight[..., None]
-    normal = np.einsum("tnj,tnk->njk", weighted, terms) + (tail * FLOOR[:, None]).T @ tail
-    right = np.einsum("tnj,tn->nj", weighted, clamped(gate)) + (tail * FLOOR[:, None]).T @ clamped(GRID)
-    ridge = 1e-12 * np.trace(normal, axis1=1, axis2=2)[:, None] + noise * np.einsum("tnj,tnj->nj", weighted, terms)
-    solved: Doubles = np.linalg.solve(normal + ridge[..., None] * np.eye(len(scale)), right[..., None])[..., 0]
-    return solved
-
-
-def _cost(gate: Doubles, weight: Doubles, noise: float, scale: Doubles, bias: Doubles, alpha: Doubles) -> Doubles:
-    """``[n]`` weighted squared errors of units ``[n, units]``, that of rounding their columns included."""
-    terms = silu(gate[..., None] * scale + bias) * alpha
-    inside = terms.sum(-1) - clamped(gate)
-    tail = (silu(GRID[:, None, None] * scale + bias) * alpha).sum(-1) - clamped(GRID)[:, None]
-    rounded = noise * (weight[..., None] * terms**2).sum((0, 2))
-    cost: Doubles = (weight * inside**2).sum(0) + rounded + (FLOOR[:, None] * tail**2).sum(0)
+def _cost(gates: Gates, terms: Doubles, alpha: Doubles, left: Doubles, noise: float) -> Doubles:
+    """``[n]`` weighted squared errors of terms ``[n, points, units]``, that of rounding their columns included."""
+    parts = terms * alpha[:, None]
+    rounded = np.square(parts[:, : gates.tokens]).sum(-1) * gates.weight[:, : gates.tokens]
+    cost: Doubles = (gates.weight * np.square(parts.sum(-1) - left)).sum(1) + noise * rounded.sum(1)
     return cost
+
+
+def _tiled(count: int, scale: Sequence[float], bias: Sequence[float]) -> tuple[Doubles, Doubles, Doubles]:
+    """A shape, ``count`` times over, with factors that are not known yet."""
+    return np.tile(scale, (count, 1)), np.tile(bias, (count, 1)), np.zeros((count, len(scale)))
 
 
 def silu(z: Doubles) -> Doubles:

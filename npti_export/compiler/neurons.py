@@ -58,10 +58,14 @@ class LayerSample:
     Attributes:
         inputs: ``[tokens, hidden]`` float32, what the MLP reads while the model is steered.
         neurons: those that the rule touches.
+        sensitivity: what an error of square 1 in the MLP's output weighs beside one in another layer. Norms divide the
+            residual stream by its size, so the mean of the inverse of its square; measured on every layer of a model by
+            itself, KL divergences go with that (within a factor of two), not with errors by size of the MLP's output.
     """
 
     inputs: Floats
     neurons: Neurons
+    sensitivity: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """The compiler: rule → program, by passes in a visible list, each pure and in a file of its own.
 
-A pass takes one layer's rule, its program so far and its calibration tokens, and returns a new program.
+A pass takes the layers' rules, the program so far and the layers' calibration tokens, and returns a new program.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,18 +14,19 @@ import numpy as np
 
 from npti_export.compiler.budget import within_budget, without_units
 from npti_export.compiler.canonical import canonical
-from npti_export.compiler.clamp import fit_clamps, worst_clamp
+from npti_export.compiler.clamp import worst_clamp
 from npti_export.compiler.exact import compile_exact
 from npti_export.compiler.gate_bias import all_to_biases, clamps_to_biases
 from npti_export.compiler.kinds import ProgramKind
 from npti_export.compiler.low_rank import low_rank, with_mean
 from npti_export.compiler.neurons import LayerRule, LayerSample, relative_error
 from npti_export.compiler.program import LayerProgram, MLPProgram
-from npti_export.compiler.refine import refine_clamps
+from npti_export.compiler.share import fit_shared
 from npti_export.errors import CompileError
 from npti_export.rule import SteeringRule
 
 LayerPass = Callable[[LayerRule, LayerProgram, LayerSample], LayerProgram]
+ProgramPass = Callable[[Sequence[LayerRule], MLPProgram, Sequence[LayerSample]], MLPProgram]
 Measure = Callable[[MLPProgram], float]
 
 
@@ -33,7 +35,7 @@ class Pass:
     """A step of the compiler, with the name that ``--explain`` shows."""
 
     name: str
-    run: LayerPass
+    run: ProgramPass
 
 
 @dataclass(frozen=True)
@@ -84,30 +86,34 @@ class Calibration:
     rounding: float
 
 
-def passes_for(kind: ProgramKind, units: int, rounding: float) -> tuple[Pass, ...]:
+def passes_for(kind: ProgramKind, units: int, clamp_units: float, rounding: float) -> tuple[Pass, ...]:
     """What follows the rule written out.
 
     Args:
         kind: of program.
         units: extra neurons that a layer may have.
+        clamp_units: extra neurons for one clamp, on average.
         rounding: see :class:`Calibration`.
     """
-    fit = Pass("clamps fitted to their gates", partial(fit_clamps, rounding=rounding) if rounding else refine_clamps)
+    fit = Pass("clamps fitted to their gates", partial(fit_shared, average=clamp_units, rounding=rounding))
     if kind.name == "exact":
         return (fit,)
     if kind.name == "bias":
-        return (Pass("units to gate biases", all_to_biases), Pass("mean to an output bias", _mean))
+        return (Pass("units to gate biases", _each(all_to_biases)), Pass("mean to an output bias", _each(_mean)))
     if kind.name == "lowrank":
         rank = partial(_low_rank, rank=int(kind.value))
-        return (Pass("clamps to gate biases", clamps_to_biases), Pass(f"rest to rank {kind.value:g}", rank))
-    return (fit, Pass(f"best within {units} units", partial(_within, units=units)))
+        return (
+            Pass("clamps to gate biases", _each(clamps_to_biases)),
+            Pass(f"rest to rank {kind.value:g}", _each(rank)),
+        )
+    return (fit, Pass(f"best within {units} units", _each(partial(_within, units=units))))
 
 
 def compile_rule(
     rule: SteeringRule,
     kind: ProgramKind,
     calibration: Calibration,
-    clamp_units: int,
+    clamp_units: float,
     measure: Measure | None = None,
 ) -> Compiled:
     """Compile a rule.
@@ -116,7 +122,7 @@ def compile_rule(
         rule: what the program should do.
         kind: exactly, or for what price.
         calibration: of the model; as many layers as the rule.
-        clamp_units: extra neurons for one clamp, where it is written out.
+        clamp_units: extra neurons for one clamp, on average over the layers, where it is written out.
         measure: KL(rule ‖ program) in nats, needed for ``kl``.
 
     Raises:
@@ -164,14 +170,13 @@ def budget_units(kind: ProgramKind, calibration: Calibration) -> int:
 
 
 def _compiled(
-    rule: SteeringRule, kind: ProgramKind, calibration: Calibration, clamp_units: int, units: int
+    rule: SteeringRule, kind: ProgramKind, calibration: Calibration, clamp_units: float, units: int
 ) -> Compiled:
     rules = layer_rules(rule)
-    program = compile_exact(rule, clamp_units)
+    program = compile_exact(rule, max(3, math.ceil(clamp_units)))
     steps = [_step("rule written out", rules, program, calibration)]
-    for one in passes_for(kind, units, calibration.rounding):
-        layers = (one.run(*parts) for parts in zip(rules, program.layers, calibration.samples, strict=True))
-        program = MLPProgram(program.width, tuple(layers))
+    for one in passes_for(kind, units, clamp_units, calibration.rounding):
+        program = one.run(rules, program, calibration.samples)
         steps.append(_step(one.name, rules, program, calibration))
     return Compiled(program, tuple(steps))
 
@@ -193,6 +198,16 @@ def _step(name: str, rules: Sequence[LayerRule], program: MLPProgram, calibratio
         max((worst_clamp(layer) for layer in program.layers), default=0.0),
         float(np.sqrt(np.mean(np.square(errors)))) if errors else 0.0,
     )
+
+
+def _each(run: LayerPass) -> ProgramPass:
+    """A pass over each layer by itself."""
+
+    def all_layers(rules: Sequence[LayerRule], program: MLPProgram, samples: Sequence[LayerSample]) -> MLPProgram:
+        layers = (run(*parts) for parts in zip(rules, program.layers, samples, strict=True))
+        return MLPProgram(program.width, tuple(layers))
+
+    return all_layers
 
 
 def _mean(rule: LayerRule, program: LayerProgram, sample: LayerSample) -> LayerProgram:

@@ -7,113 +7,71 @@ column and its copy are the same to the bit.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
-
 import numpy as np
-import numpy.typing as npt
 
-from npti_export.compiler.clamp import FLOOR, GRID, clamped, fit_clamps, gates_and_weights, silu
+from npti_export.compiler.clamp import (
+    Clamps,
+    Doubles,
+    Gates,
+    clamped,
+    fit_clamps,
+    gates_of,
+    keep_better,
+    silu,
+    solved,
+    with_clamps,
+)
 from npti_export.compiler.neurons import LayerRule, LayerSample
-from npti_export.compiler.program import Indices, LayerProgram
-from npti_export.compiler.shapes import STAYING, Shape
+from npti_export.compiler.program import LayerProgram
+from npti_export.compiler.shapes import STAYING
 
-Doubles = npt.NDArray[np.float64]
 _ROUNDS = 25
 _LARGEST = 1.2  # of a factor: the neuron's own is 1
 _SCALES = (0.25, 64.0)  # of a gate
 
 
-class Clamps(NamedTuple):
-    """Units of ``n`` clamps: ``silu(g + own) + sum_j alpha_j silu(scale_j g + bias_j)``.
-
-    Attributes:
-        own: ``[n]``.
-        scale: ``[n, units]``.
-        bias: likewise.
-        alpha: likewise.
-    """
-
-    own: Doubles
-    scale: Doubles
-    bias: Doubles
-    alpha: Doubles
-
-
-def refine_clamps(rule: LayerRule, program: LayerProgram, sample: LayerSample) -> LayerProgram:
-    """The program with each clamp's units refined under the neuron's own gates, the neuron being one of them.
+def refine_clamps(
+    rule: LayerRule, program: LayerProgram, sample: LayerSample, *, units: int = 0, rounds: int = _ROUNDS
+) -> LayerProgram:
+    """Pass: each clamp's units refined under the neuron's own gates, the neuron being one of them.
 
     For models whose MLPs are floats. Where no shapes have as many units, the neuron is switched off instead.
-    """
-    units, off = program.copies, program.off
-    if not len(off) or units not in STAYING:
-        return fit_clamps(rule, program, sample)
-    found = refined_clamps(sample, off, units)
-    kept = program.picked(
-        np.arange(program.copied - units * len(off)), np.ones(program.copied - units * len(off), bool)
-    )
-
-    def more(old: npt.NDArray[np.float32], new: Doubles) -> npt.NDArray[np.float32]:
-        return np.concatenate([old, new.ravel()]).astype(np.float32)
-
-    return replace(
-        kept,
-        source=np.concatenate([kept.source, np.repeat(off, units)]),
-        gate_scale=more(kept.gate_scale, found.scale),
-        gate_bias=more(kept.gate_bias, found.bias),
-        up_scale=more(kept.up_scale, found.alpha),
-        off=off[:0],
-        biased=off,
-        bias=found.own.astype(np.float32),
-    )
-
-
-def refined_clamps(sample: LayerSample, neurons: Indices, units: int) -> Clamps:
-    """The best units of each neuron's clamp: every shape is solved for its factors, and the best one refined."""
-    gate, weight = gates_and_weights(sample, neurons)
-    count = len(neurons)
-    points = np.concatenate([gate.T, np.tile(GRID, (count, 1))], axis=1)
-    weights = np.concatenate([weight.T, np.tile(FLOOR, (count, 1))], axis=1)
-    best, lowest = _solved(points, weights, STAYING[units][0])
-    for shape in STAYING[units][1:]:
-        found, cost = _solved(points, weights, shape)
-        better = cost < lowest
-        lowest[better] = cost[better]
-        for old, new in zip(best, found, strict=True):
-            old[better] = new[better]
-    return refine(points, weights, best)
-
-
-def _solved(points: Doubles, weights: Doubles, shape: Shape) -> tuple[Clamps, Doubles]:
-    """Units of one shape with the factors that fit best, and what they cost, ``[n]``."""
-    scale, (*bias, own) = np.array(shape[0]), shape[1]
-    terms = silu(points[..., None] * scale + np.array(bias))
-    left = clamped(points) - silu(points + own)
-    weighted = terms * weights[..., None]
-    normal = np.einsum("npj,npk->njk", weighted, terms)
-    ridge = 1e-12 * np.trace(normal, axis1=1, axis2=2)[:, None, None] * np.eye(len(scale))
-    alpha = np.linalg.solve(normal + ridge, np.einsum("npj,np->nj", weighted, left)[..., None])[..., 0]
-    alpha = np.clip(alpha, -_LARGEST, _LARGEST)
-    cost = (weights * np.square((terms * alpha[:, None]).sum(-1) - left)).sum(1)
-    count = len(points)
-    tiled = (np.tile(np.maximum(scale, _SCALES[0]), (count, 1)), np.tile(bias, (count, 1)))
-    return Clamps(np.full(count, own), *tiled, alpha), cost
-
-
-def refine(gate: Doubles, weight: Doubles, start: Clamps) -> Clamps:
-    """The nearest local optimum, never worse than ``start``.
 
     Args:
-        gate: ``[n, points]``.
-        weight: likewise, of the squared error at each point.
-        start: where to begin.
+        rule: of the layer.
+        program: with clamps written out.
+        sample: calibration tokens.
+        units: of a clamp beside the neuron; 0 for as many as the program has.
+        rounds: of refining; 0 for the shapes as they are.
     """
-    units = start.scale.shape[1]
+    units = units or program.copies
+    if not len(program.off) or units not in STAYING:
+        return fit_clamps(rule, program, sample, units=units)
+    gates = gates_of(sample, program.off)
+    found, _ = refine(gates, fitted_staying(gates, units), rounds)
+    return with_clamps(program, found)
+
+
+def fitted_staying(gates: Gates, units: int) -> Clamps:
+    """The best shape for each neuron, solved for its factors."""
+    count = len(gates.gate)
+    nothing = np.zeros((count, units))
+    best, lowest = Clamps(np.zeros(count), nothing, nothing.copy(), nothing.copy()), np.full(count, np.inf)
+    for scale, (*bias, own) in STAYING[units]:
+        tiled = (np.tile(np.maximum(scale, _SCALES[0]), (count, 1)), np.tile(bias, (count, 1)), nothing)
+        left = clamped(gates.gate) - silu(gates.gate + own)
+        keep_better(best, lowest, *solved(gates, Clamps(np.full(count, own), *tiled), left, _LARGEST))
+    return best
+
+
+def refine(gates: Gates, start: Clamps, rounds: int = _ROUNDS) -> tuple[Clamps, Doubles]:
+    """The nearest local optimum, never worse than ``start``, of neurons that stay, and what it costs, ``[n]``."""
+    units, gate = start.scale.shape[1], gates.gate
     state = np.concatenate([start.alpha, start.bias, np.log(start.scale), start.own[:, None]], axis=1)
-    root, target = np.sqrt(weight), clamped(gate)
+    root, target = np.sqrt(gates.weight), clamped(gate)
     left, slopes = _errors(state, gate, root, target)
     cost, damping = np.square(left).sum(1), np.full(len(state), 1e-3)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         normal = np.einsum("npi,npj->nij", slopes, slopes)
         right = np.einsum("npi,np->ni", slopes, left)
         ridge = damping[:, None] * np.einsum("nii->ni", normal) + 1e-14
@@ -128,7 +86,7 @@ def refine(gate: Doubles, weight: Doubles, start: Clamps) -> Clamps:
             old[better] = new[better]
         damping = np.where(better, np.maximum(damping / 3, 1e-9), np.minimum(damping * 4, 1e6))
     alpha, bias, scale = (state[:, part * units : (part + 1) * units] for part in range(3))
-    return Clamps(state[:, -1], np.exp(scale), bias, alpha)
+    return Clamps(state[:, -1], np.exp(scale), bias, alpha), cost
 
 
 def _errors(state: Doubles, gate: Doubles, root: Doubles, target: Doubles) -> tuple[Doubles, Doubles]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from npti_export.compiler.dial import AdapterPlan, Kind, overlap_scale
@@ -103,13 +103,13 @@ class Dial:
                 )
 
 
-def parse_mix(text: str) -> tuple[TraitSpec, ...]:
-    """Read ``extraversion+:0.7,calm``; nothing is no pole.
+def parse_mix(text: str, known: Collection[str] = ()) -> tuple[TraitSpec, ...]:
+    """Read ``extraversion+:0.7,calm``; nothing is no pole. ``known`` are names of traits of the user's own.
 
     Raises:
         TraitError: see :func:`npti_export.traits.parse_trait`.
     """
-    return tuple(parse_trait(part) for part in text.split(",")) if text.strip() else ()
+    return tuple(parse_trait(part, known) for part in text.split(",")) if text.strip() else ()
 
 
 def parse_poles(text: str) -> tuple[TraitSpec, ...]:
@@ -161,6 +161,9 @@ def load_dial(folder: Path) -> Dial:
     )
     if not adapters or not all(one.traits for one in adapters):
         raise AdapterError(f"{path}: adapters: are missing, or one names no trait; make the dial again")
+    for name in (found.base, *(one.file for one in adapters)):
+        if PurePath(name).name != name or "\\" in name:
+            raise AdapterError(f"{path}: {shortened(name)} is not the name of a file beside it; make the dial again")
     return Dial(found.base, adapters, found.mixed)
 
 

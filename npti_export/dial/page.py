@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from npti_export.dial.index import Adapter, Dial, curl_command, server_command
-from npti_export.traits import TraitSpec, parse_trait
+from npti_export.traits import TraitSpec, parse_recorded
 
 _PAGE = """# A dial of {model}
 
@@ -103,6 +103,6 @@ def _dial(index: dict[str, Any]) -> Dial:
 
 def _example(index: dict[str, Any]) -> list[TraitSpec]:
     """The first pole, and another trait's at full strength if there is one."""
-    first, *others = map(parse_trait, index["poles"])
+    first, *others = map(parse_recorded, index["poles"])
     other = next(([spec] for spec in others if spec.trait != first.trait), [])
     return [TraitSpec(first.trait, first.sign, 0.7), *other]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from npti_export.benches import held_out
 from npti_export.compiler.dial import DialProgram, compile_dial
 from npti_export.dial.index import Adapter, Dial, index_of, server_command
 from npti_export.dial.page import dial_page
@@ -27,7 +28,7 @@ from npti_export.files import (
     translate_os_errors,
 )
 from npti_export.gguf.shards import shard_paths
-from npti_export.job import Job, Prepared, held_out, prepared, with_base
+from npti_export.job import Job, Prepared, prepared, with_base
 from npti_export.loader import Models, Timings
 from npti_export.pipeline import baked_into, obtain_profiles, open_models
 from npti_export.progress import Progress
@@ -74,7 +75,7 @@ def make_dial(job: Job, mixed: int, progress: Progress) -> dict[str, Any]:
             check_base(ready.base, ready.recipe.compile.layout)
             check_directory_writable(out, force=job.force, need_bytes=ready.base.size)
             rules = _rules(ready, models, timings, progress)
-            units = _FLOAT_CLAMP_UNITS if rounds_nothing(ready.base) else ready.recipe.compile.clamp_units
+            units = _FLOAT_CLAMP_UNITS if rounds_nothing(ready.base) else ready.recipe.compile.basis_units
             program = compile_dial(rules, units, mixed)
             with atomic_directory(out, force=job.force) as folder:
                 progress.start("write", 1)

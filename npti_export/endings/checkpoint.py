@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from npti_export.compiler.exact import compile_exact
+from npti_export.compiler.kinds import parse_program
 from npti_export.compiler.program import MLPProgram
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
 from npti_export.errors import ModelError
-from npti_export.export.as_llama import check_expressible
+from npti_export.export.as_llama import LEAST_MULTIPLE, MULTIPLE, check_expressible
 from npti_export.export.card import model_card
 from npti_export.export.checkpoint import (
     MLP_WEIGHTS,
@@ -34,6 +35,7 @@ from npti_export.rule_io import SavedRule, save_checkpoint_rule
 from npti_export.runtimes.base import Message
 
 if TYPE_CHECKING:
+    from npti_export.compiler.passes import Compiled
     from npti_export.runtimes.transformers import TransformersRuntime
     from npti_export.verify import LogitsOf, Opener
 
@@ -46,6 +48,7 @@ class CheckpointEnding:
         exact: gives the model in float32.
         recipe: its ``compile`` section.
         dtype: of the weights of a GGUF's checkpoint; None for float32. A directory keeps its own.
+        questions: what programs are fitted on the answers to.
 
     Raises:
         ArchitectureError: no stock class holds a steered checkpoint of this model.
@@ -53,12 +56,20 @@ class CheckpointEnding:
     """
 
     format: Format = "checkpoint"
-    share = 1.0
 
     def __init__(
-        self, source: ModelSource, exact: Callable[[], TransformersRuntime], recipe: Recipe, dtype: str | None
+        self,
+        source: ModelSource,
+        exact: Callable[[], TransformersRuntime],
+        recipe: Recipe,
+        dtype: str | None,
+        questions: Sequence[str] = (),
     ) -> None:
         self._source, self._exact, self._recipe, self._dtype = source, exact, recipe, dtype
+        self._questions = questions
+        self._compiled: Compiled | None = None
+        self._kind = parse_program(recipe.compile.program)
+        self.share = recipe.verify.kl_share
         self._steered: TransformersRuntime | None = None
         if source.kind == "gguf":
             check_base(read_model(source.path))
@@ -83,18 +94,24 @@ class CheckpointEnding:
         """See :class:`npti_export.endings.base.Ending`."""
         return atomic_directory(path, force=force)
 
-    def compile(self, saved: SavedRule, progress: Progress) -> None:
+    def compile(self, saved: SavedRule, progress: Progress) -> Compiled:
         """See :class:`npti_export.endings.base.Ending`."""
+        from npti_export.compile_in_torch import TorchCompiler
+
+        compiler = TorchCompiler(self._exact(), self._recipe, self._questions, progress)
+        self._compiled = compiler.compile(saved.rule, self._kind, compiler.calibration(saved.rule))
+        return self._compiled
 
     def write(self, saved: SavedRule, path: Path) -> Written:
         """See :class:`npti_export.endings.base.Ending`."""
-        program = compile_exact(saved.rule, self._recipe.compile.clamp_units)
+        assert self._compiled is not None
+        program, multiple = self._compiled.program, LEAST_MULTIPLE if self._kind.approximates else MULTIPLE
         if self._source.kind == "directory":
-            plan = plan_checkpoint(self._config, directory_weights(self._source.path), program)
+            plan = plan_checkpoint(self._config, directory_weights(self._source.path), program, multiple)
             copy_beside(self._source.path, path)
         else:
             runtime = self._exact()
-            plan = plan_checkpoint(runtime.model.config, model_weights(runtime.model, self._dtype), program)
+            plan = plan_checkpoint(runtime.model.config, model_weights(runtime.model, self._dtype), program, multiple)
             runtime.tokenizer.save_pretrained(path)
             runtime.model.generation_config.save_pretrained(path)
         write_checkpoint(plan, path)
@@ -117,8 +134,10 @@ class CheckpointEnding:
     def in_llamacpp(self, path: Path, source: ModelSource) -> None:
         """Torch is the runtime."""
 
-    def exact(self, path: Path) -> bool:
-        """Whether the MLPs are float32: 16 bits round biases and scaled rows."""
+    def exact(self, path: Path) -> bool | None:
+        """Whether the MLPs are float32: 16 bits round biases and scaled rows. None for a program that approximates."""
+        if self._kind.approximates:
+            return None
         weights = [weight for shard in directory_weights(path) for weight in shard]
         return all(weight.dtype == "F32" for weight in weights if weight.name.endswith(MLP_WEIGHTS))
 

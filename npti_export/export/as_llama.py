@@ -12,7 +12,9 @@ from npti_export.errors import ArchitectureError
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PretrainedConfig
 
-MULTIPLE = 256  # of the added width: divisible for tensor parallelism, and for every quantisation of llama.cpp
+# Of the added width: divisible for tensor parallelism and for every quantisation of llama.cpp; the second for both with
+# blocks of 32 only, where the width was limited.
+MULTIPLE, LEAST_MULTIPLE = 256, 32
 _KEPT = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id",
@@ -73,7 +75,7 @@ def llama_config(config: PretrainedConfig, program: MLPProgram) -> LlamaConfig:
     return LlamaConfig(**values, architectures=["LlamaForCausalLM"])
 
 
-def padded_program(program: MLPProgram) -> MLPProgram:
-    """The program with every layer as wide as the widest, in steps of :data:`MULTIPLE`."""
-    extra = program.extra_width(MULTIPLE)
+def padded_program(program: MLPProgram, multiple: int = MULTIPLE) -> MLPProgram:
+    """The program with every layer as wide as the widest, in steps of ``multiple``."""
+    extra = program.extra_width(multiple)
     return MLPProgram(program.width, tuple(layer.padded(extra) for layer in program.layers))

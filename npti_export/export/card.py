@@ -7,7 +7,7 @@ import re
 from pathlib import PurePath
 from typing import Any
 
-from npti_export.traits import EVERYDAY, TraitSpec, parse_trait
+from npti_export.traits import EVERYDAY, FACETS, TraitSpec, parse_recorded
 
 # How the Hub files a model under its base. It takes every GGUF for a mere quantisation, which promises the base's
 # behaviour in fewer bits; this one behaves differently and changes no type, so it is a fine-tune to whoever looks.
@@ -44,13 +44,13 @@ unknown unlicense wtfpl zlib
 
 def model_card(report: dict[str, Any]) -> str:
     """The text of README.md for the export that a report describes: front matter and body."""
-    traits = [parse_trait(text) for text in report["traits"]]
+    traits = [parse_recorded(text) for text in report["traits"]]
     sections = [
         _what(report, traits),
         _loading(report),
         _example(report["sample"]),
         _fidelity(report),
-        _limits(report),
+        _limits(report, traits),
         _making(report),
     ]
     return f"---\n{_front_matter(report, traits)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
@@ -60,11 +60,14 @@ def _front_matter(report: dict[str, Any], traits: list[TraitSpec]) -> str:
     from huggingface_hub import ModelCardData
 
     kind, base = report["artifact"]["format"], report["model"]["id"]
-    tags = ["npti", "npti-export", "personality", "steering", "big-five", *(spec.trait for spec in traits)]
+    names = dict.fromkeys(spec.trait for spec in traits)
+    big_five = ["big-five"] if FACETS.keys() & names.keys() else []
+    tags = ["npti", "npti-export", "personality", "steering", *big_five, *names]
     data = ModelCardData(
         base_model=base,
         base_model_relation=_RELATION[kind] if base else None,
-        language="en",  # the Hub means the data that the model was made with; the base may speak more
+        # The Hub means the data that the model was made with; the base may speak more. Of one's own nobody said.
+        language="en" if FACETS.keys() >= names.keys() else None,
         library_name=_LIBRARY[kind],
         pipeline_tag="text-generation",
         tags=tags,
@@ -89,7 +92,8 @@ def _added(neurons: dict[str, Any]) -> str:
 
 def _what(report: dict[str, Any], traits: list[TraitSpec]) -> str:
     kind, neurons = report["artifact"]["format"], report["neurons"]
-    poles = "\n".join(f"- {_pole(spec)}" for spec in traits)
+    meanings = {one["pole"]: one for one in report["poles"]}
+    poles = "\n".join(f"- {_pole(spec, meanings)}" for spec in traits)
     if kind == "peft":
         how = "The adapter does this to the activations while the model runs; no weight of the base model is changed."
     elif kind == "control-vector":
@@ -117,7 +121,13 @@ opposite pole are kept from firing ({neurons["clamp"]} clamped), by the recipe {
 {how}"""
 
 
-def _pole(spec: TraitSpec) -> str:
+def _pole(spec: TraitSpec, meanings: dict[str, dict[str, str]]) -> str:
+    if spec.trait not in FACETS:
+        meaning = meanings[spec.pole]
+        return (
+            f"**{spec.pole}** ({meaning['name']}), strength {spec.strength:g}, by its author's definition: "
+            f"{_code(meaning['description'])}"
+        )
     names = [name for name, pole in EVERYDAY.items() if pole == spec.pole][:3]
     return f"**{spec.pole}** ({', '.join(names)}), strength {spec.strength:g}"
 
@@ -250,7 +260,14 @@ next-token distributions, in nats per token.
 This says that the export does what the rule says. It does not say how well the personality shows."""
 
 
-def _limits(report: dict[str, Any]) -> str:
+def _limits(report: dict[str, Any], traits: list[TraitSpec]) -> str:
+    own = sorted({spec.trait for spec in traits} - FACETS.keys())
+    texts = "The personas and questions that found the neurons are English. Other languages are untested."
+    if own:
+        texts = (
+            f"The personas and questions of {', '.join(own)} do not come with npti-export, and how good they are was "
+            "not examined. Languages other than theirs are untested."
+        )
     name = report["model"]["license"]
     if name is None:
         terms = "npti-export could not tell which one that is: look it up before you use or share this model."
@@ -266,7 +283,7 @@ For research on personality in language models, for fiction, games and dialogue 
 - The traits are labels for ways of writing. This is not a psychological assessment, neither of the model nor of
   anyone who talks to it, and must not be used as one.
 - Do not present it as a person: whoever talks to it must be able to know that it is a language model.
-- The personas and questions that found the neurons are English. Other languages are untested.
+- {texts}
 - All limits and biases of the base model are still there. Steering may also weaken what it was taught to refuse.
 - The base model's licence applies to this model, too. {terms}"""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from npti_export.compiler.program import LayerProgram, MLPProgram
 from npti_export.errors import ModelError
 from npti_export.export import dense
-from npti_export.export.as_llama import llama_config, padded_program
+from npti_export.export.as_llama import MULTIPLE, llama_config, padded_program
 from npti_export.export.safetensors_stream import TORCH_DTYPES, OutTensor, write_safetensors
 from npti_export.files import COMPANIONS
 from npti_export.models import weight_files
@@ -109,18 +109,21 @@ def model_weights(model: Any, dtype: str | None = None) -> list[list[Weight]]:
     return shards
 
 
-def plan_checkpoint(config: PretrainedConfig, weights: list[list[Weight]], program: MLPProgram) -> CheckpointPlan:
+def plan_checkpoint(
+    config: PretrainedConfig, weights: list[list[Weight]], program: MLPProgram, multiple: int = MULTIPLE
+) -> CheckpointPlan:
     """Lay out the steered checkpoint: the same shards, wider MLPs, and the biases that go with them.
 
     Args:
         config: of the unsteered model, see :func:`npti_export.export.as_llama.check_expressible`.
         weights: of the unsteered model, by shard.
         program: as many layers as the model has.
+        multiple: of the added width.
 
     Raises:
         ModelError: a tensor is missing, left over or of another shape than the configuration says.
     """
-    padded = padded_program(program)
+    padded = padded_program(program, multiple)
     wide = llama_config(config, padded)
     adds_o_bias = bool(wide.attention_bias) and not getattr(config, "attention_bias", False)
     expected = _expected(wide)

@@ -146,7 +146,7 @@ def run_batch(
     """Ask some questions of both poles; ``first`` is the index of the first one in the whole series."""
     prompts = [prompt for sign in SIGNS for prompt in contrast_prompts(runtime, bench, batch, sign, recipe, first)]
     # The same personas with another question: what is common comes again with every question that they get.
-    other = [Question("search", "", "", "0")] * len(batch)
+    other = [Question("search", "0")] * len(batch)
     twins = [prompt for sign in SIGNS for prompt in contrast_prompts(runtime, bench, other, sign, recipe, first)]
     (plus, minus), answers = runtime.observe(
         prompts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +28,8 @@ from npti_export.stats import ActivationStats, AnswerCounts
 
 _ROOM_STEP = 64  # tokens: answers of about the same length go on in the same context
 SeeMLP = Callable[[int, npt.NDArray[np.float32], npt.NDArray[np.float32]], bool]
+SeeStream = Callable[[int, npt.NDArray[np.float32]], None]
+_STREAM = "ffn_inp"  # what an MLP adds to, in every family that files are baked for (src/models/)
 
 
 class LlamaCppRuntime:
@@ -177,15 +179,22 @@ class LlamaCppRuntime:
         logits = context.decode([Row(token, at, 0, True) for at, token in enumerate(tokens)])
         return logits.copy()
 
-    def run(self, sequences: Sequence[Sequence[int]], see: SeeMLP) -> npt.NDArray[np.float32]:
+    def run(
+        self, sequences: Sequence[Sequence[int]], see: SeeMLP, see_stream: SeeStream | None = None
+    ) -> npt.NDArray[np.float32]:
         """Logits ``[tokens, vocabulary]`` of several sequences, one behind the other, with a hand on every MLP.
 
         Args:
             sequences: token ids.
             see: gets layer, input ``[rows, hidden]`` and output ``[rows, hidden]`` of each MLP, and says whether it
                 changed the output in place.
+            see_stream: gets layer and residual stream ``[rows, hidden]`` before each MLP adds to it.
         """
-        return self._decode_all(sequences, self._mlps(see))
+        assert see_stream is None or self._family.mlp_input != _STREAM
+        nodes = self._mlps(see)
+        if see_stream is not None:
+            nodes |= {f"{_STREAM}-{layer}".encode(): partial(_shown, see_stream, layer) for layer in self._layers}
+        return self._decode_all(sequences, nodes)
 
     def run_experts(self, sequences: Sequence[Sequence[int]], see: SeeExperts) -> npt.NDArray[np.float32]:
         """The same for a mixture of experts, with a hand on what enters the experts' down projections.
@@ -239,6 +248,10 @@ class LlamaCppRuntime:
                 self._context.set_adapters(self._adapters)
         assert self._context is not None
         return self._context
+
+    @property
+    def _layers(self) -> range:
+        return range(self._source.shape.layers)
 
     @property
     def _family(self) -> GGUFFamily:
@@ -301,7 +314,7 @@ class LlamaCppRuntime:
     def _mlps(self, see: SeeMLP) -> dict[bytes, See]:
         family, inputs = self._family, dict[int, npt.NDArray[np.float32]]()
         nodes: dict[bytes, See] = {}
-        for layer in range(self._source.shape.layers):
+        for layer in self._layers:
 
             def keep(values: npt.NDArray[np.float32], layer: int = layer) -> bool:
                 inputs[layer] = values.copy()  # its memory is used again before the MLP is through
@@ -314,6 +327,11 @@ class LlamaCppRuntime:
             nodes[f"{family.mlp_input}-{layer}".encode()] = keep
             nodes[f"{family.mlp_output}-{layer}".encode()] = hand_over
         return nodes
+
+
+def _shown(see: SeeStream, layer: int, values: npt.NDArray[np.float32]) -> bool:
+    see(layer, values)
+    return False
 
 
 def opener(
