@@ -14,8 +14,9 @@ from jobs import COMMAND, npti
 from openai_stub import Stub, reply
 
 from npti_export import cli
+from npti_export.bench import load_bench
 from npti_export.bench.making.folder import Folder
-from npti_export.bench.making.ngrams import OVERLAP
+from npti_export.bench.overlap import LIMIT, near_duplicates
 
 SIZES = ("--search", "300", "--test", "60", "--per-request", "5")
 KEY = "sk-test-0123456789"
@@ -81,7 +82,7 @@ def test_what_comes_out(run, tmp_path, monkeypatch):
     assert len(cells) == 6 * 14 * 3
     assert max(cells.values()) <= 3  # 300 of 252 cells have one or two, 60 have none or one
     for one, other in itertools.combinations([plain_grams(item["text"]) for item in items], 2):
-        assert len(one & other) < OVERLAP * min(len(one), len(other))
+        assert len(one & other) <= LIMIT * min(len(one), len(other))
     bodies = {body["seed"]: body for body in stub.bodies}
     for item in (*items, *rejected):
         body = bodies[item["source"]["seed"]]
@@ -317,6 +318,28 @@ def test_personas(run, tmp_path):
     assert max(counts.values()) - min(counts.values()) == 1
 
 
+def test_what_is_built_is_a_bench(run, tmp_path):
+    """Questions and personas in one folder, read by the loader that identification uses, and clean to the linter."""
+    bench, other = tmp_path / "bench", tmp_path / "personas"
+    with Stub() as stub:
+        assert run(stub, bench)[0] == 0
+        assert run(stub, other, "--what", "personas", sizes=("--personas", "12"))[0] == 0
+        (other / "personas.jsonl").rename(bench / "personas.jsonl")
+        loaded = load_bench("extraversion", bench)
+        assert len(loaded.questions) == 360
+        assert len(loaded.personas) == 24
+        assert near_duplicates([question.text for question in loaded.questions]) == []
+        # A file that somebody made by hand is not replaced unasked.
+        (other / "questions.jsonl").write_text("mine", encoding="utf-8")
+        for path in (other / "work").iterdir():
+            path.unlink()
+        code, _, said = run(stub, other)
+        assert (code, "questions.jsonl: is there already" in said) == (2, True)
+        assert (other / "questions.jsonl").read_text(encoding="utf-8") == "mine"
+        assert run(stub, bench, "--force")[0] == 0
+    assert load_bench("extraversion", bench).personas == loaded.personas
+
+
 def test_a_dry_run_asks_nothing_and_is_about_right(run, tmp_path):
     out, prices = tmp_path / "out", ("--price-in", "1", "--price-out", "1")
     with Stub() as stub:
@@ -332,6 +355,26 @@ def test_a_dry_run_asks_nothing_and_is_about_right(run, tmp_path):
     assert plan["tokens"]["in"] / 1.2 < report["tokens"]["in"] < 1.2 * plan["tokens"]["in"]
     assert plan["tokens"]["out"] / 4 < report["tokens"]["out"] < plan["tokens"]["out"]
     assert plan["cost"] == pytest.approx(sum(plan["tokens"].values()) / 1e6, abs=1e-4)
+
+
+def test_a_trait_of_ones_own_in_the_folder_that_defines_it(capsys, tmp_path):
+    toml = """name = "pirate"
+description = "How much somebody lives like a pirate."
+poles.high = { name = "swashbuckling", description = "Somebody loud and bold who lives for plunder." }
+poles.low = { name = "landlubbing", description = "Somebody orderly who stays ashore." }
+facets = [{ name = "boldness", high = "Takes what is there", low = "Asks first" }]
+"""
+    (tmp_path / "pirate").mkdir()
+    (tmp_path / "pirate" / "trait.toml").write_text(toml, encoding="utf-8")
+    folder = str(tmp_path / "pirate")
+    with Stub() as stub, pytest.raises(SystemExit) as ended:
+        stub.keep = True
+        more = ["--endpoint", stub.url, "--model", "stub", "--search", "50", "--test", "10"]
+        cli.main(["bench", "build", folder, "--out", folder, *more])
+    assert ended.value.code == 0, capsys.readouterr().err
+    assert {item["facet"] for item in lines(tmp_path / "pirate" / "questions.jsonl")} == {"boldness"}
+    assert all("swashbuckling" in body["messages"][-1]["content"] for body in stub.bodies)
+    assert (tmp_path / "pirate" / "trait.toml").read_text(encoding="utf-8") == toml
 
 
 def test_topics_of_ones_own_and_the_printed_table(tmp_path, capsys):
@@ -374,7 +417,7 @@ def test_mistakes_are_sentences(run, tmp_path, more, complaint):
     ("given", "complaint"),
     [
         (["extraversion", "--endpoint", "http://127.0.0.1:1/v1"], "no --model"),
-        (["no/such"], "there is no such folder"),
+        (["./no/such"], "there is no such folder"),
         (["extraversion", "--timeout", "3"], "--endpoint"),
         (["grumpiness", "--model", "m", "--endpoint", "http://127.0.0.1:1/v1"], "grumpiness"),
         (["extraversion", "--model", "m", "--endpoint", "127.0.0.1:1"], "give its address"),

@@ -14,12 +14,13 @@ from npti_export import bench
 from npti_export.bench.definition import read_definition
 from npti_export.bench.making import filters as rules
 from npti_export.bench.making.filters import Candidate, filters, first_fault
-from npti_export.bench.making.ngrams import OVERLAP, grams, overlap
+from npti_export.bench.making.ngrams import grams, overlap
 from npti_export.bench.making.parse import read_items, read_verdicts
 from npti_export.bench.making.plan import PERSONS, Plan
 from npti_export.bench.making.prompts import generator_messages
 from npti_export.bench.making.store import Store
 from npti_export.bench.making.topics import TOPICS, read_topics
+from npti_export.bench.overlap import LIMIT
 from npti_export.errors import BenchError
 
 DATA = Path(bench.__file__).parent / "data"
@@ -171,14 +172,14 @@ def test_overlap_is_that_of_word_trigrams():
 
 
 def test_the_index_finds_what_comparing_all_pairs_finds(tmp_path):
-    """Against the plain definition: an item is a duplicate if any kept one shares 0.4 of the shorter one's 3-grams."""
+    """Against the plain definition: a duplicate shares more than 0.4 of the shorter text's 3-grams with a kept one."""
     rng = random.Random(1)
     texts = [sentence(rng) for _ in range(600)]
     texts += [rng.choice(texts).replace("of a", "of the", 1) for _ in range(300)]
     store, kept, twins = Store(tmp_path / "index.sqlite"), [], Counter()
     for number, text in enumerate(texts):
         mine = plain_grams(text)
-        want = any(len(mine & other) / min(len(mine), len(other)) >= OVERLAP for other in kept)
+        want = any(len(mine & other) / min(len(mine), len(other)) > LIMIT for other in kept)
         found = store.twin(grams(text))
         assert (found is not None) == want, text
         twins[want] += 1

@@ -13,6 +13,7 @@ import click
 from npti_export.cli.options import FILE, llama_options, llama_settings
 
 if TYPE_CHECKING:
+    from npti_export.bench.definition import TraitDefinition
     from npti_export.bench.making.builder import Display
     from npti_export.bench.making.generators import Generator
     from npti_export.bench.making.judge import Judge
@@ -170,17 +171,13 @@ def _check_pairs(context: click.Context, options: dict[str, Any]) -> None:
         raise click.UsageError("no --model; name the one that the endpoint is to use")
 
 
-def _definition(trait: str) -> Any:
-    from npti_export import bench
-    from npti_export.bench.definition import FILE_NAME, read_definition
-    from npti_export.errors import BenchError
-    from npti_export.traits import parse_trait_name
+def _definition(trait: str) -> TraitDefinition:
+    from npti_export.bench import shipped_folder
+    from npti_export.bench.definition import read_definition
+    from npti_export.traits import parse_whole
 
-    if Path(trait).is_dir():
-        return read_definition(Path(trait))
-    if re.search(r"[/\\.]", trait):
-        raise BenchError(f"{trait}: there is no such folder; give one with a {FILE_NAME}, or a trait's name")
-    return read_definition(Path(bench.__file__).parent / "data" / parse_trait_name(trait))
+    spec = parse_whole(trait)
+    return read_definition(spec.folder or shipped_folder(spec.trait))
 
 
 def _plan(context: click.Context, trait: str, options: dict[str, Any]) -> Plan:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from npti_export.bench.definition import FILE_NAME
 from npti_export.bench.making.plan import Plan
 from npti_export.bench.making.prompts import JUDGE_VERSION, PROMPT_VERSIONS
 from npti_export.errors import BenchError, OutputError, shortened
@@ -16,7 +17,8 @@ from npti_export.files import atomic_output, translate_os_errors
 WORK = "work"
 _PLAN, _JOURNAL, _STORE, _LOCK = "plan.json", "answers.jsonl", "index.sqlite", "lock"
 _WORK_FILES = (_PLAN, _JOURNAL, _STORE, f"{_STORE}-wal", f"{_STORE}-shm", f"{_STORE}-journal")
-OUTPUTS = ("questions.jsonl", "personas.jsonl", "rejected.jsonl", "build.json")
+# The trait's definition and the other file of its bench may lie here, too, so that the folder can be given to --bench.
+_KNOWN = {WORK, "questions.jsonl", "personas.jsonl", "rejected.jsonl", "build.json", FILE_NAME}
 
 
 class Folder:
@@ -57,7 +59,7 @@ class Folder:
                 ) from error
         try:
             if force:
-                self._clear()
+                self._clear(f"{plan.what}.jsonl")
             self._claim(plan)
             yield
         finally:
@@ -73,20 +75,20 @@ class Folder:
                 raise OutputError(
                     f"{self.root}: the folder {self.root.absolute().parent} does not exist; create it first"
                 )
-            known = {WORK, *OUTPUTS}
             strange = sorted(
                 entry.name
                 for entry in (self.root.iterdir() if self.root.is_dir() else ())
-                if entry.name not in known and not entry.name.startswith(".")
+                if entry.name not in _KNOWN and not entry.name.startswith(".")
             )
         if strange:
             raise OutputError(
                 f"{self.root}: holds {shortened(strange[0])}, which is not of a build; choose a folder of its own"
             )
 
-    def _clear(self) -> None:
+    def _clear(self, own: str) -> None:
+        names = (own, "rejected.jsonl", "build.json")
         with translate_os_errors(self.root):
-            for path in (*(self.work / name for name in _WORK_FILES), *(self.root / name for name in OUTPUTS)):
+            for path in (*(self.work / name for name in _WORK_FILES), *(self.root / name for name in names)):
                 path.unlink(missing_ok=True)
 
     def _claim(self, plan: Plan) -> None:
@@ -96,6 +98,11 @@ class Folder:
         except FileNotFoundError:
             if any((self.work / name).exists() for name in _WORK_FILES):
                 raise BenchError(f"{path}: is missing beside a build's files; pass --force to start anew") from None
+            own = self.root / f"{plan.what}.jsonl"
+            if own.exists():
+                raise OutputError(
+                    f"{own}: is there already, and not of a build; move it away, or pass --force to replace it"
+                ) from None
             with atomic_output(path) as temporary:
                 temporary.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             return

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from npti_export.bench.overlap import words
+
 Grams = npt.NDArray[np.int64]
 
-OVERLAP = 0.4
-"""From this share of the shorter text's 3-grams on, two texts are one too many; as the shipped bench was checked."""
-
-_WORD = re.compile(r"[a-z0-9']+|[^\W\x00-\x7f]+")
 # Odd multipliers, one for each place in a 3-gram, so that the words' order counts (the first is Fibonacci hashing's).
 _PLACES = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
 
@@ -29,9 +26,9 @@ def grams(text: str) -> Grams:
 
     Two different 3-grams of a bench of ten million share a hash with probability below 1e-5.
     """
-    words = [_word_hash(word) for word in _WORD.findall(text.lower())]
-    words += [0] * (3 - len(words))
-    hashes = np.array(words, np.uint64)
+    found = [_word_hash(word) for word in words(text)]
+    found += [0] * (3 - len(found))
+    hashes = np.array(found, np.uint64)
     count = len(hashes) - 2
     mixed = sum((hashes[at : at + count] * place for at, place in enumerate(_PLACES)), np.zeros(count, np.uint64))
     mixed ^= mixed >> np.uint64(29)  # products leave the low bits weak

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from npti_export.bench.making.ngrams import OVERLAP, Grams, grams, overlap
+from npti_export.bench.making.ngrams import Grams, grams, overlap
+from npti_export.bench.overlap import LIMIT
 from npti_export.errors import DiskFullError, OutputError
 
 _SLOTS = 64  # texts remembered for each 3-gram; one that is in more is idiom, and tells of no copy
@@ -89,7 +90,7 @@ class Store:
             return dict(self._db.execute("SELECT cell, count FROM owed"))
 
     def twin(self, found: Grams) -> int | None:
-        """Number of a kept item whose 3-grams overlap by :data:`OVERLAP` or more, or None.
+        """Number of a kept item whose 3-grams overlap by more than ``LIMIT`` of the shorter one's, or None.
 
         Candidates come from the index, the decision from the real overlap. The index holds every 3-gram of every
         item, but of one that is in more than 64 items only some: a copy shares rarer ones, too.
@@ -103,7 +104,7 @@ class Store:
             ).fetchall()
             for (item,) in candidates:
                 (blob,) = self._db.execute("SELECT grams FROM item WHERE id = ?", (item,)).fetchone()
-                if overlap(found, np.frombuffer(blob, np.int64)) >= OVERLAP:
+                if overlap(found, np.frombuffer(blob, np.int64)) > LIMIT:
                     return int(item)
         return None
 
