@@ -102,7 +102,8 @@ class Stub:
     """Context manager. ``faults`` are those of the first requests; ``share`` of all later ones fail in some way.
 
     Faults: an HTTP status; reset, cut (half a body), hang, drip (a body that never ends, byte by byte), json (broken),
-    text (not JSON), empty (no choices), types (wrong ones), null (no content), huge, packed (gzip), long (cut answer).
+    text (not JSON), empty (no choices), types (wrong ones), null (no content), huge, packed (gzip), long (cut answer),
+    surrogate (characters that no file or terminal should get).
     """
 
     TRANSIENT = ("429", "500", "reset", "cut", "json", "empty", "types")
@@ -180,7 +181,7 @@ class Stub:
             data = data[: len(data) // 2]
         elif fault == "text":
             data, more = b"<html>hello</html>", {"Content-Type": "text/html"}
-        elif fault in ("empty", "types", "null", "huge", "long"):
+        elif fault in ("empty", "types", "null", "huge", "long", "surrogate"):
             data = json.dumps(self._odd(request, fault)).encode()
         elif fault == "packed":
             more = {"Content-Encoding": "gzip"}
@@ -215,6 +216,8 @@ class Stub:
             whole["usage"] = "many"
         elif fault == "null":
             choice["message"]["content"] = None
+        elif fault == "surrogate":
+            choice["message"]["content"] = choice["message"]["content"].replace(" the ", " the \ud800\0\x1b[31m ")
         elif fault == "huge":
             choice["message"]["content"] = "x" * (3 << 20)
         else:

@@ -277,6 +277,23 @@ def test_answers_without_a_text_do_not_go_on_for_ever(run, tmp_path):
     assert (code, "25 answers in a row" in said, "--max-tokens" in said) == (2, True, True)
 
 
+def test_characters_that_no_file_should_hold(run, tmp_path):
+    out = tmp_path / "out"
+    with Stub(["surrogate"] * 20) as stub:
+        code, report, said = run(stub, out, "--keep-rejected")
+        assert code == 0
+        # Another run takes the answers from the journal, and must read the same in them.
+        for index in (out / "work").glob("index*"):
+            index.unlink()
+        asked, before = stub.requests, (out / "rejected.jsonl").read_bytes()
+        assert run(stub, out, "--keep-rejected")[0] == 0
+        assert stub.requests == asked
+    assert (out / "rejected.jsonl").read_bytes() == before
+    assert report["rejected"]["format"] >= 20
+    assert "\x1b" not in said
+    assert "control or invisible characters" in {item["fault"] for item in lines(out / "rejected.jsonl")}
+
+
 def test_a_judge_of_its_own(run, tmp_path):
     sizes = ("--search", "40", "--test", "0")
     with Stub() as stub, Stub() as judge:

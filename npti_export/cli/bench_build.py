@@ -28,7 +28,8 @@ SIZES = (
     click.option("--personas", type=click.IntRange(1), metavar="N", help="Personas a pole [default: 80]"),
     click.option("--topics", type=FILE, metavar="FILE", help="Topics, one a line [default: the shipped bench's 14]"),
     click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the plan and every request"),
-    click.option("--per-request", type=click.IntRange(1, 50), default=10, show_default=True, metavar="N", help="Items"),
+    click.option("--per-request", type=click.IntRange(1, 50), default=10, show_default=True, metavar="N",
+                 help="Items asked for at once"),
     click.option(
         "--rounds", type=click.IntRange(1), default=8, show_default=True, metavar="N",
         help="How often a cell that still lacks items is asked for them",
@@ -98,7 +99,7 @@ def build(context: click.Context, /, trait: str, out: Path, dry_run: bool, as_js
 
     \b
       npti-export bench build extraversion --endpoint http://127.0.0.1:8080/v1 --model qwen3-8b --out extra/
-      npti-export bench build ./pirate --search 36000 --test 90 --endpoint https://api.openai.com/v1 \
+      npti-export bench build ./pirate --search 36000 --test 90 --endpoint https://api.openai.com/v1 \\
           --model gpt-5-nano --concurrency 64 --price-in 0.05 --price-out 0.4 --out pirate-bench/ --dry-run
       npti-export bench build calm --what personas --personas 80 --model Llama-3.2-3B-Instruct-Q4_K_M.gguf --out p/
     """

@@ -229,8 +229,9 @@ class _Builder:
         except UnusableAnswerError as error:
             return Record(order.number, "", fault=str(error))
         tokens_in, tokens_out, requests = answer.tokens_in, answer.tokens_out, 1
-        fault = "" if answer.text.strip() else "it is empty; a model that reasons first needs more --max-tokens"
-        record = Record(order.number, answer.text, answer.cut, fault, tokens_in, tokens_out)
+        text = answer.text.encode("utf-8", "replace").decode()  # JSON may hold halves of surrogate pairs, a file not
+        fault = "" if text.strip() else "it is empty; a model that reasons first needs more --max-tokens"
+        record = Record(order.number, text, answer.cut, fault, tokens_in, tokens_out)
         if fault or self._judge is None:
             return record
         candidates = self._candidates(order, record)
@@ -248,7 +249,7 @@ class _Builder:
             for at, verdict in zip(doubtful, found, strict=True):
                 verdicts[at] = verdict
             tokens_in, tokens_out, requests = tokens_in + judged.tokens_in, tokens_out + judged.tokens_out, 2
-        return Record(order.number, answer.text, answer.cut, "", tokens_in, tokens_out, requests, verdicts)
+        return Record(order.number, text, answer.cut, "", tokens_in, tokens_out, requests, verdicts)
 
     def _candidates(self, order: Order, record: Record) -> list[Candidate]:
         items = read_items(record.text, order.ask)
