@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from npti_export.cli.bench_build import build
 from npti_export.cli.bench_files import export_command, import_command, new
 from npti_export.cli.bench_views import lint, show, stats
 
@@ -13,5 +14,5 @@ def bench() -> None:
     """Work on benches: the questions and personas that traits are shown by."""
 
 
-for command in (export_command, import_command, lint, new, show, stats):
+for command in (build, export_command, import_command, lint, new, show, stats):
     bench.add_command(command)

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts: continuous batching, and shared beginnings computed once."""
+"""Decoding of many prompts, greedy unless told otherwise: continuous batching, and shared beginnings computed once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from npti_export.runtimes.llamacpp.context import Context, Row
 
 _KEPT_BYTES = 1 << 30  # of shared beginnings
 
+Choose = Callable[[npt.NDArray[np.float32]], int]
+"""Picks the next token of one answer, given its logits."""
 Watch = Callable[[Sequence[int]], None]
 """Told before each decoding step which prompt (by its index) each row belongs to; an empty list is a prompt pass."""
 
@@ -93,6 +95,7 @@ class Decoder:
         penalty: divides positive logits of tokens that prompt or answer hold already, multiplies negative ones.
         max_new_tokens: longest answer.
         watch: told of each pass.
+        samplers: what picks each prompt's tokens; None takes the likeliest ones.
     """
 
     def __init__(
@@ -105,7 +108,9 @@ class Decoder:
         penalty: float,
         max_new_tokens: int,
         watch: Watch | None = None,
+        samplers: Sequence[Choose] | None = None,
     ) -> None:
+        self._samplers = samplers
         self._context, self._is_end, self._beginnings = context, is_end, beginnings
         self._penalty, self._limit, self._sequences = penalty, max_new_tokens, sequences
         self._watch = watch or (lambda _rows: None)
@@ -185,4 +190,6 @@ class Decoder:
         token = int(logits.argmax())
         if not np.isfinite(logits[token]):
             raise ModelError(f"{self._context.model.path}: computes logits that are not numbers; get the file again")
+        if self._samplers is not None:
+            token = self._samplers[answer.index](logits)
         answer.response.append(token)

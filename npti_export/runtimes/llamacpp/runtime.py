@@ -21,7 +21,7 @@ from npti_export.runtimes.base import Exchange, Message
 from npti_export.runtimes.llamacpp.chat import Chat
 from npti_export.runtimes.llamacpp.context import MAX_SEQUENCES, Context, Model, Row, Settings, whole_cells
 from npti_export.runtimes.llamacpp.counting import GateCounter
-from npti_export.runtimes.llamacpp.decoding import Beginnings, Decoder, Savings, Watch
+from npti_export.runtimes.llamacpp.decoding import Beginnings, Choose, Decoder, Savings, Watch
 from npti_export.runtimes.llamacpp.experts import ExpertCounter, ExpertNodes, SeeExperts
 from npti_export.runtimes.llamacpp.taps import See
 from npti_export.stats import ActivationStats, AnswerCounts
@@ -117,10 +117,15 @@ class LlamaCppRuntime:
             self._context.set_control_vector(directions)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, repetition_penalty: float
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        repetition_penalty: float,
+        samplers: Sequence[Choose] | None = None,
     ) -> list[Exchange]:
-        """See :class:`npti_export.runtimes.base.Runtime`."""
-        return self._decoder(prompts, max_new_tokens, repetition_penalty).run(prompts)
+        """See :class:`npti_export.runtimes.base.Runtime`; ``samplers`` pick each prompt's tokens, if given."""
+        return self._decoder(prompts, max_new_tokens, repetition_penalty, samplers=samplers).run(prompts)
 
     def observe(
         self,
@@ -268,7 +273,12 @@ class LlamaCppRuntime:
         return sequences * -(-longest // step) * step, sequences
 
     def _decoder(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, penalty: float, watch: Watch | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        penalty: float,
+        watch: Watch | None = None,
+        samplers: Sequence[Choose] | None = None,
     ) -> Decoder:
         cells, sequences = self._room(prompts, max_new_tokens)
         return Decoder(
@@ -279,6 +289,7 @@ class LlamaCppRuntime:
             penalty=penalty,
             max_new_tokens=max_new_tokens,
             watch=watch,
+            samplers=samplers,
         )
 
     def _counter(self, groups: int, answers: int) -> GateCounter | ExpertCounter:
