@@ -58,6 +58,10 @@ class CompileError(NptiError):
     """A budget or fidelity that no program meets."""
 
 
+class EvaluationError(NptiError):
+    """An evaluation, a judge, an inventory or a task that is damaged, or that cannot be done with this model."""
+
+
 class HubError(NptiError):
     """A repository or token that the Hub does not take, or an upload that broke off."""
 
