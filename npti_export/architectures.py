@@ -130,6 +130,11 @@ class GGUFFamily:
     mixture: bool = False
 
     @property
+    def product(self) -> str:
+        """Node of the down projection's input, ``[rows, n_ff]``, in dense models (``build_ffn``)."""
+        return {"silu": "ffn_swiglu", "gelu_pytorch_tanh": "ffn_geglu"}[self.activation]
+
+    @property
     def architecture(self) -> Architecture:
         """The row of the first table; for a model that transformers has no class for, one that only has its name."""
         rows = (row for row in ARCHITECTURES if self.model_type in row.model_types)

@@ -20,6 +20,7 @@ from npti_export.version import __version__
 Matrix = npt.NDArray[np.float32]
 SAFETENSORS_SUFFIXES = (".safetensors", "")  # a bare name is as good
 FIELDS = ("p_plus", "p_minus", "a95_plus", "a95_minus")
+MOMENTS = ("mean_plus", "mean_minus", "deviation")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class NeuronProfile:
         a95_minus: the same under ``-``.
         fingerprint: of the model, or None where the source did not say (the published JSON).
         origin: where it came from: model name, recipe, bench digest, token counts, tool version.
+        mean_plus: ``[layers, width]`` float32, mean of the down projection's input under ``+``; None where the source
+            did not say (mixtures of experts, the published JSON, profiles of earlier versions), as are the next two.
+        mean_minus: the same under ``-``.
+        deviation: its standard deviation, pooled over both poles.
     """
 
     trait: str
@@ -43,6 +48,9 @@ class NeuronProfile:
     a95_minus: Matrix
     fingerprint: str | None
     origin: dict[str, Any] = field(default_factory=dict)
+    mean_plus: Matrix | None = None
+    mean_minus: Matrix | None = None
+    deviation: Matrix | None = None
 
     @property
     def delta(self) -> Matrix:
@@ -89,7 +97,12 @@ def profile_from_stats(
     tokens = {"+": plus.tokens, "-": minus.tokens}
     described = {"model": source.name, "version": __version__, "tokens": tokens, **origin}
     p_plus, p_minus, a95_plus, a95_minus = (value.astype(np.float32) for value in values)
-    return NeuronProfile(trait, p_plus, p_minus, a95_plus, a95_minus, source.fingerprint, described)
+    more: dict[str, Matrix] = {}
+    if plus.product is not None and minus.product is not None:
+        (mean_plus, one), (mean_minus, other) = plus.moments(), minus.moments()
+        pooled = np.sqrt((one * plus.tokens + other * minus.tokens) / (plus.tokens + minus.tokens))
+        more = dict(zip(MOMENTS, (one.astype(np.float32) for one in (mean_plus, mean_minus, pooled)), strict=True))
+    return NeuronProfile(trait, p_plus, p_minus, a95_plus, a95_minus, source.fingerprint, described, **more)
 
 
 def write_profile(profile: NeuronProfile, path: Path, *, force: bool) -> None:
@@ -102,7 +115,8 @@ def write_profile(profile: NeuronProfile, path: Path, *, force: bool) -> None:
 
     described = {"trait": profile.trait, "fingerprint": profile.fingerprint, "origin": profile.origin}
     with atomic_output(path, force=force) as temporary:
-        tensors = {name: np.ascontiguousarray(getattr(profile, name)) for name in FIELDS}
+        held = (*FIELDS, *MOMENTS) if profile.deviation is not None else FIELDS
+        tensors = {name: np.ascontiguousarray(getattr(profile, name)) for name in held}
         temporary.write_bytes(save(tensors, metadata={"npti.profile": json.dumps(described, sort_keys=True)}))
 
 
@@ -117,17 +131,17 @@ def read_profile(path: Path) -> NeuronProfile:
     try:
         with safe_open(path, framework="np") as tensors:
             described = json.loads(tensors.metadata()["npti.profile"])
-            arrays = [tensors.get_tensor(name) for name in FIELDS]
-        p_plus, p_minus, a95_plus, a95_minus = arrays
+            names = (*FIELDS, *MOMENTS) if MOMENTS[0] in set(tensors.keys()) else FIELDS
+            arrays = {name: tensors.get_tensor(name) for name in names}
         profile = NeuronProfile(
-            described["trait"], p_plus, p_minus, a95_plus, a95_minus, described["fingerprint"], described["origin"]
+            trait=described["trait"], fingerprint=described["fingerprint"], origin=described["origin"], **arrays
         )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ProfileError(f"{path}: not a neuron profile, or damaged ({type(error).__name__}: {error})") from error
     if not (isinstance(profile.trait, str) and (profile.trait in FACETS or is_own_name(profile.trait))):
         raise ProfileError(f"{path}: is a profile of {shortened(profile.trait)}, which is no name of a trait")
-    for name, array in zip(FIELDS, arrays, strict=True):
-        if array.dtype != np.float32 or array.ndim != 2 or array.shape != arrays[0].shape:
+    for name, array in arrays.items():
+        if array.dtype != np.float32 or array.ndim != 2 or array.shape != arrays[FIELDS[0]].shape:
             raise ProfileError(
                 f"{path}: tensor {name} is {array.dtype} {array.shape}, not a float32 matrix like the others"
             )

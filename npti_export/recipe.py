@@ -77,7 +77,7 @@ class SelectSection(_Section):
 
 
 class RuleSection(_Section):
-    """The induction rule."""
+    """The rule: the paper's shifts and clamps, and a constant as DPN-LE and mean shifts add it."""
 
     gamma: float = Field(gt=0, le=100, description="Strength of the shift")
     percentile: float = Field(gt=0, lt=1, description="Quantile of the activation that scales a shift")
@@ -85,6 +85,21 @@ class RuleSection(_Section):
     center: float = Field(ge=0, le=1, description="|delta| at which the weight is one half")
     shift: bool = Field(description="Shift the wanted pole's neurons")
     clamp: bool = Field(description="Clamp the opposite pole's neurons")
+    constant: float = Field(
+        default=0.0, ge=0, le=100, description="Times the poles' difference of mean inputs of the down projections"
+    )
+    effect_size: float = Field(default=0.0, ge=0, description="Constants: smallest Cohen's d of that difference")
+    magnitude: float = Field(default=0.0, ge=0, lt=1, description="Constants: quantile that its size must exceed")
+    first_layer: float = Field(default=0.0, ge=0, le=1, description="Where the rule begins, as a share of the layers")
+    last_layer: float = Field(default=1.0, ge=0, le=1, description="Where it ends, likewise")
+
+    @model_validator(mode="after")
+    def _does_something(self) -> RuleSection:
+        if self.first_layer >= self.last_layer:
+            raise ValueError(f"first_layer = {self.first_layer} must lie below last_layer = {self.last_layer}")
+        if not (self.shift or self.clamp or self.constant):
+            raise ValueError("shift, clamp and constant are all off, so the rule would do nothing; switch one on")
+        return self
 
 
 class CompileSection(_Section):
@@ -123,6 +138,13 @@ class VerifySection(_Section):
     kl_floor_cap: float = Field(gt=0, description="Largest believable runtime floor in nats")
 
 
+class PoleSection(_Section):
+    """What differs for one pole: keys of ``select`` and ``rule``."""
+
+    select: dict[str, Any] = Field(default_factory=dict)
+    rule: dict[str, Any] = Field(default_factory=dict)
+
+
 class Recipe(_Section):
     """Every choice of a run. Immutable; :func:`load_recipe` reads one."""
 
@@ -135,6 +157,26 @@ class Recipe(_Section):
     rule: RuleSection
     compile: CompileSection
     verify: VerifySection
+    poles: dict[str, PoleSection] = Field(default_factory=dict, description="By pole, such as extraversion+")
+
+    @model_validator(mode="after")
+    def _poles_are_valid(self) -> Recipe:
+        for pole in self.poles:
+            self.for_pole(pole)
+        return self
+
+    def for_pole(self, pole: str) -> Recipe:
+        """This recipe with what ``poles`` says of one pole, such as ``extraversion+``, in its place.
+
+        Raises:
+            ValueError: an unknown key or a bad value there.
+        """
+        special = self.poles.get(pole)
+        if special is None:
+            return self
+        select = SelectSection.model_validate(self.select.model_dump() | special.select)
+        rule = RuleSection.model_validate(self.rule.model_dump() | special.rule)
+        return self.model_copy(update={"select": select, "rule": rule, "poles": {}})
 
     def to_json(self) -> str:
         """The resolved recipe as compact JSON with sorted keys, for reports, metadata and cache keys."""
@@ -253,6 +295,15 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         section[key] = dict(below)
         section = section[key]
     section[keys[-1]] = None if value == "none" else value
+    if len(keys) == 2 and isinstance(raw.get("poles"), Mapping):  # what is asked for now holds for every pole
+        raw["poles"] = {pole: _without(special, *keys) for pole, special in raw["poles"].items()}
+
+
+def _without(special: Any, section: str, key: str) -> Any:
+    below = special.get(section) if isinstance(special, Mapping) else None
+    if not isinstance(below, Mapping):
+        return special
+    return {**special, section: {name: value for name, value in below.items() if name != key}}
 
 
 def _explain(source: str, error: ValidationError) -> str:

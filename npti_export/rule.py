@@ -12,7 +12,7 @@ from npti_export.errors import ProfileError
 from npti_export.identify.select import pole_neurons
 from npti_export.profile import NeuronProfile
 from npti_export.recipe import Recipe
-from npti_export.traits import TraitSpec
+from npti_export.traits import Sign, TraitSpec
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,18 @@ def build_rule(profile: NeuronProfile, spec: TraitSpec, recipe: Recipe) -> Steer
     """The rule that moves a model towards one pole.
 
     Clamps the opposite pole's neurons and shifts the wanted pole's by ``gamma · strength · a95 · f(|delta|)`` with
-    ``f(d) = 1 / (1 + exp(-slope (d - center)))``.
+    ``f(d) = 1 / (1 + exp(-slope (d - center)))``. Adds ``constant · strength`` times the difference of the poles' mean
+    inputs to the down projections, of all neurons or of those where it is large, see :func:`mean_difference`.
 
     Args:
         profile: of ``spec.trait``.
-        spec: the pole and its strength, which multiplies gamma; a clamp is all or nothing.
-        recipe: its ``select`` and ``rule`` sections.
+        spec: the pole and its strength, which multiplies gamma and the constant; a clamp is all or nothing.
+        recipe: its ``select`` and ``rule`` sections, with what ``poles`` says of this one.
 
     Raises:
-        ProfileError: a pole has no neuron, or neither shift nor clamp does anything.
+        ProfileError: a pole has no neuron, nothing is left that does anything, or the profile lacks the means.
     """
+    recipe = recipe.for_pole(spec.pole)
     select, settings = recipe.select, recipe.rule
     limits = (select.threshold, select.at_least, select.at_most)
     shift = np.zeros(profile.p_plus.shape, np.float64)
@@ -92,12 +94,48 @@ def build_rule(profile: NeuronProfile, spec: TraitSpec, recipe: Recipe) -> Steer
         shift[wanted] = settings.gamma * spec.strength * profile.a95(spec.sign)[wanted] * weight
     if settings.clamp:
         clamp[pole_neurons(profile, "-" if spec.sign == "+" else "+", *limits)] = True
-    rule = SteeringRule(shift.astype(np.float32), clamp)
-    if rule.shifted + rule.clamped == 0:
+    constant = None
+    if settings.constant:
+        constant = (settings.constant * spec.strength * mean_difference(profile, spec.sign, recipe)).astype(np.float32)
+    outside = np.ones(len(shift), np.bool_)
+    outside[layer_range(recipe, len(shift))] = False
+    for part in (shift, clamp) if constant is None else (shift, clamp, constant):
+        part[outside] = 0
+    rule = SteeringRule(shift.astype(np.float32), clamp, constant)
+    if rule.changed == 0:
         raise ProfileError(
-            f"the rule for {spec} changes no neuron; set rule.shift or rule.clamp, or lower select.threshold"
+            f"the rule for {spec} changes no neuron; set rule.shift, rule.clamp or rule.constant, lower "
+            "select.threshold, rule.effect_size or rule.magnitude, or widen rule.first_layer to rule.last_layer"
         )
     return rule
+
+
+def layer_range(recipe: Recipe, layers: int) -> slice:
+    """The layers that a rule may touch: ``first_layer`` to ``last_layer`` of their number, rounded."""
+    return slice(round(recipe.rule.first_layer * layers), round(recipe.rule.last_layer * layers))
+
+
+def mean_difference(profile: NeuronProfile, sign: Sign, recipe: Recipe) -> npt.NDArray[np.float64]:
+    """Difference of the mean down-projection inputs of the poles, wanted minus opposite, ``[layers, width]``.
+
+    0 for neurons whose Cohen's d, the difference by the pooled standard deviation, is under ``rule.effect_size``, or
+    whose difference is not larger than the ``rule.magnitude`` quantile of all neurons' (DPN-LE, arXiv 2604.27929: 0.8
+    and 0.995).
+
+    Raises:
+        ProfileError: the profile does not hold the means.
+    """
+    if profile.mean_plus is None or profile.mean_minus is None or profile.deviation is None:
+        raise ProfileError(
+            f"the profile of {profile.trait} does not hold what the down projections read, which rule.constant needs: "
+            "identify again with this version (a published profile and a mixture of experts have no such means)"
+        )
+    difference = profile.mean_plus.astype(np.float64) - profile.mean_minus
+    size, settings = np.abs(difference), recipe.rule
+    keeps = size >= settings.effect_size * profile.deviation
+    if settings.magnitude:
+        keeps &= size > np.quantile(size, settings.magnitude)
+    return np.where(keeps, difference if sign == "+" else -difference, 0.0)
 
 
 def compose(rules: Sequence[SteeringRule]) -> SteeringRule:

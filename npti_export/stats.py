@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ EDGES: npt.NDArray[np.float32] = np.exp2(
 ).astype(np.float32)
 BIN_COUNT = len(EDGES) + 1
 _FIELDS = ("active", "histogram", "largest")  # arrays of a saved file
+_OPTIONAL = ("routed", "product")
 _SPREAD_FIELDS = ("products", "mixed")
 
 
@@ -120,6 +121,8 @@ class ActivationStats:
         largest: ``[layers, width]`` float32, the largest activation seen; 0 where none was positive.
         routed: in a mixture of experts ``[layers, experts]`` int64, tokens that were sent to each expert; None in a
             dense model, where every neuron sees every token. A neuron whose expert is not asked is not active.
+        product: ``[2, layers, width]`` float64, sum and sum of squares of the down projection's input ``a ⊙ up``, which
+            DPN-LE (arXiv 2604.27929) and mean shifts read; None in a mixture of experts, where nobody counts it.
 
     Adding two is associative and commutative and has :meth:`empty` as zero, so shards, resumed runs and workers
     all combine by ``+``.
@@ -130,6 +133,7 @@ class ActivationStats:
     histogram: npt.NDArray[np.int32]
     largest: npt.NDArray[np.float32]
     routed: npt.NDArray[np.int64] | None = None
+    product: npt.NDArray[np.float64] | None = None
 
     @classmethod
     def empty(cls, layers: int, width: int) -> ActivationStats:
@@ -148,7 +152,19 @@ class ActivationStats:
             self.histogram + other.histogram,
             np.maximum(self.largest, other.largest),
             _added(self.routed, other.routed),
+            _added(self.product, other.product),
         )
+
+    def moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Mean and variance of each down projection's input, ``[layers, width]`` each.
+
+        Raises:
+            ProfileError: they were not counted, or there was no token.
+        """
+        if self.product is None or self.tokens == 0:
+            raise ProfileError("the inputs of the down projections were not counted")
+        mean, square = self.product / self.tokens
+        return mean, np.maximum(square - mean * mean, 0)
 
     @property
     def seen(self) -> npt.NDArray[np.int64] | int:
@@ -188,7 +204,10 @@ class ActivationStats:
         return np.where(rank > 0, value, 0.0)
 
 
-def _added(one: npt.NDArray[np.int64] | None, other: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64] | None:
+Counted = TypeVar("Counted", npt.NDArray[np.int64], npt.NDArray[np.float64])
+
+
+def _added(one: Counted | None, other: Counted | None) -> Counted | None:
     if one is None or other is None:  # nothing was counted yet, or the model is dense
         return one if other is None else other
     return one + other
@@ -218,7 +237,8 @@ def save_stats(path: Path, stats: ContrastStats, progress: dict[str, object]) ->
 
     poles = {"plus": stats.plus, "minus": stats.minus}
     tensors = {f"{name}.{field}": getattr(one, field) for name, one in poles.items() for field in _FIELDS}
-    tensors |= {f"{name}.routed": one.routed for name, one in poles.items() if one.routed is not None}
+    for field in _OPTIONAL:
+        tensors |= {f"{name}.{field}": getattr(one, field) for name, one in poles.items() if _has(one, field)}
     tensors |= {f"spread.{field}": getattr(stats.spread, field) for field in _SPREAD_FIELDS}
     record = {
         "tokens": {name: one.tokens for name, one in poles.items()},
@@ -251,5 +271,10 @@ def load_stats(path: Path) -> tuple[ContrastStats, dict[str, object]]:
 
 
 def _read_pole(tensors: Any, name: str, tokens: int) -> ActivationStats:
-    fields = (*_FIELDS, "routed") if f"{name}.routed" in tensors.keys() else _FIELDS  # noqa: SIM118  not a mapping
-    return ActivationStats(tokens, *(tensors.get_tensor(f"{name}.{field}") for field in fields))
+    there = set(tensors.keys())
+    more = {field: tensors.get_tensor(f"{name}.{field}") for field in _OPTIONAL if f"{name}.{field}" in there}
+    return ActivationStats(tokens, *(tensors.get_tensor(f"{name}.{field}") for field in _FIELDS), **more)
+
+
+def _has(stats: ActivationStats, field: str) -> bool:
+    return getattr(stats, field) is not None

@@ -32,17 +32,19 @@ def test_the_nodes_are_what_the_table_says(make_tiny, name):
     """From the named input and the file's weights, the MLP computed here gives the named gate and output."""
     family, path = gguf_family(name, "x"), make_tiny(family=name)
     layer = 1
-    wanted = [f"{node}-{layer}" for node in (family.mlp_input, family.gate, family.mlp_output)]
+    wanted = [f"{node}-{layer}" for node in (family.mlp_input, family.gate, family.product, family.mlp_output)]
     found = nodes(path, TOKENS, wanted)
     assert [node for node, _ in found] == wanted
-    (x, gate, output) = (values.astype(np.float64) for _, values in found)
+    (x, gate, product, output) = (values.astype(np.float64) for _, values in found)
     w = {tensor.name: tensor.data.astype(np.float64) for tensor in GGUFReader(path).tensors}
     up = w[f"blk.{layer}.ffn_up.weight"]
     stacked = up if family.fused else w[f"blk.{layer}.ffn_gate.weight"]
     np.testing.assert_allclose(gate, x @ stacked.T, atol=GRAPH_NODES)
     assert gate.shape == (len(TOKENS), 192 if family.fused else 96)
     g, up = gate[:, :96], up[96:] if family.fused else up
-    want = (ACTIVATIONS[family.activation](g) * (x @ up.T)) @ w[f"blk.{layer}.ffn_down.weight"].T
+    entering = ACTIVATIONS[family.activation](g) * (x @ up.T)
+    np.testing.assert_allclose(product, entering, atol=GRAPH_NODES * max(1, np.abs(entering).max()))
+    want = entering @ w[f"blk.{layer}.ffn_down.weight"].T
     np.testing.assert_allclose(output, want, atol=GRAPH_NODES * max(1, np.abs(want).max()))
     assert np.abs(want).max() > 10 * GRAPH_NODES
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tolerances import FLOAT32
 
-from npti_export.errors import OutputError, ProfileError
+from npti_export.errors import OutputError, ProfileError, RecipeError
 from npti_export.identify.select import pole_neurons
 from npti_export.inspection import inspect_file
 from npti_export.models import ModelShape, gguf_source
@@ -103,7 +103,9 @@ def test_ablations_and_composition():
     np.testing.assert_array_equal(compose([whole, whole]).shift, 2 * whole.shift)
     np.testing.assert_array_equal(compose([whole, whole]).clamp, whole.clamp)
     with pytest.raises(ProfileError, match="changes no neuron"):
-        build_rule(profile, spec, load_recipe("npti", ["rule.clamp=false", "rule.shift=false"]))
+        build_rule(profile, spec, load_recipe("npti", ["rule.last_layer=0.01"]))
+    with pytest.raises(RecipeError, match="all off"):
+        load_recipe("npti", ["rule.clamp=false", "rule.shift=false"])
 
 
 def test_profiles_round_trip(tmp_path):

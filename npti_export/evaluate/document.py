@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from npti_export.errors import EvaluationError
 
-FORMAT = 1
+FORMAT: Final = 1
 
 
 class _Part(BaseModel):

@@ -20,7 +20,7 @@ from npti_export.runtimes.base import Runtime, chat
 from npti_export.stats import ContrastStats, PairSpread, load_stats, save_stats
 from npti_export.traits import SIGNS, Sign
 
-_CACHE_FORMAT = 3  # raise when the meaning of cached statistics changes
+_CACHE_FORMAT = 4  # raise when the meaning of cached statistics changes
 
 
 def cache_folder() -> Path:

@@ -22,20 +22,31 @@ class StatsAccumulator:
         width: neurons of a layer, of all its experts together.
         device: the model's.
         experts: of a layer; 1 in a dense model.
+        products: whether the inputs of down projections will be seen, too.
     """
 
-    def __init__(self, layers: int, width: int, device: torch.device, experts: int = 1) -> None:
+    def __init__(
+        self, layers: int, width: int, device: torch.device, experts: int = 1, *, products: bool = False
+    ) -> None:
         self._tokens = 0
         self._width, self._experts = width, experts
         self._active = torch.zeros((layers, width), dtype=torch.int64, device=device)
         self._histogram = torch.zeros((layers, width * BIN_COUNT), dtype=torch.int32, device=device)
         self._largest = torch.zeros((layers, width), dtype=torch.float32, device=device)
         self._routed = torch.zeros((layers, experts), dtype=torch.int64, device=device)
+        # float64 where there is any: the sums of a shard, and of all of them, are right to the last digits
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        self._product = torch.zeros((2, layers, width), dtype=exact, device=device) if products else None
         self._answers: list[tuple[Any, Any]] = []  # [answers, layers, width] and [answers] of each pass
         self._edges = torch.from_numpy(EDGES).to(device)
 
     @contextmanager
-    def listen(self, activations: Sequence[torch.nn.Module], counted: torch.Tensor) -> Iterator[None]:
+    def listen(
+        self,
+        activations: Sequence[torch.nn.Module],
+        counted: torch.Tensor,
+        down_projections: Sequence[torch.nn.Module] = (),
+    ) -> Iterator[None]:
         """Count, during the forward passes of the block, the positions of ``counted`` ``[batch, length]`` bool."""
         layers = len(activations)
         counts = torch.zeros((len(counted), layers, self._width), dtype=torch.int32, device=counted.device)
@@ -46,6 +57,8 @@ class StatsAccumulator:
                     stack.enter_context(routing.listening())
                 hook = self._hook(layer, counted, counts[:, layer], routing)
                 stack.callback(module.register_forward_hook(hook).remove)
+            for layer, module in enumerate(down_projections):
+                stack.callback(module.register_forward_pre_hook(self._product_hook(layer, counted)).remove)
             yield
         self._tokens += int(counted.sum())
         self._answers.append((counts.cpu().numpy(), counted.sum(1).cpu().numpy()))
@@ -65,6 +78,15 @@ class StatsAccumulator:
             self._add(layer, output[wanted], rows.tokens[wanted] // length, counts, rows.neurons)
 
         return dense if routing is None else of_expert
+
+    def _product_hook(self, layer: int, counted: torch.Tensor) -> Any:
+        def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            assert self._product is not None
+            values = inputs[0][counted].to(self._product.dtype)
+            self._product[0, layer] += values.sum(0)
+            self._product[1, layer] += values.square().sum(0)
+
+        return hook
 
     def _add(
         self, layer: int, values: torch.Tensor, owners: torch.Tensor, counts: torch.Tensor, neurons: slice
@@ -93,6 +115,7 @@ class StatsAccumulator:
             self._histogram.reshape(shape).cpu().numpy(),
             self._largest.cpu().numpy(),
             self._routed.cpu().numpy() if self._experts > 1 else None,
+            None if self._product is None else self._product.double().cpu().numpy(),
         )
 
     def counts(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:

@@ -184,13 +184,16 @@ class TransformersRuntime:
         from npti_export.runtimes.accumulate import StatsAccumulator
 
         shape = self.source.shape
-        accumulator = StatsAccumulator(shape.layers, shape.width, self.device, shape.experts)
+        downs = self.down_projections
+        accumulator = StatsAccumulator(
+            shape.layers, shape.width, self.device, shape.experts, products=downs is not None
+        )
         for batch in _batches(exchanges):
             ids, mask = self._pad([exchange.tokens for exchange in batch], left=False)
             counted = torch.zeros_like(ids, dtype=torch.bool)
             for row, exchange in enumerate(batch):
                 counted[row, len(exchange.prompt) : len(exchange.tokens) - 1] = True
-            with accumulator.listen(self.activations, counted), torch.inference_mode():
+            with accumulator.listen(self.activations, counted, downs or ()), torch.inference_mode():
                 self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         return accumulator
 

@@ -79,6 +79,19 @@ class GateCounter:
 
         return look
 
+    def see_product(self, layer: int) -> See:
+        """What a tap does with the input of a layer's down projection ``[rows, neurons]``."""
+
+        def look(values: Floats) -> bool:
+            width = values.shape[1]
+            for group, rows, _ in self._rows:
+                some = values[rows].astype(np.float64)
+                group.product[0, layer, :width] += some.sum(0)
+                group.product[1, layer, :width] += np.square(some, out=some).sum(0)
+            return False
+
+        return look
+
     def counts(self) -> AnswerCounts:
         """Of each answer."""
         for group in self._groups:
@@ -105,6 +118,7 @@ class GateCounter:
             self._counts[chosen].sum(0, dtype=np.int64),
             group.histogram,
             activate(np.maximum(group.largest, 0), self._activation),
+            product=group.product,
         )
 
     def _sum_up(self, group: _Group) -> None:
@@ -142,6 +156,7 @@ class _Group:
         self.histogram = np.zeros((layers, width, BIN_COUNT), np.int32)
         self.largest = np.full((layers, width), -np.inf, np.float32)  # of the pre-activation
         self.buffer = np.zeros((layers, _HELD_ROWS, width), np.uint8)
+        self.product = np.zeros((2, layers, width))  # of the down projection's input: sum, sum of squares
         self.owners: list[int] = []  # the answer of each held row
 
     @property

@@ -305,7 +305,8 @@ class LlamaCppRuntime:
             biased = (f"{FFN_GATE.format(layer)}.bias" in tensors for layer in range(self._source.shape.layers))
             self._gate_names = [f"{family.gate}{'_b' * has}-{layer}".encode() for layer, has in enumerate(biased)]
         width = self._source.shape.width if self._family.fused else None
-        return {name: counter.see(layer, width) for layer, name in enumerate(self._gate_names)}
+        nodes = {name: counter.see(layer, width) for layer, name in enumerate(self._gate_names)}
+        return nodes | {f"{self._family.product}-{at}".encode(): counter.see_product(at) for at in self._layers}
 
     @cached_property
     def _experts(self) -> Experts:

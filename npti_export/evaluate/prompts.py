@@ -1,0 +1,63 @@
+"""What is sent to a model to get a personality from it, or to see one: nothing, an adjective, a persona."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from npti_export.bench import Question, TraitBench, pair_with_personas
+from npti_export.identify.collect import contrast_prompts
+from npti_export.recipe import Recipe
+from npti_export.runtimes.base import Message, Runtime, chat
+from npti_export.traits import Sign
+
+Prompting = Literal["plain", "adjective", "persona"]
+PROMPTINGS: tuple[Prompting, ...] = ("plain", "adjective", "persona")
+_ADJECTIVE = "You are a very {name} person: {description}."
+_SCORING = 6  # personas a pole: one a facet, in the shipped bench
+
+
+def prompts(
+    runtime: Runtime, bench: TraitBench, questions: Sequence[Question], sign: Sign, recipe: Recipe, how: Prompting
+) -> list[tuple[int, ...]]:
+    """Token ids of each question as a user sends it who prompts for a pole in one of three ways.
+
+    ``adjective`` says the pole's name and what it means, in one sentence; ``persona`` is one of the bench's
+    descriptions of somebody at that pole, as identification gives it to the same question.
+    """
+    if how == "persona":
+        return contrast_prompts(runtime, bench, questions, sign, recipe)
+    system = None
+    if how == "adjective":
+        pole = bench.definition.pole(sign)
+        persona = _ADJECTIVE.format(name=pole.name, description=pole.description.rstrip("."))
+        system = recipe.prompt.system.replace("{persona}", persona)
+    return [runtime.encode(message(system, question.text, recipe)) for question in questions]
+
+
+def message(system: str | None, question: str, recipe: Recipe) -> list[Message]:
+    """A one-turn chat with a question in the recipe's words."""
+    return chat(system, recipe.prompt.user.replace("{question}", question))
+
+
+def scoring_personas(bench: TraitBench, sign: Sign, seed: int) -> list[str]:
+    """The personas of a pole that answers are scored under: the first of each facet, in a seeded order.
+
+    Few, so that what they add to a prompt is computed once for all questions. They come from the end of the order whose
+    beginning :func:`prompts` pairs with questions.
+    """
+    order = pair_with_personas(bench, sign, len(bench.pole(sign)), seed)[::-1]
+    first = {persona.facet: persona.text for persona in reversed(order)}
+    return [persona.text for persona in order if first[persona.facet] == persona.text][:_SCORING]
+
+
+def scoring_prompts(
+    runtime: Runtime, bench: TraitBench, questions: Sequence[Question], sign: Sign, recipe: Recipe, turn: int
+) -> list[tuple[int, ...]]:
+    """The questions under personas of a pole by which answers are scored; each turn gives a question another one."""
+    personas = scoring_personas(bench, sign, recipe.identify.seed)
+    found = []
+    for place, question in enumerate(questions):
+        system = recipe.prompt.system.replace("{persona}", personas[(place + turn) % len(personas)])
+        found.append(runtime.encode(message(system, question.text, recipe)))
+    return found
