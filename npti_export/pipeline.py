@@ -14,7 +14,7 @@ from npti_export.benches import held_out, searched
 from npti_export.endings.base import SINGLE_FILES, Ending, Written
 from npti_export.errors import FidelityError, ModelError, NptiError
 from npti_export.files import set_aside
-from npti_export.identify.collect import identify
+from npti_export.identify.profiles import Place, profile_for
 from npti_export.job import QUESTION_TOKENS, Job, Prepared, prepared, with_base
 from npti_export.loader import Models, Timings
 from npti_export.models import ModelSource, gguf_source
@@ -26,6 +26,7 @@ from npti_export.report import peak_rss_mb
 from npti_export.rule import build_rule, compose
 from npti_export.rule_io import Provenance, SavedRule
 from npti_export.runtimes.base import chat
+from npti_export.traits import SIGNS
 from npti_export.version import __version__
 
 if TYPE_CHECKING:
@@ -114,16 +115,10 @@ def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress:
             continue
         loaded = timings.seconds.get("load", 0.0)
         started = time.perf_counter()
-        profiles[trait] = identify(
-            models.fast,
-            ready.source,
-            bench,
-            ready.recipe,
-            progress,
-            dtype=models.dtype(),
-            device=models.device(),
-            cache=job.cache,
-        )
+        place = Place(models.fast, ready.source, models.dtype(), models.device(), job.cache)
+        signs = sorted({spec.sign for spec in ready.traits if spec.trait == trait})
+        keeps = job.save_profile is not None
+        profiles[trait] = profile_for(place, bench, SIGNS if keeps else signs, ready.recipe, progress, whole=keeps)
         loading = timings.seconds.get("load", 0.0) - loaded
         timings.seconds["identify"] = timings.seconds.get("identify", 0.0) + time.perf_counter() - started - loading
     if job.save_profile is not None:

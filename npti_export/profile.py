@@ -21,6 +21,7 @@ Matrix = npt.NDArray[np.float32]
 SAFETENSORS_SUFFIXES = (".safetensors", "")  # a bare name is as good
 FIELDS = ("p_plus", "p_minus", "a95_plus", "a95_minus")
 MOMENTS = ("mean_plus", "mean_minus", "deviation")
+MATCHED = ("matched_plus", "matched_minus")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class NeuronProfile:
             did not say (mixtures of experts, the published JSON, profiles of earlier versions), as are the next two.
         mean_minus: the same under ``-``.
         deviation: its standard deviation, pooled over both poles.
+        matched_plus: ``[layers, width]`` float32, see :mod:`npti_export.identify.matched`; None where nobody asked.
+        matched_minus: the same towards ``-``.
     """
 
     trait: str
@@ -51,6 +54,8 @@ class NeuronProfile:
     mean_plus: Matrix | None = None
     mean_minus: Matrix | None = None
     deviation: Matrix | None = None
+    matched_plus: Matrix | None = None
+    matched_minus: Matrix | None = None
 
     @property
     def delta(self) -> Matrix:
@@ -60,6 +65,10 @@ class NeuronProfile:
     def a95(self, sign: Sign) -> Matrix:
         """a95 under one pole."""
         return self.a95_plus if sign == "+" else self.a95_minus
+
+    def matched(self, sign: Sign) -> Matrix | None:
+        """The matched constant towards one pole, if it was asked for."""
+        return self.matched_plus if sign == "+" else self.matched_minus
 
     def check_model(self, source: ModelSource, *, any_model: bool = False) -> None:
         """Raise unless this profile is of ``source``.
@@ -115,7 +124,7 @@ def write_profile(profile: NeuronProfile, path: Path, *, force: bool) -> None:
 
     described = {"trait": profile.trait, "fingerprint": profile.fingerprint, "origin": profile.origin}
     with atomic_output(path, force=force) as temporary:
-        held = (*FIELDS, *MOMENTS) if profile.deviation is not None else FIELDS
+        held = [name for name in (*FIELDS, *MOMENTS, *MATCHED) if getattr(profile, name) is not None]
         tensors = {name: np.ascontiguousarray(getattr(profile, name)) for name in held}
         temporary.write_bytes(save(tensors, metadata={"npti.profile": json.dumps(described, sort_keys=True)}))
 
@@ -131,8 +140,9 @@ def read_profile(path: Path) -> NeuronProfile:
     try:
         with safe_open(path, framework="np") as tensors:
             described = json.loads(tensors.metadata()["npti.profile"])
-            names = (*FIELDS, *MOMENTS) if MOMENTS[0] in set(tensors.keys()) else FIELDS
-            arrays = {name: tensors.get_tensor(name) for name in names}
+            there = set(tensors.keys())
+            optional = [name for name in (*MOMENTS, *MATCHED) if name in there]
+            arrays = {name: tensors.get_tensor(name) for name in (*FIELDS, *optional)}
         profile = NeuronProfile(
             trait=described["trait"], fingerprint=described["fingerprint"], origin=described["origin"], **arrays
         )

@@ -58,6 +58,7 @@ class IdentifySection(_Section):
     until: Literal["stable", "all"] = Field(description="Stop once the selected neurons have settled, or ask all")
     overlap: float = Field(gt=0, le=1, description="Settled: expected overlap with the selection from all questions")
     floor: int = Field(ge=2, description="Questions asked in any case")
+    matched_questions: int = Field(default=48, ge=1, description="Search questions that rule.matched is found on")
 
 
 class SelectSection(_Section):
@@ -90,6 +91,9 @@ class RuleSection(_Section):
     )
     effect_size: float = Field(default=0.0, ge=0, description="Constants: smallest Cohen's d of that difference")
     magnitude: float = Field(default=0.0, ge=0, lt=1, description="Constants: quantile that its size must exceed")
+    matched: float = Field(
+        default=0.0, ge=0, le=100, description="Times the constant that moves the residual stream as personas do"
+    )
     first_layer: float = Field(default=0.0, ge=0, le=1, description="Where the rule begins, as a share of the layers")
     last_layer: float = Field(default=1.0, ge=0, le=1, description="Where it ends, likewise")
 
@@ -97,9 +101,16 @@ class RuleSection(_Section):
     def _does_something(self) -> RuleSection:
         if self.first_layer >= self.last_layer:
             raise ValueError(f"first_layer = {self.first_layer} must lie below last_layer = {self.last_layer}")
-        if not (self.shift or self.clamp or self.constant):
-            raise ValueError("shift, clamp and constant are all off, so the rule would do nothing; switch one on")
+        if not (self.by_neurons or self.matched):
+            raise ValueError(
+                "shift, clamp, constant and matched are all off, so the rule would do nothing; switch one on"
+            )
         return self
+
+    @property
+    def by_neurons(self) -> bool:
+        """Whether anything but ``matched`` is asked for, so that neurons have to be identified."""
+        return self.shift or self.clamp or self.constant > 0
 
 
 class CompileSection(_Section):

@@ -71,7 +71,8 @@ def build_rule(profile: NeuronProfile, spec: TraitSpec, recipe: Recipe) -> Steer
 
     Clamps the opposite pole's neurons and shifts the wanted pole's by ``gamma · strength · a95 · f(|delta|)`` with
     ``f(d) = 1 / (1 + exp(-slope (d - center)))``. Adds ``constant · strength`` times the difference of the poles' mean
-    inputs to the down projections, of all neurons or of those where it is large, see :func:`mean_difference`.
+    inputs to the down projections, of all neurons or of those where it is large, see :func:`mean_difference`, and
+    ``matched · strength`` times the constant of :mod:`npti_export.identify.matched`.
 
     Args:
         profile: of ``spec.trait``.
@@ -94,9 +95,12 @@ def build_rule(profile: NeuronProfile, spec: TraitSpec, recipe: Recipe) -> Steer
         shift[wanted] = settings.gamma * spec.strength * profile.a95(spec.sign)[wanted] * weight
     if settings.clamp:
         clamp[pole_neurons(profile, "-" if spec.sign == "+" else "+", *limits)] = True
-    constant = None
+    added = np.zeros(shift.shape)
     if settings.constant:
-        constant = (settings.constant * spec.strength * mean_difference(profile, spec.sign, recipe)).astype(np.float32)
+        added += settings.constant * spec.strength * mean_difference(profile, spec.sign, recipe)
+    if settings.matched:
+        added += settings.matched * spec.strength * _matched(profile, spec)
+    constant = added.astype(np.float32) if settings.constant or settings.matched else None
     outside = np.ones(len(shift), np.bool_)
     outside[layer_range(recipe, len(shift))] = False
     for part in (shift, clamp) if constant is None else (shift, clamp, constant):
@@ -104,10 +108,20 @@ def build_rule(profile: NeuronProfile, spec: TraitSpec, recipe: Recipe) -> Steer
     rule = SteeringRule(shift.astype(np.float32), clamp, constant)
     if rule.changed == 0:
         raise ProfileError(
-            f"the rule for {spec} changes no neuron; set rule.shift, rule.clamp or rule.constant, lower "
+            f"the rule for {spec} changes no neuron; set rule.shift, rule.clamp, rule.constant or rule.matched, lower "
             "select.threshold, rule.effect_size or rule.magnitude, or widen rule.first_layer to rule.last_layer"
         )
     return rule
+
+
+def _matched(profile: NeuronProfile, spec: TraitSpec) -> npt.NDArray[np.float32]:
+    found = profile.matched(spec.sign)
+    if found is None:
+        raise ProfileError(
+            f"the profile of {profile.trait} does not hold the constant that rule.matched multiplies; identify again "
+            f"with this recipe, or leave --profile out"
+        )
+    return found
 
 
 def layer_range(recipe: Recipe, layers: int) -> slice:

@@ -19,12 +19,11 @@ from npti_export.gguf.shards import read_model
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
-from npti_export.runtimes.llamacpp.context import MAX_SEQUENCES
+from npti_export.runtimes.llamacpp.context import chunks
 from npti_export.runtimes.llamacpp.experts import ExpertPass
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime, SeeMLP
 from npti_export.verify import Fidelity, LayerErrors, Tally
 
-_LOGITS_BYTES = 96 << 20  # of one pass over several sequences; four of them are held
 _CHECKED_ROWS = 64  # of each pass, whose MLPs are compared layer by layer
 
 
@@ -128,17 +127,8 @@ def _answers(steered: LlamaCppRuntime, prompts: Sequence[tuple[int, ...]], recip
 
 
 def in_chunks(sequences: Sequence[tuple[int, ...]], vocabulary: int, context: int) -> Iterator[list[tuple[int, ...]]]:
-    """Sequences that are run together, as many as keep their logits small and fit into a ``--context`` (0: none)."""
-    most = _LOGITS_BYTES // (4 * vocabulary)
-    most = min(most, context) if context else most
-    chunk: list[tuple[int, ...]] = []
-    for tokens in sequences:
-        if chunk and (sum(map(len, chunk)) + len(tokens) > most or len(chunk) == MAX_SEQUENCES):
-            yield chunk
-            chunk = []
-        chunk.append(tokens)
-    if chunk:
-        yield chunk
+    """Sequences that are run together, see :func:`npti_export.runtimes.llamacpp.context.chunks`."""
+    return chunks(sequences, len, vocabulary, context)
 
 
 def replaced_by(mlp: LayerMLP) -> SeeMLP:

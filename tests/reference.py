@@ -143,8 +143,9 @@ class ReferenceLlama:
         a = a + shift[:width]
         return self.linear(a * self.linear(x, f"{blk}.ffn_up"), f"{blk}.ffn_down")
 
-    def logits(self, tokens, shift=None, clamp=None, seen=None):
-        """[tokens, vocabulary]; ``seen`` collects the activations a of each layer, [tokens, width]."""
+    def logits(self, tokens, shift=None, clamp=None, seen=None, behind=None):
+        """[tokens, vocabulary]; ``seen`` collects the activations a of each layer, [tokens, width], ``behind`` the
+        residual stream behind it, [tokens, hidden]."""
         x = self.tensors["token_embd.weight"][list(tokens)] * self.embedding
         gates = ("ffn_gate.weight", "ffn_gate_exps.weight")
         width = max(one[..., 0].size for name, one in self.tensors.items() if name.endswith(gates))
@@ -157,6 +158,8 @@ class ReferenceLlama:
             x = x + self.residual * self.attention(self.norm(x, f"blk.{layer}.attn_norm.weight"), layer)
             normed = self.norm(x, f"blk.{layer}.ffn_norm.weight")
             x = x + self.residual * self.mlp(normed, layer, shift[layer], clamp[layer], seen)
+            if behind is not None:
+                behind.append(x)
         return self.norm(x, "output_norm.weight") @ self.tensors["token_embd.weight"].T / self.logit
 
 

@@ -56,7 +56,9 @@ def test_constants_go_with_shifts_and_clamps(profile):
     alone = rule(profile, "npti", "+")
     np.testing.assert_array_equal(both.shift, alone.shift)
     np.testing.assert_array_equal(both.clamp, alone.clamp)
-    np.testing.assert_allclose(both.constant, 0.5 * (profile.mean_plus.astype(np.float64) - profile.mean_minus), rtol=1e-6)
+    np.testing.assert_allclose(
+        both.constant, 0.5 * (profile.mean_plus.astype(np.float64) - profile.mean_minus), rtol=1e-6
+    )
     half = rule(profile, "npti", "+", "rule.last_layer=0.5")
     np.testing.assert_array_equal(half.shift[:2], alone.shift[:2])
     assert not half.shift[2:].any()

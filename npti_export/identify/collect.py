@@ -67,7 +67,7 @@ def identify(
     settings = recipe.identify
     questions = bench.search(settings.questions, settings.seed)
     per_batch = max(1, settings.batch_size // 2)  # each question is decoded as both poles
-    key = _cache_key(source, bench, recipe, dtype, device)
+    key = cache_key(source, bench, recipe, dtype, device)
     state = None if cache is None else cache / "identify" / f"{bench.trait}-{key}.safetensors"
     stats, done = _resume(state, source, progress)
     asked = min(done * per_batch, len(questions))
@@ -165,14 +165,15 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
     return next(different, min(len(left), len(right)))
 
 
-def _cache_key(source: ModelSource, bench: TraitBench, recipe: Recipe, dtype: str, device: str) -> str:
+def cache_key(source: ModelSource, bench: TraitBench, recipe: Recipe, dtype: str, device: str) -> str:
+    """A short name of everything that statistics, and what else is made of a model's answers, depend on."""
     place: list[Any] = [source.digest] if source.digest else _place(source)
     depends: dict[str, Any] = {
         "format": _CACHE_FORMAT,
         "model": [source.fingerprint, *place],
         "bench": bench.digest,
         "prompt": recipe.prompt.model_dump(),
-        "identify": recipe.identify.model_dump(exclude={"until", "overlap", "floor"}),
+        "identify": recipe.identify.model_dump(exclude={"until", "overlap", "floor", "matched_questions"}),
         "dtype": dtype,
         "device": device,
     }

@@ -76,6 +76,22 @@ class Runtime(Protocol):
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """``[tokens, vocabulary]`` next-token logits at every position of one sequence."""
 
+    def log_likelihoods(self, exchanges: Sequence[Exchange]) -> list[float]:
+        """Mean log-likelihood per token (nats) of each response after its prompt."""
+
+    def stream_means(
+        self, exchanges: Sequence[Exchange], added: npt.NDArray[np.float64] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Mean residual stream behind each layer where a response token is predicted, ``[layers, hidden]``.
+
+        Args:
+            exchanges: prompts and responses.
+            added: ``[layers, hidden]``, added to the output of each MLP meanwhile.
+        """
+
+    def down_weight(self, layer: int) -> npt.NDArray[np.float32]:
+        """Weight of a layer's down projection, ``[hidden, width]``."""
+
 
 def chat(system: str | None, user: str) -> list[Message]:
     """A one-turn chat."""

@@ -9,7 +9,7 @@ import operator
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,6 +221,35 @@ class TransformersRuntime:
                     chosen = logits.gather(-1, ids[row, start:end, None])[:, 0]
                     result.append(float((chosen - logits.logsumexp(-1)).mean()))
         return result
+
+    def stream_means(
+        self, exchanges: Sequence[Exchange], added: npt.NDArray[np.float64] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """See :class:`Runtime`."""
+        import torch
+
+        from npti_export.runtimes.streams import StreamMeans, adding
+
+        means = StreamMeans(self.layers, self.source.shape.hidden)
+        for batch in _batches(exchanges):
+            ids, mask = self._pad([exchange.tokens for exchange in batch], left=False)
+            counted = torch.zeros_like(ids, dtype=torch.bool)
+            for row, exchange in enumerate(batch):
+                counted[row, len(exchange.prompt) - 1 : len(exchange.tokens) - 1] = True
+            moved = adding(self._own_downs, added) if added is not None else nullcontext()
+            with moved, means.listen(counted), torch.inference_mode():
+                self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return means.result()
+
+    def down_weight(self, layer: int) -> npt.NDArray[np.float32]:
+        """See :class:`Runtime`."""
+        weight: npt.NDArray[np.float32] = self._own_downs[layer].weight.detach().float().cpu().numpy()
+        return weight
+
+    @property
+    def _own_downs(self) -> list[Any]:
+        assert self.down_projections is not None, "the experts of a mixture have no module of their own"
+        return self.down_projections
 
     def _pad(self, sequences: Sequence[Sequence[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
         import torch

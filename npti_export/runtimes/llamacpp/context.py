@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ from npti_export.runtimes.llamacpp.library import (
 from npti_export.runtimes.llamacpp.taps import Tap
 
 MAX_SEQUENCES = 256  # llama.cpp, LLAMA_MAX_SEQ
+_LOGITS_BYTES = 96 << 20  # of one pass over several sequences; verification holds four of them
+Sequenced = TypeVar("Sequenced")
 _CELL_STEP = 256  # cells of a KV cache come in multiples
 
 
@@ -286,3 +288,26 @@ def whole_cells(cells: int) -> int:
 
 def _as(values: npt.NDArray[Any], kind: Any) -> Any:
     return values.ctypes.data_as(ctypes.POINTER(kind))
+
+
+def chunks(
+    some: Sequence[Sequenced], length: Callable[[Sequenced], int], vocabulary: int, context: int
+) -> Iterator[list[Sequenced]]:
+    """Sequences that are run together, as many as keep their logits small and fit into a ``--context`` (0: none).
+
+    Args:
+        some: sequences, or what has them.
+        length: tokens of each.
+        vocabulary: logits a token.
+        context: cells of the KV cache, 0 for no limit.
+    """
+    most = _LOGITS_BYTES // (4 * vocabulary)
+    most = min(most, context) if context else most
+    chunk: list[Sequenced] = []
+    for one in some:
+        if chunk and (sum(map(length, chunk)) + length(one) > most or len(chunk) == MAX_SEQUENCES):
+            yield chunk
+            chunk = []
+        chunk.append(one)
+    if chunk:
+        yield chunk

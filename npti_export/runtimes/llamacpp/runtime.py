@@ -12,18 +12,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.architectures import FFN_GATE, GGUFFamily
+from npti_export.architectures import FFN_DOWN, FFN_GATE, GGUFFamily
 from npti_export.errors import ModelError
+from npti_export.gguf.blocks import decode
 from npti_export.gguf.experts import Experts, experts_of
 from npti_export.gguf.shards import read_model
+from npti_export.gguf.weights import read_rows
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import Exchange, Message
 from npti_export.runtimes.llamacpp.chat import Chat
-from npti_export.runtimes.llamacpp.context import MAX_SEQUENCES, Context, Model, Row, Settings, whole_cells
+from npti_export.runtimes.llamacpp.context import MAX_SEQUENCES, Context, Model, Row, Settings, chunks, whole_cells
 from npti_export.runtimes.llamacpp.counting import GateCounter
 from npti_export.runtimes.llamacpp.decoding import Beginnings, Choose, Decoder, Savings, Watch
 from npti_export.runtimes.llamacpp.experts import ExpertCounter, ExpertNodes, SeeExperts
 from npti_export.runtimes.llamacpp.likelihood import log_likelihoods, plan
+from npti_export.runtimes.llamacpp.streams import StreamMeans
 from npti_export.runtimes.llamacpp.taps import See
 from npti_export.stats import ActivationStats, AnswerCounts
 
@@ -197,6 +200,22 @@ class LlamaCppRuntime:
         loads = plan(exchanges, context.batch, self.settings.context)
         cells, sequences = max(load.cells for load in loads), max(len(load.members) for load in loads)
         return log_likelihoods(self.context(max(cells, context.batch), sequences + 1), exchanges, loads)
+
+    def stream_means(
+        self, exchanges: Sequence[Exchange], added: npt.NDArray[np.float64] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """See :class:`npti_export.runtimes.base.Runtime`."""
+        shape = self._source.shape
+        means = StreamMeans(shape.layers, shape.hidden, self._family.mlp_output, added)
+        for chunk in chunks(exchanges, lambda one: len(one.tokens), self.model.vocabulary_size, self.settings.context):
+            self._decode_all(means.begin(chunk), means.nodes)
+        return means.result()
+
+    def down_weight(self, layer: int) -> npt.NDArray[np.float32]:
+        """See :class:`npti_export.runtimes.base.Runtime`."""
+        header = read_model(self.model.path)
+        tensor = header.require_tensor(f"{FFN_DOWN.format(layer)}.weight")
+        return decode(read_rows(header, tensor, 0, tensor.shape[1]), tensor.type_id)
 
     def run(
         self, sequences: Sequence[Sequence[int]], see: SeeMLP, see_stream: SeeStream | None = None

@@ -1,0 +1,116 @@
+"""The profile that a recipe asks for: neurons where it steers neurons, matched constants where it adds these."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npti_export.bench import TraitBench
+from npti_export.errors import ArchitectureError
+from npti_export.files import atomic_output, translate_os_errors
+from npti_export.identify.collect import cache_key, identify
+from npti_export.identify.matched import match
+from npti_export.models import ModelSource
+from npti_export.profile import Matrix, NeuronProfile
+from npti_export.progress import Progress
+from npti_export.recipe import Recipe
+from npti_export.runtimes.base import Runtime
+from npti_export.traits import Sign
+
+_CACHE_FORMAT = 1  # raise when the meaning of a cached constant changes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a profile is made.
+
+    Attributes:
+        load: gives the model; not called where nothing is left to do.
+        source: the model's identity.
+        dtype: what it computes in, part of the cache key.
+        device: the kind of device, likewise.
+        cache: folder of the saved state; None keeps nothing.
+    """
+
+    load: Callable[[], Runtime]
+    source: ModelSource
+    dtype: str
+    device: str
+    cache: Path | None
+
+
+def profile_for(
+    place: Place, bench: TraitBench, signs: Sequence[Sign], recipe: Recipe, progress: Progress, *, whole: bool = False
+) -> NeuronProfile:
+    """What a recipe needs to know of a trait to steer towards some of its poles.
+
+    Args:
+        place: where it runs.
+        bench: of the trait.
+        signs: the poles.
+        recipe: its ``prompt``, ``identify`` and ``rule`` sections.
+        progress: told of each batch and pass.
+        whole: identify the neurons in any case, for a profile that is kept.
+
+    Raises:
+        NptiError: see :func:`npti_export.identify.collect.identify` and :func:`npti_export.identify.matched.match`.
+    """
+    rules = {sign: recipe.for_pole(f"{bench.trait}{sign}").rule for sign in signs}
+    if whole or any(rule.by_neurons for rule in rules.values()):
+        profile = identify(
+            place.load,
+            place.source,
+            bench,
+            recipe,
+            progress,
+            dtype=place.dtype,
+            device=place.device,
+            cache=place.cache,
+        )
+    else:
+        shape = place.source.shape
+        nothing = np.zeros((shape.layers, shape.width), np.float32)
+        origin = {"model": place.source.name, "questions": 0, "bench": bench.digest}
+        profile = NeuronProfile(bench.trait, nothing, nothing, nothing, nothing, place.source.fingerprint, origin)
+    found = {sign: _matched(place, bench, sign, recipe, progress) for sign in signs if rules[sign].matched}
+    return replace(profile, matched_plus=found.get("+"), matched_minus=found.get("-"))
+
+
+def _matched(place: Place, bench: TraitBench, sign: Sign, recipe: Recipe, progress: Progress) -> Matrix:
+    source = place.source
+    if source.architecture.mixture:
+        raise ArchitectureError(
+            f"{source.name}: rule.matched adds to the output of an MLP, and a mixture of experts has many; set "
+            "rule.matched=0"
+        )
+    depends: Any = [_CACHE_FORMAT, cache_key(source, bench, recipe, place.dtype, place.device), sign]
+    depends += [recipe.identify.matched_questions]
+    name = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:24]
+    kept = None if place.cache is None else place.cache / "matched" / f"{bench.trait}{sign}-{name}.npy"
+    if kept is not None and kept.is_file():
+        shape = (source.shape.layers, source.shape.width)
+        values = _read(kept)
+        if values is not None and values.shape == shape:
+            return values
+        progress.note(f"{kept}: damaged, matching afresh")
+    values = match(place.load(), bench, sign, recipe, progress).constant
+    if kept is not None:
+        with translate_os_errors(kept):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_output(kept, force=True) as temporary, temporary.open("wb") as stream:
+            np.save(stream, values, allow_pickle=False)
+    return values
+
+
+def _read(path: Path) -> Matrix | None:
+    try:
+        values: Matrix = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return values if values.dtype == np.float32 and bool(np.isfinite(values).all()) else None

@@ -1,0 +1,65 @@
+"""Means of the residual stream in llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.runtimes.base import Exchange
+from npti_export.runtimes.llamacpp.taps import Floats, See
+
+_BEHIND = "l_out"  # what a layer hands on, in every family (``cb`` in src/models)
+
+
+class StreamMeans:
+    """Adds up the residual stream behind each layer over passes of several sequences each.
+
+    Args:
+        layers: their number.
+        hidden: size of the stream.
+        mlp_output: node of an MLP's output.
+        added: ``[layers, hidden]``, added to it; None leaves it.
+    """
+
+    def __init__(self, layers: int, hidden: int, mlp_output: str, added: npt.NDArray[np.float64] | None) -> None:
+        self._sums = np.zeros((layers, hidden))
+        self._count = 0
+        self._seen = [0] * layers
+        self._counted = np.zeros(0, np.bool_)
+        self.nodes: dict[bytes, See] = {f"{_BEHIND}-{at}".encode(): self._behind(at) for at in range(layers)}
+        if added is not None:
+            rows = added.astype(np.float32)
+            self.nodes |= {f"{mlp_output}-{at}".encode(): _adding(rows[at]) for at in range(layers)}
+
+    def begin(self, exchanges: Sequence[Exchange]) -> list[tuple[int, ...]]:
+        """Expect a pass over these, one behind the other; returns what is fed."""
+        self._seen = [0] * len(self._seen)
+        self._counted = np.concatenate(
+            [np.arange(len(one.tokens) - 1) >= len(one.prompt) - 1 for one in exchanges]  # the last token predicts none
+        )
+        self._count += int(self._counted.sum())
+        return [one.tokens[:-1] for one in exchanges]
+
+    def _behind(self, layer: int) -> See:
+        def see(values: Floats) -> bool:
+            start = self._seen[layer]
+            self._seen[layer] = start + len(values)
+            rows = values[self._counted[start : start + len(values)]]
+            self._sums[layer] += rows.sum(0, dtype=np.float64)
+            return False
+
+        return see
+
+    def result(self) -> npt.NDArray[np.float64]:
+        """The means, ``[layers, hidden]``."""
+        return self._sums / max(self._count, 1)
+
+
+def _adding(row: Floats) -> See:
+    def see(values: Floats) -> bool:
+        values += row
+        return True
+
+    return see
