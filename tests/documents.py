@@ -1,5 +1,6 @@
 """Evaluations made by hand, for the report: a full one, one that lacks all it may lack, a hostile one."""
 
+import functools
 import math
 import random
 
@@ -23,6 +24,7 @@ from npti_export.evaluate.document import (
     SweepPoint,
     Task,
 )
+from npti_export.report_page.page import render_page
 from npti_export.traits import FACETS
 
 TRAITS = list(FACETS)
@@ -222,6 +224,17 @@ def sample_document(pole="neuroticism-", questions=90, **changes):
     return Document(**(values | changes))
 
 
+@functools.cache
+def sample_page():
+    """A page with all that there is, two evaluations beside it."""
+    return render_page(sample_document(), [sample_document(pole, questions=0) for pole in ("openness+", "openness-")])
+
+
+@functools.cache
+def hostile_page():
+    return render_page(hostile_document())
+
+
 def bare_document():
     """Nothing that may be missing is there."""
     part = sample_document(questions=0)
@@ -253,7 +266,7 @@ HOSTILE = [
     "<img src=x onerror=\"document.title='owned'\">",
     "\"'><svg onload=document.title='owned'>",
     "</style></svg></title><iframe srcdoc='<script>parent.document.title=1</script>'>",
-    "{{ 7 * 7 }}{% raw %} ${7*7} $x_1$ \\frac & &amp; <!-- ]]>",
+    "{{ 7 * 1191 }}{% raw %} ${7*1191} $x_1$ \\frac & &amp; <!-- ]]>",
     "‮txet desrever‬ שלום مرحبا 🙂👩‍👩‍👧 \u2028\u2029 line",
     "\x00\x07\x1b[31m\ufffe bell",
     "javascript:document.title='owned' " + "w" * 400,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,20 @@ def drawing(look: Look, height: float) -> Iterator[Figure]:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(settings(look)):
-        yield Figure(figsize=(look.width, height), layout=ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.05))
+        engine = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.05)
+        figure = Figure(figsize=(look.width, height), layout=engine)
+        yield figure
+        with quiet():
+            engine.execute(figure)  # here and once: saving would do it again for every file, and draw twice for it
+        figure.set_layout_engine("none")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A label may hold what the measuring font lacks; the reader's browser will have it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(?s).*[Gg]lyph")
+        yield
 
 
 def dots(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 GAIN = "gain, nats per token"
 FLUENCY = "fluency, nats per token"
+STRONGEST = 0.46  # opacity of the heat map's largest figure: its text can still be read on it
 
 
 def conditions_figure(conditions: Sequence[Condition], look: Look | None = None) -> Figure:
@@ -166,7 +167,8 @@ def cross_talk_matrix(documents: Sequence[Document], look: Look | None = None) -
                 mean = value.mean if value else 0.0
                 cell = Rectangle(
                     (column - 0.47, row - 0.44), 0.94, 0.88,
-                    facecolor=theme.wanted if mean >= 0 else theme.opposite, alpha=0.62 * abs(mean) / top, linewidth=0,
+                    facecolor=theme.wanted if mean >= 0 else theme.opposite,
+                    alpha=STRONGEST * abs(mean) / top, linewidth=0,
                 )  # fmt: skip
                 cell.set_gid(f"cell-{row}-{column}")
                 axes.add_patch(cell)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import io
 import re
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
+from npti_export.report_page.canvas import quiet
 from npti_export.report_page.theme import DARK, LIGHT, Look
 from npti_export.report_page.wording import clean
 
@@ -25,7 +24,8 @@ _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _FONT = re.compile(r"\bfont: (?P<about>[a-z0-9 ]*?)(?P<size>[\d.]+px) [^;]+")
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
-_FAMILY = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
+_FAMILY = re.compile(r"font-family: [^;]+(; |$)")
+_STACK = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 DPI = 200  # of a PNG: sharp on a dense screen
 
 
@@ -52,7 +52,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
 def standalone_svg(figure: Figure, name: str, label: str) -> str:
     """The figure as a file of its own; drawn in the light theme, it turns dark where the reader's screen is."""
     root = _tree(figure, name)
-    root.set("font-family", _FAMILY)
+    root.set("font-family", _STACK)
     title = ElementTree.Element(f"{{{_SVG}}}title")
     title.text = clean(label)
     style = ElementTree.Element(f"{{{_SVG}}}style")
@@ -69,7 +69,7 @@ def standalone_svg(figure: Figure, name: str, label: str) -> str:
 def png_bytes(figure: Figure, look: Look) -> bytes:
     """The figure as PNG on its theme's ground, the same bytes every time."""
     buffer = io.BytesIO()
-    with _quiet():
+    with quiet():
         figure.savefig(buffer, format="png", dpi=DPI, facecolor=look.theme.surface, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -99,7 +99,7 @@ def _tree(figure: Figure, name: str) -> ElementTree.Element:
 
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with _quiet(), matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+    with quiet(), matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", facecolor="none", metadata=nothing)
     ElementTree.register_namespace("", _SVG)
     ElementTree.register_namespace("xlink", _LINK)
@@ -113,7 +113,7 @@ def _tree(figure: Figure, name: str) -> ElementTree.Element:
     for element in root.iter():
         _rename(element, name)
         if style := element.get("style"):
-            element.set("style", _FONT.sub(_only_size, style))
+            element.set("style", _FAMILY.sub("", _FONT.sub(_only_size, style)))
     return root
 
 
@@ -135,11 +135,3 @@ def _variable(found: re.Match[str]) -> str:
     colour = found[0]
     role = next((name for name, light in LIGHT.roles() if light == colour), None)
     return colour if role is None else f"var(--fig-{role}, {colour})"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A label may hold what the measuring font lacks; the reader's browser will have it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"(?s).*[Gg]lyph")
-        yield

@@ -267,29 +267,21 @@ def provenance(document: Document) -> Table:
 
 
 def overview(documents: Sequence[Document]) -> Table:
-    """One row an evaluation."""
-    heads = (
-        "steered",
-        "gain",
-        "of the prompt",
-        "null trait",
-        "perplexity",
-        "KL, neutral text",
-        "KL to the rule",
-        "model",
-    )
+    """One row an evaluation; the model is named where there is more than one."""
+    models = [plain(one.model.get("name")) for one in documents]
+    named = len(set(models)) > 1
+    heads = ("steered", "gain", "of the prompt", "null trait", "perplexity", "KL, neutral text", "KL to the rule")
     rows = [
         (
-            Cell(traits_of(one)),
+            Cell(traits_of(one), model if named else ""),
             figure(one.trait_contrast.gain, sign=True),
             Cell(percent(one.trait_contrast.share_of_prompt)),
             figure(one.trait_contrast.null, sign=True),
             Cell(number(one.fluency.perplexity.steered.mean, 2), f"from {number(one.fluency.perplexity.base.mean, 2)}"),
             figure(one.capability.kl_neutral),
             Cell(number(one.fidelity.get("kl_rule_artifact"), 4)),
-            Cell(plain(one.model.get("name"))),
         )
-        for one in documents
+        for one, model in zip(documents, models, strict=True)
     ]
     return Table("All evaluations", heads, rows)
 
