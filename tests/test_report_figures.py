@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from documents import WAYS, bare_document, near, sample_document
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from npti_export.errors import EvaluationError
 from npti_export.evaluate.document import Distribution, LayerShape, SweepPoint
@@ -180,6 +182,25 @@ def test_radar_takes_the_inventory_or_else_the_cross_talk():
     assert xy(figure, "steered")[1][:5] == [DOCUMENT.cross_talk[trait].mean for trait in TRAITS]
     with pytest.raises(EvaluationError, match="neither"):
         effect.radar_figure(without.model_copy(update={"cross_talk": None}))
+
+
+@pytest.mark.parametrize(
+    "picture", pictures(DOCUMENT, [sample_document("openness+", questions=0)]), ids=lambda one: one.name
+)
+def test_no_text_is_cut_off(picture):
+    """On a desk and on a phone, by the metrics of the widest common font."""
+    for width in (picture.width, PHONE):
+        figure = picture.draw(Look(width=width))
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        across, down = figure.bbox.width + 1, figure.bbox.height + 1
+        root = ElementTree.fromstring(inline_svg(figure, "a", "b"))
+        drawn = {one.text for one in root.iter() if one.tag.endswith("}text")}  # not the ticks beyond an axis
+        assert len(drawn) > 5
+        for one in figure.findobj(Text):
+            if one.get_text() in drawn:
+                box = one.get_window_extent(renderer)
+                assert -1 <= box.x0 <= box.x1 <= across, (width, one)
+                assert -1 <= box.y0 <= box.y1 <= down, (width, one)
 
 
 def test_svg_is_the_same_every_time_and_fits_into_a_page():

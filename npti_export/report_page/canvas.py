@@ -57,14 +57,14 @@ def settings(look: Look) -> dict[str, Any]:
 
 
 @contextmanager
-def drawing(look: Look, height: float) -> Iterator[Figure]:
-    """A figure of a look's width and a height in inches, and matplotlib set up to draw on it."""
+def drawing(look: Look, height: float, margin: float = 0.04) -> Iterator[Figure]:
+    """A figure of a look's width, a height and a margin at its sides in inches, and matplotlib set up to draw on it."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(settings(look)):
-        engine = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.05)
+        engine = ConstrainedLayoutEngine(w_pad=margin, h_pad=0.05)
         figure = Figure(figsize=(look.width, height), layout=engine)
         yield figure
         with quiet():

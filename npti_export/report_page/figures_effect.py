@@ -218,7 +218,7 @@ def radar_figure(document: Document, look: Look | None = None) -> Figure:
     base, steered, limits = radar_values(document)
     traits = list(base)
     angles = [2 * math.pi * place / len(traits) for place in range(len(traits))]
-    with drawing(look, look.width * 0.86) as figure:
+    with drawing(look, look.width * 0.86, margin=0.12) as figure:
         axes: Any = figure.subplots(subplot_kw={"projection": "polar"})
         axes.set_theta_offset(math.pi / 2)
         axes.set_theta_direction(-1)

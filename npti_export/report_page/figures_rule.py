@@ -175,7 +175,8 @@ def pareto_figure(points: Sequence[ParetoPoint], look: Look | None = None) -> Fi
         zero_line(axes, look, upright=False)
         axes.grid()
         few_ticks(axes, 5)
-        axes.set_xlabel("damage: KL on neutral text, nats per token")
+        axes.set_xlabel("KL on neutral text" if look.narrow else "damage: KL on neutral text, nats per token")
         axes.set_ylabel(GAIN)
-        figure.legend(loc="outside lower left", ncols=2, columnspacing=1.2, handletextpad=0.4)
+        columns = 1 if look.narrow else 2
+        figure.legend(loc="outside lower left", ncols=columns, columnspacing=1.2, handletextpad=0.4)
     return figure
