@@ -22,6 +22,7 @@ from npti_export.cli.options import (
     rule_options,
     trait_dir_option,
 )
+from npti_export.cli.report import report_command
 from npti_export.cli.strip import strip
 from npti_export.cli.traits import traits
 from npti_export.cli.verify import verify
@@ -162,5 +163,5 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
             click.echo(f"pushed {push(job, report, progress)}")
 
 
-for command in (bake_vector, bench, compile_command, dial, identify, inspect, strip, traits, verify):
+for command in (bake_vector, bench, compile_command, dial, identify, inspect, report_command, strip, traits, verify):
     cli.add_command(command)

@@ -1,0 +1,1 @@
+"""The report that people look at: figures, and one self-contained HTML page, of an evaluation."""
