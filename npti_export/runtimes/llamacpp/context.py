@@ -144,6 +144,7 @@ class Context:
             if not self._pointer:
                 raise ModelError(f"{model.path}: llama.cpp cannot make room for {self.cells} tokens: {log_tail()}")
         self._memory = lib.llama_get_memory(self._pointer)
+        self._ids = np.arange(sequences, dtype=np.int32)  # where batches point for the sequences of a row
 
     def close(self) -> None:
         """Free it."""
@@ -165,25 +166,44 @@ class Context:
         return kept[0] if len(kept) == 1 else np.concatenate(kept or pieces or [self._none()])
 
     def _decode(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
-        lib = llama()
-        tokens, positions, sequences, wanted = (
-            np.array(column, kind)
-            for column, kind in zip(
-                zip(*((row.token, row.position, row.sequence, row.wanted) for row in rows), strict=True),
-                (np.int32, np.int32, np.int32, np.int8),
-                strict=True,
-            )
-        )
-        counts = np.ones(len(rows), np.int32)
-        places = sequences.ctypes.data + sequences.itemsize * np.arange(len(rows), dtype=np.uintp)
+        columns = zip(*((row.token, row.position, row.sequence, row.wanted) for row in rows), strict=True)
+        tokens, positions, sequences, wanted = (np.array(column, np.int32) for column in columns)
+        logits = self.decode_piece(tokens, positions, sequences, np.ones(len(rows), np.int32), wanted)
+        return logits if len(rows) < self.batch else logits.copy()  # a full piece may be followed by another
+
+    def decode_piece(
+        self,
+        tokens: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        first: npt.NDArray[np.int32],
+        counts: npt.NDArray[np.int32],
+        wanted: npt.NDArray[np.int32],
+    ) -> npt.NDArray[np.float32]:
+        """Run the model over at most ``batch`` tokens, each of which may belong to several sequences.
+
+        Args:
+            tokens: ``[rows]`` ids.
+            positions: ``[rows]`` in their sequences.
+            first: ``[rows]`` the first sequence that a row belongs to.
+            counts: ``[rows]`` to how many it does, from the first one on.
+            wanted: ``[rows]`` 1 where logits are.
+
+        Returns:
+            ``[wanted rows, vocabulary]`` float32 logits in llama.cpp's own memory, good until the next call.
+
+        Raises:
+            ModelError: llama.cpp fails, for example because the cache is full.
+        """
+        lib, flags = llama(), wanted.astype(np.int8)
+        places = self._ids.ctypes.data + self._ids.itemsize * first.astype(np.uintp)
         batch = lib.llama_batch(
-            len(rows),
+            len(tokens),
             _as(tokens, lib.llama_token),
             None,
             _as(positions, lib.llama_pos),
             _as(counts, ctypes.c_int32),
             _as(places, ctypes.POINTER(lib.llama_seq_id)),
-            _as(wanted, ctypes.c_int8),
+            _as(flags, ctypes.c_int8),
         )
         with logged():
             with interruptible(self.tap.stop):
@@ -192,14 +212,13 @@ class Context:
             if failed:
                 what = "the KV cache is full" if failed == 1 else log_tail()
                 raise ModelError(f"{self.model.path}: llama.cpp cannot compute: {what}")
-        count, size = int(wanted.sum()), self.model.vocabulary_size
+        count, size = int(flags.sum(dtype=np.int64)), self.model.vocabulary_size
         if not count:
             return self._none()
         address = ctypes.cast(lib.llama_get_logits(self._pointer), ctypes.c_void_p).value
         assert address is not None
         flat = (ctypes.c_float * (count * size)).from_address(address)
-        logits = np.ctypeslib.as_array(flat).reshape(count, size)
-        return logits if len(rows) < self.batch else logits.copy()  # a full piece may be followed by another
+        return np.ctypeslib.as_array(flat).reshape(count, size)
 
     def _none(self) -> npt.NDArray[np.float32]:
         return np.empty((0, self.model.vocabulary_size), np.float32)
@@ -211,6 +230,10 @@ class Context:
     def forget(self, sequence: int) -> None:
         """Forget what a sequence holds."""
         llama().llama_memory_seq_rm(self._memory, sequence, 0, -1)
+
+    def share(self, sequence: int, other: int, length: int) -> None:
+        """Let an empty sequence begin with the first ``length`` tokens of another one; takes no cells."""
+        llama().llama_memory_seq_cp(self._memory, sequence, other, 0, length)
 
     def save(self, sequence: int) -> bytes:
         """What the cache holds of a sequence."""

@@ -23,6 +23,7 @@ from npti_export.runtimes.llamacpp.context import MAX_SEQUENCES, Context, Model,
 from npti_export.runtimes.llamacpp.counting import GateCounter
 from npti_export.runtimes.llamacpp.decoding import Beginnings, Choose, Decoder, Savings, Watch
 from npti_export.runtimes.llamacpp.experts import ExpertCounter, ExpertNodes, SeeExperts
+from npti_export.runtimes.llamacpp.likelihood import log_likelihoods, plan
 from npti_export.runtimes.llamacpp.taps import See
 from npti_export.stats import ActivationStats, AnswerCounts
 
@@ -178,6 +179,24 @@ class LlamaCppRuntime:
         context.clear()
         logits = context.decode([Row(token, at, 0, True) for at, token in enumerate(tokens)])
         return logits.copy()
+
+    def log_likelihoods(self, exchanges: Sequence[Exchange]) -> list[float]:
+        """Mean log-likelihood per token (nats) of each response after its prompt.
+
+        Hand over as many at once as there are: those that begin alike share the work, in whatever order they come.
+
+        Raises:
+            ModelError: an exchange lacks its prompt or its response, or llama.cpp fails.
+        """
+        if any(not exchange.prompt or not exchange.response for exchange in exchanges):
+            raise ModelError("a likelihood is asked for where there is no prompt or no response")
+        if not exchanges:
+            return []
+        longest = max(len(exchange.tokens) - 1 for exchange in exchanges)
+        context = self.context(max(longest, self.settings.batch), 2)  # says so where --context is too small
+        loads = plan(exchanges, context.batch, self.settings.context)
+        cells, sequences = max(load.cells for load in loads), max(len(load.members) for load in loads)
+        return log_likelihoods(self.context(max(cells, context.batch), sequences + 1), exchanges, loads)
 
     def run(
         self, sequences: Sequence[Sequence[int]], see: SeeMLP, see_stream: SeeStream | None = None
