@@ -11,7 +11,7 @@ import numpy.typing as npt
 from npti_export.evaluate.capability.model import Model
 from npti_export.evaluate.capability.tasks import Question, TaskSet
 from npti_export.evaluate.fluency import words
-from npti_export.runtimes.base import Exchange, chat
+from npti_export.runtimes.base import Exchange, Message
 
 _GREEDY_TOKENS = 16  # the longest shipped option has seven
 _PROMPTS_AT_ONCE = 16
@@ -33,7 +33,7 @@ class Answers:
     def correct(self) -> npt.NDArray[np.float64]:
         """``[questions]`` 1 where the right option is the likeliest; ties go to the first option."""
         chosen = [int(one.argmax()) for one in self.likelihoods]
-        return (np.array(chosen) == self.right).astype(np.float64)
+        return np.equal(chosen, self.right).astype(np.float64)
 
     @property
     def chance(self) -> float:
@@ -41,10 +41,12 @@ class Answers:
         return float(np.mean([1 / len(one) for one in self.likelihoods]))
 
 
-def prompt_of(model: Model, question: Question) -> tuple[int, ...]:
-    """A question as a user's turn, behind its passage if it has one."""
-    parts = [question.passage, question.question] if question.passage else [question.question]
-    return model.encode(chat(None, "\n\n".join(parts)))
+def prompts_of(model: Model, task: TaskSet) -> list[tuple[int, ...]]:
+    """Each question of a set as a user's turn, behind the set's examples as earlier turns."""
+    shown: list[Message] = []
+    for example in task.examples:
+        shown += [{"role": "user", "content": example.text}, {"role": "assistant", "content": example.answer}]
+    return [model.encode([*shown, {"role": "user", "content": question.text}]) for question in task.questions]
 
 
 def answer_tasks(model: Model, tasks: Sequence[TaskSet]) -> list[Answers]:
@@ -60,8 +62,7 @@ def answer_tasks(model: Model, tasks: Sequence[TaskSet]) -> list[Answers]:
     exchanges = [
         Exchange(prompt, model.encode_text(option, begin=False))
         for task in tasks
-        for question in task.questions
-        for prompt in [prompt_of(model, question)]
+        for question, prompt in zip(task.questions, prompts_of(model, task), strict=True)
         for option in question.options
     ]
     scores = iter(model.log_likelihoods(exchanges))
@@ -80,7 +81,7 @@ def exact_matches(model: Model, task: TaskSet) -> npt.NDArray[np.float64]:
     Words are compared, so case and punctuation do not count. Right is an answer in which the right option's words
     come in a row, and those of no wrong option that is not part of the right one.
     """
-    prompts = [prompt_of(model, question) for question in task.questions]
+    prompts = prompts_of(model, task)
     answers: list[Exchange] = []
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
         some = prompts[start : start + _PROMPTS_AT_ONCE]

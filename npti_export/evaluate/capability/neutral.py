@@ -70,7 +70,7 @@ def kl_by_passage(base: Model, steered: Model, passages: Sequence[Passage]) -> n
 
 def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """Of each row of ``[rows, vocabulary]``, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    shifted: npt.NDArray[np.float64] = logits.astype(np.float64) - logits.max(1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
     return shifted
 

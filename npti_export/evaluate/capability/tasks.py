@@ -32,6 +32,7 @@ class Question(BaseModel):
     options: tuple[str, ...] = Field(min_length=2, max_length=26)
     answer: str
     passage: str | None = Field(default=None, min_length=1, max_length=LONGEST_TEXT)
+    example: bool = False
     topic: str | None = None
     source: dict[str, Any] | None = None
 
@@ -45,6 +46,11 @@ class Question(BaseModel):
         if self.answer not in self.options:
             raise ValueError(f"'answer' {shortened(self.answer)} is none of its 'options'")
         return self
+
+    @property
+    def text(self) -> str:
+        """What the user says: the question, behind its passage if it has one."""
+        return f"{self.passage}\n\n{self.question}" if self.passage else self.question
 
     @property
     def right(self) -> int:
@@ -76,16 +82,18 @@ class TaskSet:
         name: of the set.
         source: ``npti-export`` for the shipped ones, else the file's name.
         questions: in the order of the file.
+        examples: shown with their answers in front of every question, never asked.
     """
 
     name: str
     source: str
     questions: tuple[Question, ...] = field(repr=False)
+    examples: tuple[Question, ...] = field(default=(), repr=False)
 
 
 def shipped_tasks() -> list[TaskSet]:
     """The sets that come with the package: multiple choice, arithmetic, recall."""
-    return [TaskSet(name, "npti-export", _read(_shipped(name), Question)) for name in SHIPPED]
+    return [_task_set(_shipped(name), "npti-export") for name in SHIPPED]
 
 
 def neutral_passages() -> tuple[Passage, ...]:
@@ -99,7 +107,7 @@ def read_tasks(path: Path) -> TaskSet:
     Raises:
         EvaluationError: unreadable, empty or malformed; file and line are named.
     """
-    return TaskSet(path.stem, path.name, _read(path, Question))
+    return _task_set(path, path.name)
 
 
 def read_passages(path: Path) -> tuple[Passage, ...]:
@@ -109,6 +117,14 @@ def read_passages(path: Path) -> tuple[Passage, ...]:
         EvaluationError: unreadable, empty or malformed; file and line are named.
     """
     return _read(path, Passage)
+
+
+def _task_set(path: Path, source: str) -> TaskSet:
+    items = _read(path, Question)
+    asked, shown = (tuple(one for one in items if one.example == flag) for flag in (False, True))
+    if not asked:
+        raise EvaluationError(f"{path}: holds examples only; it needs a question to ask")
+    return TaskSet(path.stem, source, asked, shown)
 
 
 def _shipped(name: str) -> Path:
@@ -125,17 +141,19 @@ def _read(path: Path, kind: type[_Item]) -> tuple[_Item, ...]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise EvaluationError(f"{path}: cannot be read ({reason})") from error
     rows = _csv_rows(path, text) if path.suffix.lower() == ".csv" else _json_rows(path, text)
-    items = []
-    for line, row in rows:
-        try:
-            items.append(kind.model_validate(row))
-        except ValidationError as error:
-            fault = error.errors()[0]
-            where = "".join(f"{place!r} " for place in fault["loc"][:1])
-            raise EvaluationError(f"{path}:{line}: {where}{fault['msg'].removeprefix('Value error, ')}") from error
+    items = tuple(_item(kind, path, line, row) for line, row in rows)
     if not items:
         raise EvaluationError(f"{path}: is empty; it needs one item a line")
-    return tuple(items)
+    return items
+
+
+def _item(kind: type[_Item], path: Path, line: int, row: Any) -> _Item:
+    try:
+        return kind.model_validate(row)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = "".join(f"{place!r} " for place in fault["loc"][:1])
+        raise EvaluationError(f"{path}:{line}: {where}{fault['msg'].removeprefix('Value error, ')}") from error
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:

@@ -53,10 +53,10 @@ class Chat:
         try:
             text = self._formatter(messages=list(messages)).prompt
         except Exception as error:  # a template is a program, and raises anything
-            if len(messages) != 2:
+            if len(messages) < 2 or messages[0]["role"] != "system":
                 raise ModelError(f"{self._model.path}: its chat template fails on a question: {error}") from error
-            joined = "\n\n".join(message["content"] for message in messages)
-            return self.encode([{"role": "user", "content": joined}])
+            joined = "\n\n".join(message["content"] for message in messages[:2])
+            return self.encode([{"role": "user", "content": joined}, *messages[2:]])
         return self.tokenize(text, special=self.uses_fallback)
 
     def tokenize(self, text: str, *, special: bool, spelt_out: bool = True) -> tuple[int, ...]:
