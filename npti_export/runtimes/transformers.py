@@ -118,6 +118,10 @@ class TransformersRuntime:
             )
         )
 
+    def encode_text(self, text: str, *, begin: bool = True) -> tuple[int, ...]:
+        """Token ids of plain text; ``begin`` puts what the model wants at the beginning of a text in front."""
+        return tuple(self.tokenizer(text, add_special_tokens=begin, split_special_tokens=True)["input_ids"])
+
     def decode(self, tokens: Sequence[int]) -> str:
         """See :class:`Runtime`."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))

@@ -104,6 +104,10 @@ class LlamaCppRuntime:
         """See :class:`npti_export.runtimes.base.Runtime`."""
         return self.chat.encode(messages)
 
+    def encode_text(self, text: str, *, begin: bool = True) -> tuple[int, ...]:
+        """Token ids of plain text; ``begin`` puts what the model wants at the beginning of a text in front."""
+        return self.chat.tokenize(text, special=begin, spelt_out=False)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """See :class:`npti_export.runtimes.base.Runtime`."""
         return self.chat.decode(tokens)
