@@ -208,9 +208,13 @@ class Context:
         """Forget all sequences."""
         llama().llama_memory_clear(self._memory, False)
 
-    def forget(self, sequence: int) -> None:
-        """Forget what a sequence holds."""
-        llama().llama_memory_seq_rm(self._memory, sequence, 0, -1)
+    def forget(self, sequence: int, start: int = 0) -> None:
+        """Forget what a sequence holds from a position on."""
+        llama().llama_memory_seq_rm(self._memory, sequence, start, -1)
+
+    def share(self, sequence: int, other: int) -> None:
+        """Let an empty sequence begin with what another one holds, in the same cells."""
+        llama().llama_memory_seq_cp(self._memory, sequence, other, 0, -1)
 
     def save(self, sequence: int) -> bytes:
         """What the cache holds of a sequence."""

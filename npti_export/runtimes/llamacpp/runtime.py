@@ -23,6 +23,7 @@ from npti_export.runtimes.llamacpp.context import MAX_SEQUENCES, Context, Model,
 from npti_export.runtimes.llamacpp.counting import GateCounter
 from npti_export.runtimes.llamacpp.decoding import Beginnings, Choose, Decoder, Savings, Watch
 from npti_export.runtimes.llamacpp.experts import ExpertCounter, ExpertNodes, SeeExperts
+from npti_export.runtimes.llamacpp.last import last_logits
 from npti_export.runtimes.llamacpp.taps import See
 from npti_export.stats import ActivationStats, AnswerCounts
 
@@ -178,6 +179,13 @@ class LlamaCppRuntime:
         context.clear()
         logits = context.decode([Row(token, at, 0, True) for at, token in enumerate(tokens)])
         return logits.copy()
+
+    def last_logits(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        """``[prompts, vocabulary]`` next-token logits after the last token of each prompt.
+
+        What all of them begin with is computed once, so prompts that belong together go into one call.
+        """
+        return last_logits(self.context, self.settings.context, prompts)
 
     def run(
         self, sequences: Sequence[Sequence[int]], see: SeeMLP, see_stream: SeeStream | None = None
