@@ -83,9 +83,9 @@ def choose(runtime: LogitRuntime, chats: Sequence[Sequence[Message]], options: O
         EvaluationError: the model computes logits that are not numbers.
     """
     logits = runtime.last_logits([(*runtime.encode(one), *options.lead) for one in chats]).astype(np.float64)
-    total = np.logaddexp.reduce(logits, -1)
     logs = logits[:, options.tokens]
-    labels = np.logaddexp.reduce(logs, -1)
+    with np.errstate(invalid="ignore"):  # what is not a number is found below
+        total, labels = np.logaddexp.reduce(logits, -1), np.logaddexp.reduce(logs, -1)
     if not (np.isfinite(total).all() and np.isfinite(labels).all()):
         raise EvaluationError("the model computes logits that are not numbers; get the file again")
     return Choice(np.exp(logs - labels[:, None]), np.exp(labels - total))
