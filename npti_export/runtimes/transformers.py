@@ -210,6 +210,21 @@ class TransformersRuntime:
             result: npt.NDArray[np.float32] = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
         return result
 
+    def last_logits(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        """``[prompts, vocabulary]`` float32 next-token logits after the last token of each prompt."""
+        import torch
+
+        result = []
+        for batch in _batches([Exchange(tuple(prompt), ()) for prompt in prompts]):
+            ids, mask = self._pad([exchange.prompt for exchange in batch], left=True)
+            places = (mask.cumsum(-1) - 1).clamp(min=0)
+            with torch.inference_mode():
+                logits = self.model(
+                    input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1
+                ).logits
+            result.append(logits[:, -1].float().cpu().numpy())
+        return np.concatenate(result)
+
     def log_likelihoods(self, exchanges: Sequence[Exchange]) -> list[float]:
         """Mean log-likelihood per token (nats) of each response after its prompt."""
         import torch

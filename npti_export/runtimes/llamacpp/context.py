@@ -234,12 +234,8 @@ class Context:
         """Forget what a sequence holds from the position ``start`` on."""
         llama().llama_memory_seq_rm(self._memory, sequence, start, -1)
 
-    def share(self, sequence: int, other: int, length: int) -> None:
-        """Let an empty sequence begin with the first ``length`` tokens of another one; takes no cells."""
-        llama().llama_memory_seq_cp(self._memory, sequence, other, 0, length)
-
-    def share(self, sequence: int, other: int, length: int) -> None:
-        """Let an empty sequence begin with the first ``length`` tokens of another one; takes no cells."""
+    def share(self, sequence: int, other: int, length: int = -1) -> None:
+        """Let an empty sequence begin with the first ``length`` tokens of another one (-1: all); takes no cells."""
         llama().llama_memory_seq_cp(self._memory, sequence, other, 0, length)
 
     def save(self, sequence: int) -> bytes:
