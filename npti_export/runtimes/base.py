@@ -95,7 +95,8 @@ class Runtime(Protocol):
 
 def shared_length(sequences: Sequence[Sequence[int]]) -> int:
     """How many first tokens all of one or more sequences have in common."""
-    first, last = min(sequences), max(sequences)  # whatever these two share, those between them do, too
+    ordered = sorted(map(tuple, sequences))
+    first, last = ordered[0], ordered[-1]  # whatever these two share, those between them do, too
     return next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
 
 
