@@ -77,7 +77,7 @@ class Runtime(Protocol):
         """``[tokens, vocabulary]`` next-token logits at every position of one sequence."""
 
 
-def shared_length(sequences: Sequence[Sequence[int]]) -> int:
+def shared_length(sequences: Sequence[tuple[int, ...]]) -> int:
     """How many first tokens all of one or more sequences have in common."""
     first, last = min(sequences), max(sequences)  # whatever these two share, those between them do, too
     return next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
