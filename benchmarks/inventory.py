@@ -1,4 +1,4 @@
-"""Can the default model take an inventory? Seconds, and how far a persona as system prompt moves the score of its trait.
+"""Can a model take an inventory? Seconds, and how far a persona as system prompt moves its trait's score.
 
 python benchmarks/inventory.py [model.gguf] [personas a pole] [threads]
 """
