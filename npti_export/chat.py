@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from npti_export.errors import ModelError
+from npti_export.errors import ModelError, OutputError
 from npti_export.files import atomic_output
 from npti_export.runtimes.base import Message
 from npti_export.runtimes.llamacpp.context import Settings
@@ -200,6 +200,8 @@ class Conversation:
         Raises:
             OutputError: there is something already, or it cannot be written.
         """
+        if path.exists():
+            raise OutputError(f"{path}: exists already; choose another name")
         with atomic_output(path) as temporary:
             text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")

@@ -129,6 +129,7 @@ class Stub:
         self.retry_after, self.delay = retry_after, delay
         self.requests, self.headers, self.failed = 0, [], []
         self.bodies = []
+        self.schemaless = False  # whether every request that has a schema fails
         self.keep = False  # whether bodies and headers are kept
         self._rng = random.Random(seed)
         self._ready = threading.Event()
@@ -168,7 +169,8 @@ class Stub:
                 if self.keep:
                     self.headers.append(head)
                     self.bodies.append(body)
-                if not await self._answer(body, self._fault(), writer):
+                fault = "500" if self.schemaless and "response_format" in body else self._fault()
+                if not await self._answer(body, fault, writer):
                     return
         except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass

@@ -93,7 +93,7 @@ class Runtime(Protocol):
         """Weight of a layer's down projection, ``[hidden, width]``."""
 
 
-def shared_length(sequences: Sequence[Sequence[int]]) -> int:
+def shared_length(sequences: Sequence[tuple[int, ...]]) -> int:
     """How many first tokens all of one or more sequences have in common."""
     ordered = sorted(map(tuple, sequences))
     first, last = ordered[0], ordered[-1]  # whatever these two share, those between them do, too

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -73,7 +74,7 @@ class EndpointRater:
             flags="--judge-",
         )
         self._endpoint = Endpoint(self._settings, note)
-        self._schema = True
+        self._schema, self._settled = True, False
         self._readable = False
         self._unusable = self._silent = 0
 
@@ -82,14 +83,18 @@ class EndpointRater:
         asyncio.run(self._rate(requests, done))
 
     async def _rate(self, requests: Sequence[Asked], done: Done) -> None:
-        waiting = iter(enumerate(requests))
+        first = min(1, len(requests))  # alone: it finds out about the schema
+        waiting = iter(list(enumerate(requests))[first:])
 
         async def work() -> None:
             for place, asked in waiting:
                 done(place, await self._verdict(asked))
 
-        workers = [asyncio.create_task(work()) for _ in range(min(self._spec.concurrency, len(requests)))]
+        workers: list[asyncio.Task[None]] = []
         try:
+            for place in range(first):
+                done(place, await self._verdict(requests[place]))
+            workers += [asyncio.create_task(work()) for _ in range(min(self._spec.concurrency, len(requests)))]
             await asyncio.gather(*workers)
         finally:
             for worker in workers:
@@ -121,18 +126,43 @@ class EndpointRater:
         return verdict
 
     async def _text(self, asked: Asked) -> str:
-        """The judge's words; held to the schema unless the endpoint does not know that."""
-        schema = self._schema
+        """The judge's words; held to the schema unless the endpoint does not take one."""
+        if not self._settled:
+            return await self._first_text(asked)
+        return (await self._endpoint.answer(self._request(asked, self._schema))).text
+
+    async def _first_text(self, asked: Asked) -> str:
+        """The same while it is not known whether the endpoint takes a schema.
+
+        Some that do not refuse it, others (llama-cpp-python's server) fail with 500, as if they were overloaded. So a
+        failure with it is no reason to wait, but to ask without it, and then once more with it.
+        """
+        hasty = Endpoint(replace(self._settings, patience=0), lambda _text: None)
+        refused = False
         try:
-            return (await self._endpoint.answer(self._request(asked, schema))).text
-        except RefusedError as error:
-            if not schema or error.code not in (400, 422) or "response_format" in self._spec.omit:
-                raise
-        text = (await self._endpoint.answer(self._request(asked, False))).text
-        if self._schema:
+            try:
+                text = (await hasty.answer(self._request(asked, True))).text
+            except (RefusedError, UnavailableError) as error:
+                if isinstance(error, RefusedError) and error.code not in (400, 422):
+                    raise
+                refused = isinstance(error, RefusedError)
+                text = (await self._endpoint.answer(self._request(asked, False))).text
+                if not refused:
+                    text, refused = await self._once_more(hasty, asked, text)
+        finally:
+            await hasty.close()
+        if refused and self._schema:
             self._schema = False
             self._note(f"{self.name} takes no JSON schema; its verdicts are read as they come")
+        self._settled = True
         return text
+
+    async def _once_more(self, hasty: Endpoint, asked: Asked, text: str) -> tuple[str, bool]:
+        """The words with a schema, now that the endpoint answers, else those without; and whether it is the reason."""
+        try:
+            return (await hasty.answer(self._request(asked, True))).text, False
+        except (RefusedError, UnavailableError):
+            return text, True
 
     def _request(self, asked: Asked, schema: bool) -> Request:
         return Request(asked.messages, asked.seed, self._spec.max_tokens, 0.0, SCHEMA if schema else None)
