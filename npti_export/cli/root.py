@@ -12,6 +12,7 @@ from npti_export.cli.bench import bench
 from npti_export.cli.chat import chat
 from npti_export.cli.compile import compile_command
 from npti_export.cli.dial import dial
+from npti_export.cli.evaluate import evaluate
 from npti_export.cli.identify import identify
 from npti_export.cli.inspect import inspect
 from npti_export.cli.options import (
@@ -170,6 +171,7 @@ COMMANDS = (
     chat,
     compile_command,
     dial,
+    evaluate,
     identify,
     inspect,
     report_command,

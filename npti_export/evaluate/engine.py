@@ -78,7 +78,8 @@ class TorchEngine:
     """
 
     def __init__(self, base: TransformersRuntime) -> None:
-        self.source, self.base = base.source, base
+        self.source: ModelSource = base.source
+        self.base: Runtime = base
         self._runtime = base
 
     @contextmanager

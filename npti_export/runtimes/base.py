@@ -41,6 +41,9 @@ class Runtime(Protocol):
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of a chat up to where the assistant's answer begins."""
 
+    def encode_text(self, text: str, *, begin: bool = True) -> tuple[int, ...]:
+        """Token ids of text as it is, without a chat template; ``begin``: with the token that begins a sequence."""
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
 
@@ -75,6 +78,9 @@ class Runtime(Protocol):
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """``[tokens, vocabulary]`` next-token logits at every position of one sequence."""
+
+    def last_logits(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        """``[prompts, vocabulary]`` next-token logits after the last token of each prompt."""
 
     def log_likelihoods(self, exchanges: Sequence[Exchange]) -> list[float]:
         """Mean log-likelihood per token (nats) of each response after its prompt."""

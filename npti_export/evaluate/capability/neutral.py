@@ -34,6 +34,11 @@ class NeutralText:
         self.tokens = [base.encode_text(passage.text) for passage in passages]
         self._kept: list[npt.NDArray[np.float16] | None] = [None] * len(self.tokens)
 
+    def keep(self) -> None:
+        """Compute what the base predicts now, as far as it is kept: before the same model is steered, say."""
+        for index in range(len(self.tokens)):
+            self._predicted(index)
+
     def kl(self, steered: Model) -> npt.NDArray[np.float64]:
         """``[passages]`` KL(base ‖ steered) in nats, the mean over a passage's tokens of the next token's.
 
@@ -43,15 +48,8 @@ class NeutralText:
         return np.array([self._kl_of(index, steered) for index in range(len(self.tokens))])
 
     def _kl_of(self, index: int, steered: Model) -> float:
-        tokens = self.tokens[index]
-        others = steered.logits(tokens)
-        kept = self._kept[index]
-        if kept is None:
-            logits = self._base.logits(tokens)
-            if 2 * logits.size <= self._left:
-                kept = np.concatenate([log_softmax(piece).astype(np.float16) for piece in _cut(logits)])
-                self._kept[index], self._left = kept, self._left - kept.nbytes
-        ours = logits if kept is None else kept
+        others = steered.logits(self.tokens[index])
+        ours = self._predicted(index)
         if ours.shape != others.shape:
             raise EvaluationError(
                 f"the steered model predicts {others.shape[1]} tokens and its base {ours.shape[1]}; "
@@ -61,6 +59,16 @@ class NeutralText:
         if not np.isfinite(result):
             raise EvaluationError("a model computes logits that are not numbers; get the file again")
         return result
+
+    def _predicted(self, index: int) -> npt.NDArray[np.floating]:
+        kept = self._kept[index]
+        if kept is None:
+            logits = self._base.logits(self.tokens[index])
+            if 2 * logits.size > self._left:
+                return logits
+            kept = np.concatenate([log_softmax(piece).astype(np.float16) for piece in _cut(logits)])
+            self._kept[index], self._left = kept, self._left - kept.nbytes
+        return kept
 
 
 def kl_by_passage(base: Model, steered: Model, passages: Sequence[Passage]) -> npt.NDArray[np.float64]:

@@ -1,0 +1,176 @@
+"""From what was measured to the document."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.evaluate.conditions import Answered, Test, condition, perplexity
+from npti_export.evaluate.document import (
+    Answer,
+    CapabilityPart,
+    Change,
+    Condition,
+    ContrastPart,
+    Document,
+    Estimate,
+    FluencyPart,
+    InventoryPart,
+    JudgePart,
+    LayerShape,
+)
+from npti_export.evaluate.estimate import estimate
+from npti_export.evaluate.subject import Subject
+from npti_export.loader import Timings
+from npti_export.rule import SteeringRule
+from npti_export.version import __version__
+
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured.
+
+    Attributes:
+        answered: unsteered and steered first.
+        capability: of the artifact.
+        inventory: likewise; None where it was left out, as below.
+        judged: all conditions.
+        cross_talk: gain towards the + pole of each trait, ``[questions]``.
+        strengths: of the baselines, with the damage that they do.
+    """
+
+    answered: list[Answered]
+    capability: CapabilityPart
+    inventory: InventoryPart | None
+    judged: JudgePart | None
+    cross_talk: dict[str, Doubles]
+    strengths: dict[str, dict[str, float]]
+
+
+def assemble(found: Found, subject: Subject, test: Test, settings: dict[str, object], timings: Timings) -> Document:
+    """The document of an evaluation."""
+    base, steered = found.answered[:2]
+    conditions = [condition(one, base, test) for one in found.answered]
+    about, seed = subject.saved.about, test.seed
+    return Document(
+        version=__version__,
+        artifact={"path": subject.artifact.name, "format": subject.format, "bytes": _size(subject)},
+        model={
+            "name": about.model,
+            "fingerprint": about.fingerprint.float32,
+            "id": about.base,
+            "license": about.license,
+        },
+        traits=about.trait.split(),
+        poles=_poles(subject),
+        recipe=json.loads(subject.recipe.to_json()),
+        fidelity=dict(about.fidelity),
+        settings=settings | ({"baselines": found.strengths} if found.strengths else {}),
+        seconds={key: round(value, 2) for key, value in timings.seconds.items()},
+        trait_contrast=_contrast(conditions, base, steered, test),
+        judge=found.judged,
+        inventory=found.inventory,
+        fluency=_fluency(base, steered, seed),
+        capability=found.capability,
+        cross_talk={name: estimate(values, seed=seed) for name, values in found.cross_talk.items()} or None,
+        baselines={one.name: one for one in conditions[2:]},
+        conditions=conditions,
+        answers=_answers(found.answered, test),
+        layers=_layers(subject.saved.rule),
+    )
+
+
+def _contrast(conditions: list[Condition], base: Answered, steered: Answered, test: Test) -> ContrastPart:
+    gains = steered.towards(test.sign) - base.towards(test.sign)
+    prompts = [one.gain.mean for one in conditions if one.name.startswith("prompt-") and one.gain is not None]
+    best = max(prompts, default=0.0)
+    null = next((one.gain for one in conditions if one.kind == "null"), None)
+    facets = dict.fromkeys(question.facet for question in test.questions if question.facet is not None)
+    own = {facet: np.array([question.facet == facet for question in test.questions]) for facet in facets}
+    return ContrastPart(
+        personas=test.personas,
+        base=conditions[0].contrast,
+        steered=conditions[1].contrast,
+        gain=estimate(gains, seed=test.seed),
+        null=null,
+        share_of_prompt=float(gains.mean() / best) if best > 0 else None,
+        by_facet={facet: estimate(gains[mask], seed=test.seed) for facet, mask in own.items()},
+    )
+
+
+def _fluency(base: Answered, steered: Answered, seed: int) -> FluencyPart:
+    def change(name: str) -> Change:
+        before, after = (np.array([getattr(one, name) for one in side.readings], float) for side in (base, steered))
+        return _change(before, after, seed)
+
+    likelihood = _change(base.scores.fluency, steered.scores.fluency, seed)
+    return FluencyPart(
+        log_likelihood=likelihood,
+        perplexity=Change(
+            base=perplexity(likelihood.base),
+            steered=perplexity(likelihood.steered),
+            change=_shifted(likelihood),
+        ),
+        repetition=change("repetition"),
+        distinct=change("distinct"),
+        length=change("length"),
+    )
+
+
+def _shifted(likelihood: Change) -> Estimate:
+    """Change of the perplexity: that of the base times what the log-likelihood's change makes of it."""
+    base = float(np.exp(-likelihood.base.mean))
+    moved = likelihood.change
+    ends = sorted(base * (float(np.exp(-one)) - 1) for one in (moved.low, moved.high))
+    return Estimate(mean=base * (float(np.exp(-moved.mean)) - 1), low=ends[0], high=ends[1], n=moved.n)
+
+
+def _change(base: Doubles, steered: Doubles, seed: int) -> Change:
+    return Change(
+        base=estimate(base, seed=seed),
+        steered=estimate(steered, seed=seed),
+        change=estimate(steered - base, seed=seed),
+    )
+
+
+def _answers(answered: list[Answered], test: Test) -> list[Answer]:
+    towards = {one.way.name: one.towards(test.sign) for one in answered}
+    return [
+        Answer(
+            question=question.text,
+            facet=question.facet,
+            topic=question.topic,
+            answers={one.way.name: one.texts[place] for one in answered},
+            contrast={name: round(float(values[place]), 4) for name, values in towards.items()},
+        )
+        for place, question in enumerate(test.questions)
+    ]
+
+
+def _layers(rule: SteeringRule) -> list[LayerShape]:
+    constants = rule.constant if rule.constant is not None else np.zeros_like(rule.shift)
+    return [
+        LayerShape(shift=int(np.count_nonzero(shift)), clamp=int(clamp.sum()), constant=float(np.linalg.norm(constant)))
+        for shift, clamp, constant in zip(rule.shift, rule.clamp, constants, strict=True)
+    ]
+
+
+def _poles(subject: Subject) -> list[dict[str, str]]:
+    from npti_export.traits import parse_recorded
+
+    found = []
+    for text in subject.saved.about.trait.split():
+        spec = parse_recorded(text)
+        pole = subject.benches[spec.trait].definition.pole(spec.sign)
+        found.append({"pole": spec.pole, "name": pole.name, "description": pole.description})
+    return found
+
+
+def _size(subject: Subject) -> int:
+    path = subject.artifact
+    return sum(one.stat().st_size for one in path.rglob("*") if one.is_file()) if path.is_dir() else path.stat().st_size

@@ -1,0 +1,138 @@
+"""Answers of every way to get a personality, on the same questions, scored by the same unsteered model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from npti_export.bench import Question, TraitBench
+from npti_export.evaluate.contrast import ContrastScores, Tokens, answer, score
+from npti_export.evaluate.document import Condition, Estimate
+from npti_export.evaluate.estimate import estimate, transformed
+from npti_export.evaluate.fluency import Reading, reading
+from npti_export.evaluate.prompts import Prompting, prompts
+from npti_export.recipe import Recipe
+from npti_export.runtimes.base import Runtime
+from npti_export.traits import Sign
+
+Kind = Literal["base", "steered", "prompt", "baseline", "null"]
+Doubles = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Test:
+    """What is asked, and how it is scored.
+
+    Attributes:
+        bench: of the trait.
+        sign: the wanted pole.
+        questions: asked of every condition.
+        recipe: how prompts are put and answers decoded.
+        answer_tokens: longest answer.
+        personas: pairs of personas that score each answer.
+        seed: of the intervals.
+    """
+
+    __test__ = False  # no test of pytest's
+
+    bench: TraitBench
+    sign: Sign
+    questions: Sequence[Question]
+    recipe: Recipe
+    answer_tokens: int
+    personas: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to get a personality.
+
+    Attributes:
+        name: key in the document.
+        label: what a reader sees.
+        kind: of it.
+        open: the model that answers, for as long as the block lasts.
+        how: it is prompted.
+    """
+
+    name: str
+    label: str
+    kind: Kind
+    open: Callable[[], AbstractContextManager[Runtime]]
+    how: Prompting = "plain"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What came of one way.
+
+    Attributes:
+        way: which.
+        tokens: the answers.
+        texts: likewise.
+        scores: of each answer.
+        readings: likewise.
+        seconds: that it took.
+    """
+
+    way: Way
+    tokens: list[Tokens]
+    texts: list[str]
+    scores: ContrastScores
+    readings: list[Reading]
+    seconds: float
+
+    def towards(self, sign: Sign) -> Doubles:
+        """Contrasts towards a pole, ``[questions]``."""
+        return self.scores.towards(sign)
+
+
+def ask(way: Way, runtime: Runtime, test: Test) -> tuple[list[Tokens], float]:
+    """Answers of an opened model, and the seconds that they took."""
+    started = time.perf_counter()
+    asked = prompts(runtime, test.bench, test.questions, test.sign, test.recipe, way.how)
+    return answer(runtime, asked, test.recipe, test.answer_tokens), time.perf_counter() - started
+
+
+def scored(way: Way, answers: list[Tokens], seconds: float, scorer: Runtime, test: Test) -> Answered:
+    """Score answers by the unsteered model."""
+    started = time.perf_counter()
+    scores = score(scorer, test.bench, test.questions, answers, test.recipe, personas=test.personas)
+    texts = [scorer.decode(one) for one in answers]
+    # the token that ends an answer is no part of what is read
+    lengths = [len(one) - (len(one) < test.answer_tokens) for one in answers]
+    readings = [reading(text, length) for text, length in zip(texts, lengths, strict=True)]
+    return Answered(way, answers, texts, scores, readings, seconds + time.perf_counter() - started)
+
+
+def condition(found: Answered, base: Answered, test: Test) -> Condition:
+    """The figures of one way, with their intervals, beside the unsteered model's."""
+    contrast, seed = found.towards(test.sign), test.seed
+    gain = None if found is base else estimate(contrast - base.towards(test.sign), seed=seed)
+    fluency = estimate(found.scores.fluency, seed=seed)
+    return Condition(
+        name=found.way.name,
+        label=found.way.label,
+        kind=found.way.kind,
+        contrast=estimate(contrast, seed=seed),
+        gain=gain,
+        fluency=fluency,
+        perplexity=perplexity(fluency),
+        repetition=estimate([one.repetition for one in found.readings], seed=seed),
+        distinct=estimate([one.distinct for one in found.readings], seed=seed),
+        length=estimate([one.length for one in found.readings], seed=seed),
+        seconds=round(found.seconds, 2),
+    )
+
+
+def perplexity(fluency: Estimate) -> Estimate:
+    """exp(-x) of a mean log-likelihood per token."""
+    return transformed(fluency, lambda value: math.exp(-value))

@@ -1,0 +1,139 @@
+"""From options to an evaluation, and from it to files and a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npti_export.evaluate.document import Condition, Document, Estimate
+from npti_export.evaluate.judge.spec import parse_judge
+from npti_export.evaluate.run import EvaluationJob, evaluate
+from npti_export.evaluate.subject import SubjectJob
+from npti_export.files import atomic_output, check_writable
+from npti_export.identify.collect import cache_folder
+from npti_export.loader import RuntimeSettings
+from npti_export.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def evaluation_job(artifact: Path, settings: RuntimeSettings, options: dict[str, Any]) -> EvaluationJob:
+    """A job from parsed command-line options.
+
+    Raises:
+        EvaluationError: a judge or a baseline that is none.
+    """
+    subject = SubjectJob(
+        artifact=artifact,
+        model=options["model"],
+        trait=options["trait"],
+        bench=options["bench"],
+        trait_dirs=tuple(options["trait_dirs"]),
+        any_model=options["any_model"],
+        runtime=settings,
+        cache=None if options["no_cache"] else cache_folder(),
+    )
+    names = [name.strip() for name in options["baselines"].split(",")]
+    return EvaluationJob(
+        subject,
+        questions=options["questions"],
+        answer_tokens=options["answer_tokens"],
+        personas=options["personas"],
+        baselines=tuple(name for name in names if name not in ("", "none")),
+        prompted=not options["no_prompts"],
+        judges=tuple(
+            parse_judge(text, threads=settings.threads, gpu_layers=settings.gpu_layers) for text in options["judges"]
+        ),
+        journal=options["judge_journal"],
+        inventory=options["inventory"],
+        skips=frozenset(options["skips"]),
+        tasks=tuple(options["tasks"]),
+        seed=options["seed"],
+    )
+
+
+def deliver(
+    job: EvaluationJob,
+    console: Console,
+    progress: Progress,
+    *,
+    json_path: Path | None = None,
+    html_path: Path | None = None,
+    force: bool = False,
+) -> Document:
+    """Evaluate, write what is asked for, and print the figures.
+
+    Raises:
+        OutputError: a file exists and ``force`` is not set; said before any work.
+    """
+    for path in (json_path, html_path):
+        if path is not None:
+            check_writable(path, force=force)
+    document = evaluate(job, progress)
+    if json_path is not None:
+        with atomic_output(json_path, force=force) as temporary:
+            temporary.write_text(document.to_json(), encoding="utf-8")
+    if html_path is not None:
+        from npti_export.report_page.page import render_page
+
+        with atomic_output(html_path, force=force) as temporary:
+            temporary.write_text(render_page(document), encoding="utf-8")
+    render(document, console)
+    for path in (json_path, html_path):
+        if path is not None:
+            console.print(f"wrote {path}", highlight=False, markup=False)
+    return document
+
+
+def render(document: Document, console: Console) -> None:
+    """Print conditions and the main figures."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(" ".join(document.traits)), title_justify="left")
+    for name in ("", "contrast", "gain (95%)", "fluency", "repetition", "tokens"):
+        table.add_column(name, justify="left" if not name else "right")
+    for one in document.conditions:
+        table.add_row(*_row(one))
+    console.print(table)
+    for line in _lines(document):
+        console.print(line, highlight=False, markup=False)
+
+
+def _row(one: Condition) -> list[Any]:
+    from rich.text import Text
+
+    gain = "" if one.gain is None else interval(one.gain)
+    cells = [f"{one.contrast.mean:+.3f}", gain, f"{one.fluency.mean:.2f}", f"{one.repetition.mean:.0%}"]
+    return [Text(one.label), *cells, f"{one.length.mean:.0f}"]
+
+
+def interval(value: Estimate, digits: int = 3) -> str:
+    """A mean with its interval, signed."""
+    return f"{value.mean:+.{digits}f} ({value.low:+.{digits}f} to {value.high:+.{digits}f})"
+
+
+def _lines(document: Document) -> list[str]:
+    contrast, capability = document.trait_contrast, document.capability
+    lines = []
+    if contrast.share_of_prompt is not None:
+        lines.append(f"trait      {contrast.share_of_prompt:.0%} of the better prompt's gain")
+    lines.append(f"neutral    KL {capability.kl_neutral.mean:.3f} nats a token from the unsteered model")
+    lines += [
+        f"skill      {task.name}: {task.score.base.mean:.0%} -> {task.score.steered.mean:.0%} "
+        f"({interval(task.score.change, 2)})"
+        for task in capability.tasks
+    ]
+    if document.inventory is not None:
+        moved = ", ".join(f"{name} {one.change.mean:+.2f}" for name, one in document.inventory.traits.items())
+        lines.append(f"inventory  {moved}")
+    if document.cross_talk is not None:
+        moved = ", ".join(f"{name} {one.mean:+.3f}" for name, one in document.cross_talk.items())
+        lines.append(f"all traits {moved}")
+    for judge in document.judge.judges if document.judge else ():
+        base, steered = judge.trait.get("unsteered"), judge.trait.get("steered")
+        if base is not None and steered is not None:
+            lines.append(f"judge      {judge.judge}: {base.mean:.2f} -> {steered.mean:.2f} of 5")
+    lines.append(f"time       {document.seconds.get('total', 0):.0f} s")
+    return lines

@@ -1,0 +1,262 @@
+"""A whole evaluation of one artifact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from npti_export.bench import TraitBench, load_bench
+from npti_export.errors import EvaluationError
+from npti_export.evaluate import baselines
+from npti_export.evaluate.assemble import Found, assemble
+from npti_export.evaluate.capability.neutral import NeutralText
+from npti_export.evaluate.capability.part import BaseSkill, base_skill, compare_skill
+from npti_export.evaluate.capability.tasks import neutral_passages, read_tasks, shipped_tasks
+from npti_export.evaluate.conditions import Answered, Doubles, Test, Way, ask, scored
+from npti_export.evaluate.contrast import contrasts
+from npti_export.evaluate.document import CapabilityPart, Document, JudgePart
+from npti_export.evaluate.inventory.answers import InventoryAnswers, answer_inventory, inventory_part
+from npti_export.evaluate.inventory.items import Item, read_inventory, source_name
+from npti_export.evaluate.judge.spec import JudgeSpec
+from npti_export.evaluate.prompts import Prompting
+from npti_export.evaluate.subject import Subject, SubjectJob, opened, unsteered
+from npti_export.identify.profiles import profile_for
+from npti_export.loader import Timings
+from npti_export.profile import NeuronProfile
+from npti_export.progress import Progress
+from npti_export.recipe import load_recipe
+from npti_export.rule import SteeringRule
+from npti_export.traits import FACETS
+
+PASSAGES = 16  # neutral ones at which baselines are brought to the artifact's damage
+KEPT_BYTES = 4 << 30  # of what the base predicts, where it cannot be asked again while it is steered
+BASELINE_QUESTIONS = 96  # that neurons are identified on for the other methods, if nobody did so before
+BASELINES = (*baselines.METHODS, baselines.NULL)
+PROMPTED: dict[str, tuple[str, Prompting]] = {
+    "prompt-adjective": ("Adjective prompt", "adjective"),
+    "prompt-persona": ("Persona prompt", "persona"),
+}
+Own = tuple[list[Answered], CapabilityPart, InventoryAnswers | None]
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """What a user asked for.
+
+    Attributes:
+        subject: the artifact, and where it runs.
+        questions: test questions, 0 for all.
+        answer_tokens: longest answer.
+        personas: pairs of personas that score each answer.
+        baselines: names of :data:`BASELINES`.
+        prompted: whether prompts are compared with, and added to the artifact.
+        judges: that rate every condition's answers.
+        journal: file that keeps their verdicts.
+        inventory: a file of items, or None for the shipped ones.
+        skips: parts that are left out: ``inventory``, ``capability``, ``cross-talk``.
+        tasks: files of further tests of skill.
+        seed: of intervals and of chance.
+    """
+
+    subject: SubjectJob
+    questions: int = 0
+    answer_tokens: int = 64
+    personas: int = 2
+    baselines: tuple[str, ...] = BASELINES
+    prompted: bool = True
+    judges: tuple[JudgeSpec, ...] = ()
+    journal: Path | None = None
+    inventory: Path | None = None
+    skips: frozenset[str] = frozenset()
+    tasks: tuple[Path, ...] = ()
+    seed: int = 0
+
+
+def evaluate(job: EvaluationJob, progress: Progress) -> Document:
+    """Evaluate an artifact.
+
+    Test questions choose nothing here: not the artifact, which is given, nor the strength of a baseline, which is
+    that at which it is as far from the unsteered model on neutral text as the artifact is.
+
+    Raises:
+        NptiError: something is wrong with the job, or a part of it cannot be done.
+    """
+    _check(job)
+    items = read_inventory(job.inventory) if "inventory" not in job.skips else ()
+    tasks = [*shipped_tasks(), *map(read_tasks, job.tasks)] if "capability" not in job.skips else []
+    timings, started = Timings(), time.perf_counter()
+    with opened(job.subject, timings, progress) as subject:
+        test = Test(
+            subject.bench,
+            subject.spec.sign,
+            subject.bench.test(job.questions),
+            subject.recipe,
+            job.answer_tokens,
+            job.personas,
+            job.seed,
+        )
+        work = _Work(job, subject, test, timings, progress)
+        with timings.measure("capability"):
+            skill = base_skill(subject.base, tasks, neutral_passages())
+            if subject.shares:
+                skill.neutral.keep()
+            before = answer_inventory(subject.base, items) if items else None
+        answered, capability, after = work.own(skill, items)
+        inventory = None
+        if before is not None and after is not None:
+            inventory = inventory_part(before, after, items, source_name(job.inventory), seed=job.seed)
+        with timings.measure("baselines"):
+            answered += work.others()
+        cross_talk: dict[str, Doubles] = {}
+        if "cross-talk" not in job.skips:
+            with timings.measure("cross-talk"):
+                cross_talk = work.cross_talk(answered[0], answered[1])
+        judged = work.judge(answered)
+        timings.seconds["total"] = time.perf_counter() - started
+        found = Found(answered, capability, inventory, judged, cross_talk, work.strengths)
+        return assemble(found, subject, test, _settings(job, subject, test), timings)
+
+
+def _check(job: EvaluationJob) -> None:
+    unknown = sorted(set(job.baselines) - set(BASELINES))
+    if unknown:
+        raise EvaluationError(f"baseline {unknown[0]!r}: not known; there are {', '.join(BASELINES)}")
+    if job.personas < 1 or job.answer_tokens < 2:
+        raise EvaluationError("at least one pair of personas and two tokens of an answer are needed")
+
+
+def _settings(job: EvaluationJob, subject: Subject, test: Test) -> dict[str, object]:
+    return {
+        "questions": len(test.questions),
+        "answer_tokens": job.answer_tokens,
+        "personas": job.personas,
+        "seed": job.seed,
+        "engine": subject.models.engine,
+        "scorer": subject.models.dtype(),
+        "bench": subject.bench.digest,
+    }
+
+
+@dataclass
+class _Work:
+    """The stages, which share what was opened."""
+
+    job: EvaluationJob
+    subject: Subject
+    test: Test
+    timings: Timings
+    progress: Progress
+    strengths: dict[str, dict[str, float]] = field(default_factory=dict)
+    damage: float = 0.0
+
+    def own(self, skill: BaseSkill, items: Sequence[Item]) -> Own:
+        """The unsteered model and the artifact, plain and prompted, and what the artifact can still do."""
+        subject = self.subject
+        before = [Way("unsteered", "Unsteered", "base", lambda: unsteered(subject.base))]
+        after = [Way("steered", "Steered", "steered", subject.steered)]
+        for name, (label, how) in PROMPTED.items() if self.job.prompted else ():
+            before.append(Way(name, label, "prompt", before[0].open, how))
+            after.append(Way(f"steered-{name}", f"Steered and {label.lower()}", "prompt", subject.steered, how))
+        self.progress.start("answer", len(before) + len(after))
+        told = [ask(way, subject.base, self.test) for way in before if self._advance()]
+        with subject.steered() as runtime:
+            told += [ask(way, runtime, self.test) for way in after if self._advance()]
+            with self.timings.measure("capability"):
+                capability = compare_skill(skill, runtime, seed=self.job.seed)
+                rated = answer_inventory(runtime, items) if items else None
+        self.damage = capability.kl_neutral.mean
+        ways = [*before, *after]
+        self.progress.start("score", len(ways))
+        found = [
+            scored(way, *one, subject.scorer, self.test) for way, one in zip(ways, told, strict=True) if self._advance()
+        ]
+        order = [found[0], found[len(before)], *found[1 : len(before)], *found[len(before) + 1 :]]
+        return order, capability, rated
+
+    def _advance(self) -> bool:
+        self.progress.advance(1)
+        return True
+
+    def others(self) -> list[Answered]:
+        """Other methods on the same questions, at the artifact's damage."""
+        names, engine = self.job.baselines, self.subject.engine
+        if not names:
+            return []
+        if engine is None:
+            self.progress.note(f"{self.subject.source.name}: no rule can be baked into it, so there are no baselines")
+            return []
+        neutral = NeutralText(engine.base, neutral_passages()[:PASSAGES], kept_bytes=KEPT_BYTES)
+        neutral.keep()
+        methods = [name for name in names if name in baselines.METHODS]
+        profile = self._profile() if methods else None
+        rules: dict[str, tuple[str, SteeringRule]] = {}
+        for name in methods:
+            assert profile is not None
+            rules[name] = (baselines.METHODS[name], baselines.method_rule(name, profile, self.subject.spec))
+        if baselines.NULL in names:
+            rules[baselines.NULL] = ("Random neurons", baselines.null_rule(self.subject.saved.rule, self.job.seed))
+        self.progress.start("baselines", len(rules))
+        return [self._baseline(name, label, rule, neutral) for name, (label, rule) in rules.items() if self._advance()]
+
+    def _baseline(self, name: str, label: str, rule: SteeringRule, neutral: NeutralText) -> Answered:
+        engine = self.subject.engine
+        assert engine is not None
+        level = baselines.level(engine, lambda at: baselines.scaled(rule, at), neutral, max(self.damage, 1e-6))
+        self.strengths[name] = {"strength": round(level.strength, 4), "damage": round(level.damage, 5)}
+        way = Way(
+            name, label, "null" if name == baselines.NULL else "baseline", lambda: engine.steered(level.rule), "plain"
+        )
+        with way.open() as runtime:
+            answers, seconds = ask(way, runtime, self.test)
+        return scored(way, answers, seconds, self.subject.scorer, self.test)
+
+    def _profile(self) -> NeuronProfile:
+        """Neurons of the trait, for the other methods."""
+        available = len(self.subject.bench.split("search"))
+        recipe = load_recipe(
+            "npti",
+            [
+                f"identify.questions={min(BASELINE_QUESTIONS, available)}",
+                f"identify.max_new_tokens={self.job.answer_tokens}",
+                f"identify.batch_size={self.subject.recipe.identify.batch_size}",
+            ],
+        )
+        return profile_for(
+            self.subject.place, self.subject.bench, [self.subject.spec.sign], recipe, self.progress, whole=True
+        )
+
+    def cross_talk(self, base: Answered, steered: Answered) -> dict[str, Doubles]:
+        """How far the same answers move towards the + pole of every one of the Big Five, ``[questions]`` each."""
+        subject, test = self.subject, self.test
+        found = {}
+        for name in FACETS:
+            if name == subject.spec.trait:
+                found[name] = steered.scores.contrast - base.scores.contrast
+                continue
+            bench: TraitBench = load_bench(name)
+            moved = [
+                contrasts(subject.scorer, bench, test.questions, one.tokens, test.recipe, personas=1)
+                for one in (base, steered)
+            ]
+            found[name] = moved[1] - moved[0]
+        return found
+
+    def judge(self, answered: Sequence[Answered]) -> JudgePart | None:
+        """What the judges say of every condition."""
+        if not self.job.judges:
+            return None
+        from npti_export.evaluate.judge.run import judge_answers
+
+        with self.timings.measure("judge"):
+            return judge_answers(
+                self.job.judges,
+                self.subject.bench.definition,
+                self.subject.spec.sign,
+                [question.text for question in self.test.questions],
+                {one.way.name: one.texts for one in answered},
+                seed=self.job.seed,
+                journal=self.job.journal,
+                note=self.progress.note,
+            )
