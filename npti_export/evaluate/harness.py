@@ -50,12 +50,17 @@ def _samples(model: Model, names: Sequence[Any], limit: int | None) -> dict[str,
     """Per task and document number, what was logged, its metrics among it."""
     try:
         from lm_eval.evaluator import simple_evaluate
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluationError(
             f"lm-evaluation-harness cannot be imported ({error}); pip install 'npti-export[harness]'"
         ) from error
     try:
-        result = simple_evaluate(as_lm(model), tasks=list(names), limit=limit, bootstrap_iters=0, log_samples=True)
+        # Reading the index of the harness's own tasks takes a minute: not where none is named.
+        manager = TaskManager(include_defaults=any(isinstance(name, str) for name in names))
+        result = simple_evaluate(
+            as_lm(model), tasks=list(names), limit=limit, bootstrap_iters=0, log_samples=True, task_manager=manager
+        )
     except (ValueError, KeyError, OSError, FileNotFoundError) as error:
         raise EvaluationError(f"lm-evaluation-harness: {' '.join(str(error).split())[:300]}") from error
     return {name: {one["doc_id"]: one for one in samples} for name, samples in (result or {})["samples"].items()}
