@@ -8,7 +8,7 @@ from conftest import random_rule
 from test_bake import bake
 
 from npti_export.errors import EvaluationError
-from npti_export.evaluate.harness import harness_tasks
+from npti_export.evaluate.harness import _is_greedy, _until, harness_tasks
 from npti_export.runtimes.base import Exchange
 from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
@@ -49,8 +49,6 @@ def test_a_local_task(tiny, tmp_path, monkeypatch):
     bake(tiny, out, random_rule(3, 96))
     with opened(tiny) as base, opened(out) as steered:
         first, second = harness_tasks(base, steered, [choice, words])
-        with pytest.raises(EvaluationError, match="lm-evaluation-harness"):
-            harness_tasks(base, steered, ["no_such_task"])
         for runtime, found in ((base, first.score.base), (steered, first.score.steered)):
             right = []
             for one in DOCUMENTS:
@@ -63,6 +61,22 @@ def test_a_local_task(tiny, tmp_path, monkeypatch):
             assert found.mean == pytest.approx(np.mean(right))
     assert (first.name, first.metric, first.score.change.n) == ("ours_choice", "acc", 8)
     assert (second.name, second.metric, second.score.base.mean) == ("ours_words", "exact_match", 0)
+
+
+def test_greedy_continuations(tiny):
+    with opened(tiny) as runtime:
+        prompt = runtime.encode_text("Hello there")
+        (found,) = runtime.generate([prompt], max_new_tokens=4, repetition_penalty=1.0)
+        assert _is_greedy(runtime, found)
+        other = (found.response[0], (found.response[1] + 1) % 300, *found.response[2:])
+        assert not _is_greedy(runtime, Exchange(prompt, other))
+
+
+@pytest.mark.parametrize(("until", "want"), [(["b"], "a "), ("c", "a b "), ([], "a b c"), (["x", " b"], "a")])
+def test_answers_end_at_a_stop(tiny, monkeypatch, until, want):
+    with opened(tiny) as runtime:
+        monkeypatch.setattr(LlamaCppRuntime, "decode", lambda _self, _tokens: "a b c")
+        assert _until(runtime, "Hello", {"until": until, "max_gen_toks": 2}) == want
 
 
 def test_it_says_what_to_install(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,12 +50,17 @@ def _samples(model: Model, names: Sequence[Any], limit: int | None) -> dict[str,
     """Per task and document number, what was logged, its metrics among it."""
     try:
         from lm_eval.evaluator import simple_evaluate
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluationError(
             f"lm-evaluation-harness cannot be imported ({error}); pip install 'npti-export[harness]'"
         ) from error
     try:
-        result = simple_evaluate(as_lm(model), tasks=list(names), limit=limit, bootstrap_iters=0, log_samples=True)
+        # Reading the index of the harness's own tasks takes a minute: not where none is named.
+        manager = TaskManager(include_defaults=any(isinstance(name, str) for name in names))
+        result = simple_evaluate(
+            as_lm(model), tasks=list(names), limit=limit, bootstrap_iters=0, log_samples=True, task_manager=manager
+        )
     except (ValueError, KeyError, OSError, FileNotFoundError) as error:
         raise EvaluationError(f"lm-evaluation-harness: {' '.join(str(error).split())[:300]}") from error
     return {name: {one["doc_id"]: one for one in samples} for name, samples in (result or {})["samples"].items()}
@@ -68,10 +74,15 @@ def as_lm(model: Model) -> Any:
         """Likelihoods are summed over tokens and in nats, as the harness has them."""
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            """See ``LM``; whether an answer is the greedy one costs another pass and is not asked of us: False."""
+            """See ``LM``. Of several continuations of a document none is called greedy, which costs another pass."""
             exchanges = [_exchange(model, *request.args) for request in requests]
             means = model.log_likelihoods(exchanges)
-            return [(mean * len(one.response), False) for mean, one in zip(means, exchanges, strict=True)]
+            asked = Counter((request.task_name, request.doc_id) for request in requests)
+            alone = [asked[request.task_name, request.doc_id] == 1 for request in requests]
+            return [
+                (mean * len(one.response), single and _is_greedy(model, one))
+                for mean, one, single in zip(means, exchanges, alone, strict=True)
+            ]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             """See ``LM``; a text is read in one piece."""
@@ -93,6 +104,12 @@ def _exchange(model: Model, context: str, continuation: str) -> Exchange:
     if cut < 1:
         raise EvaluationError(f"a task asks for the likelihood of {continuation[:40]!r}, which is a single token")
     return Exchange(whole[:cut], whole[cut:])
+
+
+def _is_greedy(model: Model, exchange: Exchange) -> bool:
+    """Whether each token of the response is the likeliest one."""
+    likeliest = model.logits(exchange.tokens)[len(exchange.prompt) - 1 : -1].argmax(1)
+    return tuple(likeliest.tolist()) == exchange.response
 
 
 def _until(model: Model, context: str, options: dict[str, Any]) -> str:
