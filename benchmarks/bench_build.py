@@ -21,10 +21,10 @@ import psutil
 from npti_export import bench
 from npti_export.bench.definition import read_definition
 from npti_export.bench.making.builder import Options, build
-from npti_export.bench.making.endpoint import Endpoint, EndpointSettings
 from npti_export.bench.making.folder import Folder
 from npti_export.bench.making.judge import Judge
 from npti_export.bench.making.plan import Plan
+from npti_export.generators.endpoint import Endpoint, EndpointSettings
 
 say = partial(print, flush=True)
 STUB = Path(__file__).parents[1] / "tests" / "openai_stub.py"

@@ -67,6 +67,20 @@ def persona(rng):
     )
 
 
+def rating(prompt):
+    """What the stub gives as a judge: it likes long answers, and finds those to short questions fluent."""
+    question, answer = re.findall(r"<question>\n(.*?)\n</question>\n<answer>\n(.*?)\n</answer>", prompt, re.DOTALL)[0]
+    return 1 + (len(question) if prompt.startswith("Rate how fluent") else len(answer)) % 5
+
+
+def rating_reply(prompt):
+    """As a judge that is asked to be tiresome writes it."""
+    number = rating(prompt)
+    if "[mumble]" in prompt:
+        return "I would rather not say."
+    return f'Well, {{"rating": {number}}} it is.' if "[chat]" in prompt else json.dumps({"rating": number})
+
+
 def reply(request, bad):
     """A good answer to what the product asks; a share ``bad`` of its items is not to be kept."""
     prompt = request["messages"][-1]["content"]
@@ -74,6 +88,8 @@ def reply(request, bad):
         listed = re.findall(r"^(\d+)\. (.*)$", prompt, re.MULTILINE)
         verdicts = [{"question": int(at), "differ": len(text) % 3 > 0} for at, text in listed]
         return json.dumps({"verdicts": verdicts})
+    if "Rate how" in prompt:
+        return rating_reply(prompt)
     rng = random.Random(request.get("seed"))
     count = int(re.match(r"Write (\d+)", prompt)[1])
     if prompt.startswith(f"Write {count} descriptions"):
@@ -113,6 +129,7 @@ class Stub:
         self.retry_after, self.delay = retry_after, delay
         self.requests, self.headers, self.failed = 0, [], []
         self.bodies = []
+        self.schemaless = False  # whether every request that has a schema fails
         self.keep = False  # whether bodies and headers are kept
         self._rng = random.Random(seed)
         self._ready = threading.Event()
@@ -152,7 +169,8 @@ class Stub:
                 if self.keep:
                     self.headers.append(head)
                     self.bodies.append(body)
-                if not await self._answer(body, self._fault(), writer):
+                fault = "500" if self.schemaless and "response_format" in body else self._fault()
+                if not await self._answer(body, fault, writer):
                     return
         except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass

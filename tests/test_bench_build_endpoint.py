@@ -8,9 +8,9 @@ import time
 import pytest
 from openai_stub import Stub
 
-from npti_export.bench.making.endpoint import Endpoint, EndpointSettings
-from npti_export.bench.making.generators import Request, UnavailableError, UnusableAnswerError
 from npti_export.errors import BenchError
+from npti_export.generators.base import Request, UnavailableError, UnusableAnswerError
+from npti_export.generators.endpoint import Endpoint, EndpointSettings
 from npti_export.runtimes.base import chat
 
 PROMPT = "Write 3 questions about tea. ... addressed as you. Nobody speaks of themselves as I."

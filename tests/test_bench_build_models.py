@@ -19,8 +19,8 @@ import pytest
 from jobs import COMMAND
 
 from npti_export import cli
-from npti_export.bench.making.generators import Request
 from npti_export.bench.making.parse import read_items
+from npti_export.generators.base import Request
 from npti_export.models import gguf_source
 from npti_export.runtimes.base import chat
 
@@ -152,7 +152,7 @@ def test_a_model_on_this_machine_draws_by_seed(default_model):
     """The same seed gives the same text, another one another; temperature 0 gives the greedy text."""
     import asyncio
 
-    from npti_export.bench.making.local import LocalModel
+    from npti_export.generators.local import LocalModel
     from npti_export.runtimes.llamacpp.context import Settings
 
     messages = chat("You are a helpful assistant.", "Name a town.")

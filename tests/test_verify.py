@@ -8,8 +8,8 @@ from test_bake import bake, rule_for
 from npti_export.bench import load_bench
 from npti_export.endings.gguf import GGUFEnding
 from npti_export.evaluate.contrast import answer, plain_prompts, score
+from npti_export.evaluate.prompts import scoring_prompts
 from npti_export.gguf.reader import read_gguf
-from npti_export.identify.collect import contrast_prompts
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.runtimes.base import chat
@@ -92,7 +92,7 @@ def test_contrast_is_a_difference_of_likelihoods(tiny_runtime):
     for index, (question, response) in enumerate(zip(questions, answers, strict=True)):
         means = {}
         for sign in "+-":
-            prompt = contrast_prompts(tiny_runtime, bench, questions, sign, recipe, first=7)[index]
+            prompt = scoring_prompts(tiny_runtime, bench, questions, sign, recipe, turn=0)[index]
             logits = tiny_runtime.logits(prompt + response).astype(np.float64)
             log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             means[sign] = np.mean([log_p[len(prompt) - 1 + i, token] for i, token in enumerate(response)])

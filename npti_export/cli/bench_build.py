@@ -15,9 +15,9 @@ from npti_export.cli.options import FILE, llama_options, llama_settings
 if TYPE_CHECKING:
     from npti_export.bench.definition import TraitDefinition
     from npti_export.bench.making.builder import Display
-    from npti_export.bench.making.generators import Generator
     from npti_export.bench.making.judge import Judge
     from npti_export.bench.making.plan import Plan
+    from npti_export.generators.base import Generator
 
 SHORT_EXIT = 5  # some cells did not get their items
 _WORDS = {"questions": "8-80", "personas": "25-120"}
@@ -218,7 +218,7 @@ def _generator(options: dict[str, Any], settings: Any, display: Display) -> Call
         endpoint = _endpoint(options, options["endpoint"], options["model"], options["api_key_env"], display)
         return lambda: endpoint
 
-    from npti_export.bench.making.local import LocalModel
+    from npti_export.generators.local import LocalModel
     from npti_export.models import resolve_model
 
     source = resolve_model(options["model"])
@@ -226,7 +226,7 @@ def _generator(options: dict[str, Any], settings: Any, display: Display) -> Call
 
 
 def _endpoint(options: dict[str, Any], url: str, model: str, key_variable: str, display: Display) -> Generator:
-    from npti_export.bench.making.endpoint import Endpoint, EndpointSettings
+    from npti_export.generators.endpoint import Endpoint, EndpointSettings
 
     extra = {}
     for one in options["extra"]:

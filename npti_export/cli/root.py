@@ -9,6 +9,7 @@ import click
 
 from npti_export.cli.bake_vector import bake_vector
 from npti_export.cli.bench import bench
+from npti_export.cli.chat import chat
 from npti_export.cli.compile import compile_command
 from npti_export.cli.dial import dial
 from npti_export.cli.identify import identify
@@ -163,5 +164,18 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
             click.echo(f"pushed {push(job, report, progress)}")
 
 
-for command in (bake_vector, bench, compile_command, dial, identify, inspect, report_command, strip, traits, verify):
+COMMANDS = (
+    bake_vector,
+    bench,
+    chat,
+    compile_command,
+    dial,
+    identify,
+    inspect,
+    report_command,
+    strip,
+    traits,
+    verify,
+)
+for command in COMMANDS:
     cli.add_command(command)

@@ -14,10 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.bench import Question, TraitBench
-from npti_export.identify.collect import contrast_prompts
+from npti_export.evaluate.prompts import message, scoring_prompts
 from npti_export.recipe import Recipe
-from npti_export.runtimes.base import Exchange, chat
-from npti_export.runtimes.transformers import TransformersRuntime
+from npti_export.runtimes.base import Exchange, Runtime
+from npti_export.traits import SIGNS, Sign
+
+Doubles = npt.NDArray[np.float64]
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -27,25 +30,25 @@ class ContrastScores:
     ``contrast`` is towards the ``+`` pole; negate it for the ``-`` pole.
     """
 
-    contrast: npt.NDArray[np.float64]
-    fluency: npt.NDArray[np.float64]
+    contrast: Doubles
+    fluency: Doubles
+
+    def towards(self, sign: Sign) -> Doubles:
+        """The contrast towards one pole."""
+        return self.contrast if sign == "+" else -self.contrast
 
 
-def plain_prompts(runtime: TransformersRuntime, questions: Sequence[Question], recipe: Recipe) -> list[tuple[int, ...]]:
+def plain_prompts(runtime: Runtime, questions: Sequence[Question], recipe: Recipe) -> list[Tokens]:
     """The questions with no persona: what the user of a steered model sends."""
-    return [
-        runtime.encode(chat(None, recipe.prompt.user.replace("{question}", question.text))) for question in questions
-    ]
+    return [runtime.encode(message(None, question.text, recipe)) for question in questions]
 
 
-def answer(
-    runtime: TransformersRuntime, prompts: Sequence[tuple[int, ...]], recipe: Recipe, max_new_tokens: int
-) -> list[tuple[int, ...]]:
+def answer(runtime: Runtime, asked: Sequence[Tokens], recipe: Recipe, max_new_tokens: int) -> list[Tokens]:
     """Greedy answers in the recipe's batches, token ids."""
-    answers: list[tuple[int, ...]] = []
-    for start in range(0, len(prompts), recipe.identify.batch_size):
+    answers: list[Tokens] = []
+    for start in range(0, len(asked), recipe.identify.batch_size):
         exchanges = runtime.generate(
-            prompts[start : start + recipe.identify.batch_size],
+            asked[start : start + recipe.identify.batch_size],
             max_new_tokens=max_new_tokens,
             repetition_penalty=recipe.identify.repetition_penalty,
         )
@@ -53,11 +56,32 @@ def answer(
     return answers
 
 
-def score(
-    runtime: TransformersRuntime,
+def contrasts(
+    scorer: Runtime,
     bench: TraitBench,
     questions: Sequence[Question],
-    answers: Sequence[tuple[int, ...]],
+    answers: Sequence[Tokens],
+    recipe: Recipe,
+    *,
+    personas: int,
+) -> Doubles:
+    """Contrast towards ``+`` of each answer, see :func:`score`."""
+    exchanges = [
+        Exchange(prompt, response)
+        for turn in range(personas)
+        for sign in SIGNS
+        for prompt, response in zip(scoring_prompts(scorer, bench, questions, sign, recipe, turn), answers, strict=True)
+    ]
+    found = np.array(scorer.log_likelihoods(exchanges)).reshape(personas, len(SIGNS), len(questions))
+    contrast: Doubles = (found[:, 0] - found[:, 1]).mean(0)
+    return contrast
+
+
+def score(
+    scorer: Runtime,
+    bench: TraitBench,
+    questions: Sequence[Question],
+    answers: Sequence[Tokens],
     recipe: Recipe,
     *,
     personas: int,
@@ -65,29 +89,14 @@ def score(
     """Score answers with the unsteered model.
 
     Args:
-        runtime: the unsteered model.
+        scorer: the unsteered model.
         bench: personas of both poles.
         questions: what was asked.
         answers: one a question.
         recipe: its prompt section and seed.
-        personas: how many persona pairs score each answer; the pairs differ from those that
-            :func:`contrast_prompts` gives the same question at ``first=0``.
+        personas: how many pairs of personas score each answer.
     """
-    rounds = []
-    for turn in range(1, personas + 1):
-        likelihood = {
-            sign: runtime.log_likelihoods(
-                [
-                    Exchange(prompt, response)
-                    for prompt, response in zip(
-                        contrast_prompts(runtime, bench, questions, sign, recipe, first=turn * 7),
-                        answers,
-                        strict=True,
-                    )
-                ]
-            )
-            for sign in ("+", "-")
-        }
-        rounds.append(np.subtract(likelihood["+"], likelihood["-"]))
-    plain = [Exchange(p, a) for p, a in zip(plain_prompts(runtime, questions, recipe), answers, strict=True)]
-    return ContrastScores(np.mean(rounds, axis=0), np.array(runtime.log_likelihoods(plain)))
+    contrast = contrasts(scorer, bench, questions, answers, recipe, personas=personas)
+    asked = plain_prompts(scorer, questions, recipe)
+    fluency = scorer.log_likelihoods([Exchange(*pair) for pair in zip(asked, answers, strict=True)])
+    return ContrastScores(contrast, np.array(fluency))

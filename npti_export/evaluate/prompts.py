@@ -47,8 +47,10 @@ def scoring_personas(bench: TraitBench, sign: Sign, seed: int) -> list[str]:
     beginning :func:`prompts` pairs with questions.
     """
     order = pair_with_personas(bench, sign, len(bench.pole(sign)), seed)[::-1]
-    first = {persona.facet: persona.text for persona in reversed(order)}
-    return [persona.text for persona in order if first[persona.facet] == persona.text][:_SCORING]
+    chosen = [
+        one for at, one in enumerate(order) if one.facet not in {earlier.facet for earlier in order[:at]} - {None}
+    ]
+    return [persona.text for persona in chosen[:_SCORING]]
 
 
 def scoring_prompts(

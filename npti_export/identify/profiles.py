@@ -23,6 +23,7 @@ from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Runtime
 from npti_export.traits import Sign
 
+_KEY = "constant"
 _CACHE_FORMAT = 1  # raise when the meaning of a cached constant changes
 
 
@@ -83,6 +84,8 @@ def profile_for(
 
 
 def _matched(place: Place, bench: TraitBench, sign: Sign, recipe: Recipe, progress: Progress) -> Matrix:
+    from safetensors.numpy import save
+
     source = place.source
     if source.architecture.mixture:
         raise ArchitectureError(
@@ -92,7 +95,7 @@ def _matched(place: Place, bench: TraitBench, sign: Sign, recipe: Recipe, progre
     depends: Any = [_CACHE_FORMAT, cache_key(source, bench, recipe, place.dtype, place.device), sign]
     depends += [recipe.identify.matched_questions]
     name = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:24]
-    kept = None if place.cache is None else place.cache / "matched" / f"{bench.trait}{sign}-{name}.npy"
+    kept = None if place.cache is None else place.cache / "matched" / f"{bench.trait}{sign}-{name}.safetensors"
     if kept is not None and kept.is_file():
         shape = (source.shape.layers, source.shape.width)
         values = _read(kept)
@@ -103,14 +106,17 @@ def _matched(place: Place, bench: TraitBench, sign: Sign, recipe: Recipe, progre
     if kept is not None:
         with translate_os_errors(kept):
             kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_output(kept, force=True) as temporary, temporary.open("wb") as stream:
-            np.save(stream, values, allow_pickle=False)
+        with atomic_output(kept, force=True) as temporary:
+            temporary.write_bytes(save({_KEY: values}))
     return values
 
 
 def _read(path: Path) -> Matrix | None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
     try:
-        values: Matrix = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        values: Matrix = load(path.read_bytes())[_KEY]
+    except (SafetensorError, OSError, KeyError, ValueError):
         return None
     return values if values.dtype == np.float32 and bool(np.isfinite(values).all()) else None

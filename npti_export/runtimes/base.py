@@ -93,6 +93,13 @@ class Runtime(Protocol):
         """Weight of a layer's down projection, ``[hidden, width]``."""
 
 
+def shared_length(sequences: Sequence[tuple[int, ...]]) -> int:
+    """How many first tokens all of one or more sequences have in common."""
+    ordered = sorted(map(tuple, sequences))
+    first, last = ordered[0], ordered[-1]  # whatever these two share, those between them do, too
+    return next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+
+
 def chat(system: str | None, user: str) -> list[Message]:
     """A one-turn chat."""
     turns = [{"role": "system", "content": system}] if system else []

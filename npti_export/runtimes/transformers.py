@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import copy
-import io
-import logging
 import operator
-import os
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
-from pathlib import Path
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from npti_export.errors import ModelError
-from npti_export.gguf.blocks import type_name
-from npti_export.gguf.reader import read_gguf
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import FALLBACK_TEMPLATE, Exchange, Message
+from npti_export.runtimes.loading import load, stop_tokens
 from npti_export.stats import ActivationStats, AnswerCounts
 
 if TYPE_CHECKING:
@@ -56,7 +50,7 @@ class TransformersRuntime:
         self.source = source
         self.device = usable_device(device)
         self.dtype = pick_dtype(self.device) if dtype == "auto" else parse_dtype(dtype)
-        self.model, self.tokenizer = _load(source, self.dtype, trust_remote_code)
+        self.model, self.tokenizer = load(source, self.dtype, trust_remote_code)
         self.model.to(self.device).eval()
         if source.architecture.mixture:
             from npti_export.routing import routing_of, tell
@@ -66,7 +60,7 @@ class TransformersRuntime:
                 routing.retain()
                 tell(act, routing)
         self.uses_fallback_template = not self.tokenizer.chat_template
-        self._stop = _stop_tokens(self.model, self.tokenizer)
+        self._stop = stop_tokens(self.model, self.tokenizer)
 
     def converted(self, dtype: str) -> TransformersRuntime:
         """A second runtime with a copy of the weights in another dtype, for models small enough to keep twice."""
@@ -117,6 +111,10 @@ class TransformersRuntime:
                 list(messages), chat_template=template, tokenize=False, add_generation_prompt=True
             )
         )
+
+    def encode_text(self, text: str, *, begin: bool = True) -> tuple[int, ...]:
+        """Token ids of plain text; ``begin`` puts what the model wants at the beginning of a text in front."""
+        return tuple(self.tokenizer(text, add_special_tokens=begin, split_special_tokens=True)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """See :class:`Runtime`."""
@@ -205,6 +203,21 @@ class TransformersRuntime:
         with torch.inference_mode():
             result: npt.NDArray[np.float32] = self.model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
         return result
+
+    def last_logits(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        """``[prompts, vocabulary]`` float32 next-token logits after the last token of each prompt."""
+        import torch
+
+        result = []
+        for batch in _batches([Exchange(tuple(prompt), ()) for prompt in prompts]):
+            ids, mask = self._pad([exchange.prompt for exchange in batch], left=True)
+            places = (mask.cumsum(-1) - 1).clamp(min=0)
+            with torch.inference_mode():
+                logits = self.model(
+                    input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1
+                ).logits
+            result.append(logits[:, -1].float().cpu().numpy())
+        return np.concatenate(result)
 
     def log_likelihoods(self, exchanges: Sequence[Exchange]) -> list[float]:
         """Mean log-likelihood per token (nats) of each response after its prompt."""
@@ -323,63 +336,3 @@ def _batches(exchanges: Sequence[Exchange]) -> Iterator[list[Exchange]]:
         batch.append(exchange)
     if batch:
         yield batch
-
-
-def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    configured = model.generation_config.eos_token_id
-    stop = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    return {token for token in stop if token is not None}
-
-
-def _load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    source.check_readable_by_transformers()
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.path)}
-    if source.kind == "gguf":  # an absolute name: a bare one is looked for in the working directory first
-        where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": str(source.path.absolute())}
-    try:
-        with _quiet(transformers), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                **where, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # these libraries raise anything, tokenizers a bare Exception, on a damaged file
-        if source.kind == "gguf" and source.path.is_file():
-            _check_types(source.path)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{source.path}: transformers cannot load it: {reason}") from error
-    return model, tokenizer
-
-
-def _check_types(path: Path) -> None:
-    """Raise, with a mend, where the reason is a type that gguf-py 0.19, transformers' reader, cannot decode."""
-    for tensor in read_gguf(path).tensors:
-        name = type_name(tensor.type_id)
-        if name in ("Q1_0", "Q2_0"):
-            raise ModelError(
-                f"{path}: {tensor.name} is {name}, which transformers cannot load; give the model's transformers "
-                "directory or hub id as --model and this file as --base"
-            )
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence transformers' advice and progress bars (some go to stderr past its own switch) while loading."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    gguf_log = logging.getLogger("gguf")
-    level = gguf_log.level
-    gguf_log.setLevel(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        gguf_log.setLevel(level)
-        if bars:
-            transformers.logging.enable_progress_bar()

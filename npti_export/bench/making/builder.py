@@ -14,7 +14,6 @@ from typing import Protocol
 
 from npti_export.bench.making.filters import Candidate, filters, first_fault
 from npti_export.bench.making.folder import Folder
-from npti_export.bench.making.generators import Generator, Request, UnusableAnswerError
 from npti_export.bench.making.journal import Journal, Record
 from npti_export.bench.making.judge import Judge
 from npti_export.bench.making.ngrams import grams
@@ -24,6 +23,7 @@ from npti_export.bench.making.prompts import generator_messages
 from npti_export.bench.making.report import Report, report, write_outputs
 from npti_export.bench.making.store import Store
 from npti_export.errors import BenchError, NptiError
+from npti_export.generators.base import Generator, Request, UnusableAnswerError
 
 _AHEAD = 8  # orders under way or finished for each one that the generator takes at once, while the first is awaited
 _MOST_UNUSABLE = 25  # answers in a row that cannot be used: something is wrong that waiting does not mend

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from npti_export.bench.definition import TraitDefinition
-from npti_export.bench.making.generators import Answer, Generator, Request, UnusableAnswerError
 from npti_export.bench.making.parse import read_verdicts
 from npti_export.bench.making.prompts import JUDGE_SCHEMA, judge_messages
+from npti_export.generators.base import Answer, Generator, Request, UnusableAnswerError
 
 _TOKENS_EACH, _TOKENS_MORE = 24, 64  # an entry of the JSON, spaced generously; what stands around them
 

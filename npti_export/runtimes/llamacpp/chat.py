@@ -53,18 +53,18 @@ class Chat:
         try:
             text = self._formatter(messages=list(messages)).prompt
         except Exception as error:  # a template is a program, and raises anything
-            if len(messages) != 2:
+            if len(messages) < 2 or messages[0]["role"] != "system":
                 raise ModelError(f"{self._model.path}: its chat template fails on a question: {error}") from error
-            joined = "\n\n".join(message["content"] for message in messages)
-            return self.encode([{"role": "user", "content": joined}])
+            joined = "\n\n".join(message["content"] for message in messages[:2])
+            return self.encode([{"role": "user", "content": joined}, *messages[2:]])
         return self.tokenize(text, special=self.uses_fallback)
 
-    def tokenize(self, text: str, *, special: bool) -> tuple[int, ...]:
-        """Token ids of a text in which special tokens may be spelt out; ``special`` adds the model's own around it."""
+    def tokenize(self, text: str, *, special: bool, spelt_out: bool = True) -> tuple[int, ...]:
+        """Token ids of a text; ``special`` adds the model's own around it, ``spelt_out`` reads those in the text."""
         lib, data = llama(), text.encode("utf-8")
         room = len(data) + 16  # a token has at least one byte, but for the few that are added
         tokens = (lib.llama_token * room)()
-        count = lib.llama_tokenize(self._model.vocabulary, data, len(data), tokens, room, special, True)
+        count = lib.llama_tokenize(self._model.vocabulary, data, len(data), tokens, room, special, spelt_out)
         if count <= 0:
             raise ModelError(f"{self._model.path}: llama.cpp cannot tokenize a prompt of {len(data)} bytes")
         return tuple(tokens[:count])

@@ -67,6 +67,7 @@ class Model:
                 raise ModelError(f"{path}: llama.cpp cannot load it: {log_tail()}")
         self.vocabulary: Any = lib.llama_model_get_vocab(self.pointer)
         self.vocabulary_size = int(lib.llama_vocab_n_tokens(self.vocabulary))
+        self.trained_context = int(lib.llama_model_n_ctx_train(self.pointer))
 
     def close(self) -> None:
         """Free it, and the adapters with it."""
@@ -229,12 +230,12 @@ class Context:
         """Forget all sequences."""
         llama().llama_memory_clear(self._memory, False)
 
-    def forget(self, sequence: int) -> None:
-        """Forget what a sequence holds."""
-        llama().llama_memory_seq_rm(self._memory, sequence, 0, -1)
+    def forget(self, sequence: int, start: int = 0) -> None:
+        """Forget what a sequence holds from the position ``start`` on."""
+        llama().llama_memory_seq_rm(self._memory, sequence, start, -1)
 
-    def share(self, sequence: int, other: int, length: int) -> None:
-        """Let an empty sequence begin with the first ``length`` tokens of another one; takes no cells."""
+    def share(self, sequence: int, other: int, length: int = -1) -> None:
+        """Let an empty sequence begin with the first ``length`` tokens of another one (-1: all); takes no cells."""
         llama().llama_memory_seq_cp(self._memory, sequence, other, 0, length)
 
     def save(self, sequence: int) -> bytes:

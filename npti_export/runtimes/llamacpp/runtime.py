@@ -25,6 +25,7 @@ from npti_export.runtimes.llamacpp.context import MAX_SEQUENCES, Context, Model,
 from npti_export.runtimes.llamacpp.counting import GateCounter
 from npti_export.runtimes.llamacpp.decoding import Beginnings, Choose, Decoder, Savings, Watch
 from npti_export.runtimes.llamacpp.experts import ExpertCounter, ExpertNodes, SeeExperts
+from npti_export.runtimes.llamacpp.last import last_logits
 from npti_export.runtimes.llamacpp.likelihood import log_likelihoods, plan
 from npti_export.runtimes.llamacpp.streams import StreamMeans
 from npti_export.runtimes.llamacpp.taps import See
@@ -103,6 +104,10 @@ class LlamaCppRuntime:
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """See :class:`npti_export.runtimes.base.Runtime`."""
         return self.chat.encode(messages)
+
+    def encode_text(self, text: str, *, begin: bool = True) -> tuple[int, ...]:
+        """Token ids of plain text; ``begin`` puts what the model wants at the beginning of a text in front."""
+        return self.chat.tokenize(text, special=begin, spelt_out=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """See :class:`npti_export.runtimes.base.Runtime`."""
@@ -216,6 +221,13 @@ class LlamaCppRuntime:
         header = read_model(self.model.path)
         tensor = header.require_tensor(f"{FFN_DOWN.format(layer)}.weight")
         return decode(read_rows(header, tensor, 0, tensor.shape[1]), tensor.type_id)
+
+    def last_logits(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        """``[prompts, vocabulary]`` next-token logits after the last token of each prompt.
+
+        What all of them begin with is computed once, so prompts that belong together go into one call.
+        """
+        return last_logits(self.context, self.settings.context, prompts)
 
     def run(
         self, sequences: Sequence[Sequence[int]], see: SeeMLP, see_stream: SeeStream | None = None

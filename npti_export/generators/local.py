@@ -7,8 +7,8 @@ import threading
 from collections import deque
 from typing import Any
 
-from npti_export.bench.making.generators import Answer, Request, UnusableAnswerError
 from npti_export.errors import ModelError
+from npti_export.generators.base import Answer, Request, UnusableAnswerError
 from npti_export.models import ModelSource
 from npti_export.runtimes.llamacpp.context import Settings
 
@@ -20,7 +20,7 @@ class StoppedError(Exception):
 
 
 class LocalModel:
-    """Implements :class:`npti_export.bench.making.generators.Generator`.
+    """Implements :class:`npti_export.generators.base.Generator`.
 
     Requests that wait while a batch is decoded make the next batch. The same request may come out differently in
     another batch, as sums of floating-point numbers depend on what is computed beside them.
@@ -50,11 +50,11 @@ class LocalModel:
         self._decoding = threading.Lock()
 
     def about(self) -> dict[str, Any]:
-        """See :class:`npti_export.bench.making.generators.Generator`."""
+        """See :class:`npti_export.generators.base.Generator`."""
         return {"file": self._source.path.name, "model": self._source.name, "batch": self._batch}
 
     async def close(self) -> None:
-        """See :class:`npti_export.bench.making.generators.Generator`."""
+        """See :class:`npti_export.generators.base.Generator`."""
         self._stopped.set()
         if self._worker is not None:
             await asyncio.gather(self._worker, return_exceptions=True)
@@ -63,7 +63,7 @@ class LocalModel:
             self._runtime.close()
 
     async def answer(self, request: Request) -> Answer:
-        """See :class:`npti_export.bench.making.generators.Generator`."""
+        """See :class:`npti_export.generators.base.Generator`."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))
         if self._worker is None or self._worker.done():

@@ -18,6 +18,19 @@ class UnavailableError(BenchError):
     """No answer came for as long as the user is willing to wait."""
 
 
+class RefusedError(BenchError):
+    """An endpoint does not take a request, however often it is asked.
+
+    Args:
+        text: what a user is told.
+        code: HTTP status.
+    """
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 @dataclass(frozen=True)
 class Request:
     """One chat to be continued.
@@ -66,7 +79,8 @@ class Generator(Protocol):
         Raises:
             UnusableAnswerError: only worthless answers came.
             UnavailableError: none came, though waited for.
-            BenchError: it will not come however often it is asked.
+            RefusedError: it will not come however often it is asked.
+            BenchError: likewise, for another reason than an endpoint's.
         """
 
     async def close(self) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from npti_export.bench.making.generators import Answer, Request, UnavailableError, UnusableAnswerError
 from npti_export.errors import BenchError, shortened
+from npti_export.generators.base import Answer, RefusedError, Request, UnavailableError, UnusableAnswerError
 
 LONGEST_ANSWER = 1 << 20  # bytes of a response's body: a hundred times what is asked for
 _TRIES = 3  # for an answer that can be read
@@ -33,6 +33,8 @@ class EndpointSettings:
         patience: seconds to go on asking where no answer comes at all.
         omit: fields of a request that the endpoint does not take: seed, temperature, max_tokens, response_format.
         extra: further fields of each request.
+        option: of the command line that gave the address, for messages.
+        flags: what those for ``omit`` and ``extra`` begin with, for messages.
     """
 
     url: str
@@ -43,10 +45,12 @@ class EndpointSettings:
     patience: float = 600.0
     omit: frozenset[str] = frozenset()
     extra: dict[str, Any] = field(default_factory=dict)
+    option: str = "--endpoint"
+    flags: str = "--"
 
 
 class Endpoint:
-    """Implements :class:`npti_export.bench.making.generators.Generator`.
+    """Implements :class:`npti_export.generators.base.Generator`.
 
     Args:
         settings: how it is spoken to.
@@ -61,11 +65,12 @@ class Endpoint:
             import openai
             import tenacity
         except ModuleNotFoundError as error:
-            raise BenchError(f"--endpoint needs {error.name}: pip install 'npti-export[bench]'") from error
+            raise BenchError(f"{settings.option} needs {error.name}: pip install 'npti-export[bench]'") from error
         parts = urlsplit(settings.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise BenchError(
-                f"--endpoint {_public(settings.url)}: give its address without a key, such as http://127.0.0.1:8080/v1"
+                f"{settings.option} {public_address(settings.url)}: give its address without a key, such as "
+                "http://127.0.0.1:8080/v1"
             )
         self.settings, self.concurrency, self._note = settings, settings.concurrency, note
         self._openai, self._tenacity = openai, tenacity
@@ -77,17 +82,21 @@ class Endpoint:
         self._client: Any = None
 
     def about(self) -> dict[str, Any]:
-        """See :class:`npti_export.bench.making.generators.Generator`."""
-        return {"endpoint": _public(self.settings.url), "model": self.settings.model, "concurrency": self.concurrency}
+        """See :class:`npti_export.generators.base.Generator`."""
+        return {
+            "endpoint": public_address(self.settings.url),
+            "model": self.settings.model,
+            "concurrency": self.concurrency,
+        }
 
     async def close(self) -> None:
-        """See :class:`npti_export.bench.making.generators.Generator`."""
+        """See :class:`npti_export.generators.base.Generator`."""
         if self._client is not None:
             await self._client.close()
             self._client = None
 
     async def answer(self, request: Request) -> Answer:
-        """See :class:`npti_export.bench.making.generators.Generator`."""
+        """See :class:`npti_export.generators.base.Generator`."""
         tenacity = self._tenacity
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(UnusableAnswerError),
@@ -178,19 +187,20 @@ class Endpoint:
         spent = getattr(error, "code", None) == "insufficient_quota"
         if (code in (408, 409, 429) or code >= 500) and not spent:
             return UnavailableError(f"{self._where}: answers {code} ({words})")
+        flags = self.settings.flags
         hint = {
-            400: "; if it does not know a field, leave that out by --omit seed, temperature, max_tokens or "
-            "response_format, or add what it wants by --extra",
+            400: f"; if it does not know a field, leave that out by {flags}omit seed, temperature, max_tokens or "
+            f"response_format, or add what it wants by {flags}extra",
             401: f"; set its key in the environment variable {self.settings.key_variable}",
             403: f"; the key in {self.settings.key_variable} may not do this",
-            404: "; check the address, which mostly ends in /v1, and --model",
-            422: "; leave out what it does not take by --omit",
+            404: "; check the address, which mostly ends in /v1, and the model's name",
+            422: f"; leave out what it does not take by {flags}omit",
         }.get(code, "")
-        return BenchError(f"{self._where}: answers {code} ({words}){hint}")
+        return RefusedError(f"{self._where}: answers {code} ({words}){hint}", code)
 
     @property
     def _where(self) -> str:
-        return _public(self.settings.url)
+        return public_address(self.settings.url)
 
     def _scrubbed(self, text: str) -> str:
         """Words of an endpoint, short, in one line, without the key, which some repeat."""
@@ -199,7 +209,7 @@ class Endpoint:
         return shortened(" ".join("".join(char if char.isprintable() else " " for char in text).split()), _NAMES_SHOWN)
 
 
-def _public(url: str) -> str:
+def public_address(url: str) -> str:
     """An address without what may be a secret in it: user, password and query."""
     parts = urlsplit(url)
     try:

@@ -1,0 +1,63 @@
+"""The capability part of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from npti_export.evaluate.capability.answers import Answers, answer_tasks
+from npti_export.evaluate.capability.model import Model
+from npti_export.evaluate.capability.neutral import NeutralText
+from npti_export.evaluate.capability.tasks import Passage, TaskSet
+from npti_export.evaluate.document import CapabilityPart, Change, Task
+from npti_export.evaluate.estimate import estimate
+
+
+@dataclass(frozen=True)
+class BaseSkill:
+    """What is known of the base, computed once for any number of steered models.
+
+    Attributes:
+        tasks: what it was asked.
+        answers: what it answered, one a set.
+        neutral: its predictions on neutral text.
+    """
+
+    tasks: tuple[TaskSet, ...]
+    answers: tuple[Answers, ...]
+    neutral: NeutralText
+
+
+def base_skill(base: Model, tasks: Sequence[TaskSet], passages: Sequence[Passage]) -> BaseSkill:
+    """Let the unsteered model answer; ``base`` stays open for as long as the result is used."""
+    return BaseSkill(tuple(tasks), tuple(answer_tasks(base, tasks)), NeutralText(base, passages))
+
+
+def compare_skill(known: BaseSkill, steered: Model, *, seed: int = 0) -> CapabilityPart:
+    """The steered model beside its base: differences are taken question by question.
+
+    Raises:
+        EvaluationError: a model of another vocabulary, or logits that are not numbers.
+    """
+    answers = answer_tasks(steered, known.tasks)
+    tasks = [
+        Task(
+            name=task.name,
+            source=task.source,
+            metric="accuracy",
+            score=Change(
+                base=estimate(before.correct, seed=seed),
+                steered=estimate(after.correct, seed=seed),
+                change=estimate(after.correct - before.correct, seed=seed),
+            ),
+        )
+        for task, before, after in zip(known.tasks, known.answers, answers, strict=True)
+    ]
+    return CapabilityPart(kl_neutral=estimate(known.neutral.kl(steered), seed=seed), tasks=tasks)
+
+
+def capability_part(
+    base: Model, steered: Model, tasks: Sequence[TaskSet], passages: Sequence[Passage], *, seed: int = 0
+) -> CapabilityPart:
+    """What steering does to what the model knows and can; see :func:`base_skill` for several steered models."""
+    return compare_skill(base_skill(base, tasks, passages), steered, seed=seed)

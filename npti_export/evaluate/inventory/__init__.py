@@ -1,0 +1,1 @@
+"""Self-report items, answered by the probabilities of their options."""

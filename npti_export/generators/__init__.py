@@ -1,0 +1,1 @@
+"""Models that write: behind an endpoint, or a GGUF on this machine."""

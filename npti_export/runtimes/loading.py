@@ -1,0 +1,86 @@
+"""Loading a model and its tokenizer in transformers, quietly."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npti_export.errors import ModelError
+from npti_export.gguf.blocks import type_name
+from npti_export.gguf.reader import read_gguf
+from npti_export.models import ModelSource
+
+if TYPE_CHECKING:
+    import torch
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer."""
+    configured = model.generation_config.eos_token_id
+    stop = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    return {token for token in stop if token is not None}
+
+
+def load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A model and its tokenizer.
+
+    Raises:
+        ModelError: transformers cannot load it; the reason given is its own.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    source.check_readable_by_transformers()
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.path)}
+    if source.kind == "gguf":  # an absolute name: a bare one is looked for in the working directory first
+        where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": str(source.path.absolute())}
+    try:
+        with _quiet(transformers), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                **where, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # these libraries raise anything, tokenizers a bare Exception, on a damaged file
+        if source.kind == "gguf" and source.path.is_file():
+            _check_types(source.path)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{source.path}: transformers cannot load it: {reason}") from error
+    return model, tokenizer
+
+
+def _check_types(path: Path) -> None:
+    """Raise, with a mend, where the reason is a type that gguf-py 0.19, transformers' reader, cannot decode."""
+    for tensor in read_gguf(path).tensors:
+        name = type_name(tensor.type_id)
+        if name in ("Q1_0", "Q2_0"):
+            raise ModelError(
+                f"{path}: {tensor.name} is {name}, which transformers cannot load; give the model's transformers "
+                "directory or hub id as --model and this file as --base"
+            )
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Silence transformers' advice and progress bars (some go to stderr past its own switch) while loading."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    gguf_log = logging.getLogger("gguf")
+    level = gguf_log.level
+    gguf_log.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        gguf_log.setLevel(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
