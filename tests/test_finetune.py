@@ -125,14 +125,17 @@ def test_a_loss_that_is_not_finite_is_an_error(runtime, exchanges):
     broken = copy.copy(runtime)
     broken.model = copy.deepcopy(runtime.model)
     broken.model.model.norm.weight.data[3] = float("inf")
-    with pytest.raises(EvaluationError, match=r"the loss is (nan|inf) at step 1 of 12"), low_rank(broken, SETTINGS):
-        train(broken, exchanges, SETTINGS, Silent())
+    with (
+        pytest.raises(EvaluationError, match=r"the loss is (nan|inf) at step 1 of 12"),
+        low_rank(broken, SETTINGS) as weights,
+    ):
+        train(broken, weights, exchanges, SETTINGS, Silent())
 
 
 def test_only_response_tokens_count(runtime, exchanges):
     one_step = replace(SETTINGS, epochs=1, batch=len(exchanges))
-    with low_rank(runtime, one_step):
-        losses = train(runtime, exchanges, one_step, Silent())
+    with low_rank(runtime, one_step) as weights:
+        losses = train(runtime, weights, exchanges, one_step, Silent())
     assert losses == [pytest.approx(plain_loss(runtime, exchanges), abs=LOGITS_FLOAT32)]
     without_ends = [Exchange(exchange.prompt, exchange.response[:-1]) for exchange in exchanges]
     assert abs(losses[0] - plain_loss(runtime, without_ends)) > 10 * LOGITS_FLOAT32
@@ -147,8 +150,8 @@ def test_what_a_family_does_to_its_logits_counts(runtime, exchanges, tmp_path, m
     save_tiny(tmp_path / "scaled", model_type, runtime.tokenizer, **scale)
     scaled = TransformersRuntime(resolve_model(str(tmp_path / "scaled")), device="cpu", dtype="float32")
     one_step = replace(SETTINGS, epochs=1, batch=len(exchanges))
-    with low_rank(scaled, one_step):
-        losses = train(scaled, exchanges, one_step, Silent())
+    with low_rank(scaled, one_step) as weights:
+        losses = train(scaled, weights, exchanges, one_step, Silent())
     assert losses == [pytest.approx(plain_loss(scaled, exchanges), abs=LOGITS_FLOAT32)]
 
 
@@ -190,7 +193,7 @@ def test_gradient_against_finite_differences(runtime, exchanges):
 
 def trained(runtime, exchanges, settings):
     with low_rank(runtime, settings) as weights:
-        losses = train(runtime, exchanges, settings, Silent())
+        losses = train(runtime, weights, exchanges, settings, Silent())
         return losses, [weight.detach().clone() for weight in weights]
 
 
@@ -211,7 +214,7 @@ def test_bfloat16_model_has_float32_lora_and_learns(runtime, exchanges):
     before = state(halved)
     with low_rank(halved, SETTINGS) as weights:
         assert {weight.dtype for weight in weights} == {torch.float32}
-        losses = train(halved, exchanges, SETTINGS, Silent())
+        losses = train(halved, weights, exchanges, SETTINGS, Silent())
         assert {weight.dtype for weight in weights} == {torch.float32}
     assert losses[0] == pytest.approx(trained(runtime, exchanges, SETTINGS)[0][0], abs=0.05)
     assert losses[-1] < 0.7 * losses[0]
@@ -254,10 +257,6 @@ def test_what_cannot_be_trained_is_refused(runtime, exchanges, bench):
         fine_tuned(runtime, exchanges, SETTINGS, Silent()),
     ):
         pytest.fail("trained two at once")
-    frozen = copy.copy(runtime)
-    frozen.model = copy.deepcopy(runtime.model).requires_grad_(False)
-    with pytest.raises(EvaluationError, match="all weights are frozen"):
-        train(frozen, exchanges, SETTINGS, Silent())
     assert_same_state(before, runtime)
 
 

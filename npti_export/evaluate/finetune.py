@@ -111,8 +111,8 @@ def fine_tuned(
         EvaluationError: as :func:`low_rank` and :func:`train`.
     """
     _check(exchanges_plain)
-    with low_rank(runtime, settings):
-        losses = train(runtime, exchanges_plain, settings, progress)
+    with low_rank(runtime, settings) as weights:
+        losses = train(runtime, weights, exchanges_plain, settings, progress)
         progress.note(
             f"fine-tuned on {len(exchanges_plain)} answers: loss {losses[0]:.3f} at the first step, "
             f"{losses[-1]:.3f} at the last of {len(losses)}"
@@ -143,7 +143,7 @@ def low_rank(runtime: TransformersRuntime, settings: FineTuneSettings) -> Iterat
         bias="none",
         task_type="CAUSAL_LM",
     )
-    frozen = {name: one.requires_grad for name, one in model.named_parameters()}
+    trainable = {name: one.requires_grad for name, one in model.named_parameters()}
     # PEFT draws the first weights from torch's own generator on the CPU.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice about saving, which never happens
@@ -155,13 +155,17 @@ def low_rank(runtime: TransformersRuntime, settings: FineTuneSettings) -> Iterat
     finally:
         lora.unload()
         for name, one in model.named_parameters():
-            one.requires_grad_(frozen[name])
+            one.requires_grad_(trainable[name])
 
 
 def train(
-    runtime: TransformersRuntime, exchanges: Sequence[Exchange], settings: FineTuneSettings, progress: Progress
+    runtime: TransformersRuntime,
+    weights: Sequence[torch.nn.Parameter],
+    exchanges: Sequence[Exchange],
+    settings: FineTuneSettings,
+    progress: Progress,
 ) -> list[float]:
-    """Train what can be trained of a model (within :func:`low_rank`) to give each response after its prompt.
+    """Train weights that :func:`low_rank` gave to make each response follow its prompt.
 
     The loss is the mean negative log-likelihood of the response tokens, over all of a step's exchanges; prompts do not
     count, an end-of-turn token does. AdamW, no weight decay, gradients clipped to norm 1.
@@ -174,14 +178,11 @@ def train(
         The loss of each step in nats per token, before the step.
 
     Raises:
-        EvaluationError: no exchanges, an empty prompt or response, nothing to train, or a loss that is not finite.
+        EvaluationError: no exchanges, an empty prompt or response, or a loss that is not finite.
     """
     import torch
 
     _check(exchanges)
-    weights = [one for one in runtime.model.parameters() if one.requires_grad]
-    if not weights:
-        raise EvaluationError(f"{runtime.source.name}: fine-tuning: all weights are frozen, there is nothing to train")
     order = torch.Generator().manual_seed(settings.seed)
     steps = settings.epochs * math.ceil(len(exchanges) / settings.batch)
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
