@@ -49,7 +49,7 @@ class FineTuneSettings:
     rank: int = 8
     alpha: int = 16
     epochs: int = 2
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     batch: int = 8
     seed: int = 0
 
