@@ -10,6 +10,14 @@ from npti_export.models import default_model_path, gguf_source
 from npti_export.rule import SteeringRule
 
 
+def pytest_configure(config):
+    """A worker of pytest-xdist gets a core of its own: runtimes that see all cores would fight for them."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache."""
