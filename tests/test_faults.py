@@ -55,7 +55,7 @@ def test_a_killed_run_goes_on_where_it_stopped_and_gives_the_same_bytes(finished
     )
     wait_for_batches(cli_environment["NPTI_CACHE"], process)
     process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert not (tmp_path / "model.gguf").exists()
     if how != signal.SIGKILL:
         assert process.returncode == 130
