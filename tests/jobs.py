@@ -39,6 +39,9 @@ def npti(*arguments, environment, cwd):
 
 @contextlib.contextmanager
 def _surroundings(environment, cwd):
+    from huggingface_hub import constants  # which reads its variables once
+
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, environment.get("HF_HUB_OFFLINE") == "1"
     handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP)}
     was, here = dict(os.environ), Path.cwd()
     os.environ.clear()
@@ -47,6 +50,7 @@ def _surroundings(environment, cwd):
     try:
         yield
     finally:
+        constants.HF_HUB_OFFLINE = offline
         os.chdir(here)
         os.environ.clear()
         os.environ.update(was)
