@@ -10,7 +10,8 @@ from typing import Any
 
 from npti_export.compile_for import FileCompiler
 from npti_export.compiler.kinds import parse_program
-from npti_export.export.gguf import check_base
+from npti_export.compiler.passes import budget_units
+from npti_export.export.gguf import check_base, unit_block
 from npti_export.job import Job, prepared, with_base
 from npti_export.loader import Timings
 from npti_export.models import gguf_source
@@ -45,9 +46,11 @@ def explain(job: Job, programs: Sequence[str], progress: Progress, *, measures: 
         ):
             assert ready.base is not None
             check_base(ready.base)
+            source, recipe = gguf_source(ready.base.path), ready.recipe
+            kinds = kinds or [parse_program(recipe.compile.program)]
+            for kind in kinds:  # refused before any work
+                budget_units(kind, source.shape.width, unit_block(ready.base))
             saved, _ = obtain_rule(ready, models, timings, progress)
-            source = gguf_source(ready.base.path)
-            recipe = ready.recipe
             with LlamaCppRuntime(
                 source.path, models.settings.llama, sequences=recipe.verify.prompts, source=source
             ) as runtime:
@@ -55,7 +58,7 @@ def explain(job: Job, programs: Sequence[str], progress: Progress, *, measures: 
                 calibration = compiler.calibration(saved.rule)
                 measure = compiler.measure(saved.rule) if measures else None
                 found = []
-                for kind in kinds or [parse_program(recipe.compile.program)]:
+                for kind in kinds:
                     compiled = compiler.compile(saved.rule, kind, calibration)
                     entry = {"program": str(kind), "steps": [asdict(step) for step in compiled.steps]}
                     found.append(entry | ({"kl": measure(compiled.program)} if measure else {}))

@@ -176,6 +176,6 @@ def render_programs(found: dict[str, Any], console: Console, *, every_pass: bool
             table.add_row(*names, *cost, worst, f"{step['error']:.2%}", kl)
     console.print(f"[bold]{found['trait']}[/bold], MLP width {width}, neurons in blocks of {found['block']}")
     console.print(table)
-    console.print("worst clamp: largest error at any gate; predicted error: what is left of what the rule changes")
+    console.print("worst clamp: largest error at gates up to ±60; predicted error: what is left of what a rule changes")
     if any("kl" in program for program in found["programs"]):
         console.print("KL: from rule to program, MLPs in float32, nats per token")

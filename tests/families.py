@@ -7,6 +7,7 @@ import numpy as np
 
 VOCABULARY = 1024  # the default tokenizer's first tokens: its special tokens, the bytes and the first merges
 HEADS, KV_HEADS = 4, 2
+FOLLOWING = 389  # of a model that is decided: from one token to the next that it says; prime to VOCABULARY
 _FOUR = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 _POST = ("post_attention_norm", "post_ffw_norm")
 _GRANITE = {"logit_scale": 2.0, "residual_scale": 0.5, "embedding_scale": 3.0}
@@ -191,6 +192,7 @@ def write_tiny(
     rope_freqs=False,
     attention_biases=False,
     keys=(),
+    decided=False,
 ):
     """A random model of a family; MLP and attention weights in ``kind``, K-quants through ggml.
 
@@ -199,6 +201,9 @@ def write_tiny(
     without its prefix, and an integer or a list of such.
 
     ``kinds`` gives single tensors another type, by their names.
+
+    ``decided``: what it says next depends on the last token and is never a near tie, so that any runtime, arithmetic
+    and processor gives the same answers; what its neurons do depends on all tokens, as ever.
 
     ``width`` is a number or a tuple with one for each layer; ``biases`` names projections that get one, such as
     ``ffn_gate``, whether or not llama.cpp loads them; ``split`` is how many tensors go into a file, the first of which
@@ -221,9 +226,8 @@ def write_tiny(
         if layout.norm_bias:
             tiny.vector(f"{name}.bias", hidden, mean=0.0)
 
-    tiny.writer.add_tensor(
-        "token_embd.weight", tiny.rng.normal(size=(VOCABULARY, hidden)).astype(np.float32) * np.float32(0.25)
-    )
+    embedding = tiny.rng.normal(size=(VOCABULARY, hidden)).astype(np.float32) * np.float32(2.0 if decided else 0.25)
+    tiny.writer.add_tensor("token_embd.weight", embedding)
     if rope_freqs:
         tiny.writer.add_tensor("rope_freqs.weight", np.geomspace(1, 8, hidden // HEADS // 2).astype(np.float32))
     for layer in range(layers):
@@ -243,7 +247,9 @@ def write_tiny(
             else:
                 _add_mlp(tiny, blk, layout, hidden, widths[layer], biases)
     norm("output_norm")
-    if layout.output:
+    if decided:  # a token's own embedding prevails in the stream, and asks for the token that follows it in one cycle
+        tiny.writer.add_tensor("output.weight", np.roll(embedding, FOLLOWING, axis=0))
+    elif layout.output:
         tiny.matrix("output.weight", VOCABULARY, hidden)
     tiny.writer.write_header_to_file()
     tiny.writer.write_kv_data_to_file()

@@ -140,7 +140,7 @@ def test_interrupted_it_writes_what_it_has(tmp_path, reference, cli_environment)
             while stub.requests < 40:
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
-            said = process.communicate(timeout=30)[1]
+            said = process.communicate(timeout=180)[1]
         assert process.returncode == 130
         assert "goes on" in said
         assert "Traceback" not in said

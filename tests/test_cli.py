@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from jobs import QUICK, main_job, npti
+from jobs import QUICK, main_job, npti, npti_process
 
 from npti_export.files import sha256_file
 from npti_export.gguf.reader import read_gguf
@@ -124,6 +124,15 @@ def test_bad_input(arguments, says, cli_environment, tmp_path, tiny):
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert (tmp_path / "there.gguf").read_text() == "precious"
+
+
+@pytest.mark.parametrize(("arguments", "says"), [BAD[0], BAD[10]])
+def test_a_process_of_its_own_says_the_same(arguments, says, cli_environment, tmp_path, tiny):
+    (tmp_path / "cut.gguf").write_bytes(tiny.read_bytes()[:9000])
+    here = npti(*arguments, environment=cli_environment, cwd=tmp_path)
+    done = npti_process(*arguments, environment=cli_environment, cwd=tmp_path)
+    assert says in done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (here.returncode, here.stdout, here.stderr)
 
 
 def test_the_report_says_everything(finished, tiny):

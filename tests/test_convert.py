@@ -338,7 +338,7 @@ def test_a_kill_while_it_converts_ends_the_converter_and_leaves_nothing(model, c
         time.sleep(0.05)
     assert len(list(out.iterdir())) == 1
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=180)
     assert process.returncode == 130, said
     assert not any(out.iterdir())
     with pytest.raises(ProcessLookupError):

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import COMMAND, main_job, npti
+from jobs import COMMAND, main_job, npti, npti_process
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
@@ -17,7 +17,7 @@ def test_a_disk_that_fills_up(finished, tiny, cli_environment, tmp_path, allowed
     import resource
 
     folder, _ = finished
-    done = npti(
+    done = npti_process(
         *main_job(tiny, "m.gguf", "--profile", folder / "p.safetensors"),
         environment=cli_environment,
         cwd=tmp_path,
@@ -55,7 +55,7 @@ def test_a_killed_run_goes_on_where_it_stopped_and_gives_the_same_bytes(finished
     )
     wait_for_batches(cli_environment["NPTI_CACHE"], process)
     process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert not (tmp_path / "model.gguf").exists()
     if how != signal.SIGKILL:
         assert process.returncode == 130

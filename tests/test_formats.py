@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from hub_stub import HubStub
-from jobs import npti
+from jobs import npti, npti_process
 from peft import PeftModel
 from plain_rule import logits, plain_rule
 from safetensors.torch import load_file, save_file
@@ -366,14 +366,14 @@ def test_pushed_to_the_hub(tiny, tiny_checkpoint, profile, tmp_path, cli_environ
             ("calm", tiny_checkpoint, ["--format", "peft"]),
             ("calm.gguf", tiny, []),
         ):
-            done = npti(
+            done = npti_process(
                 *common, "--model", model, "--out", out, *more, "--push-to-hub", f"alice/{out}",
                 environment=environment, cwd=tmp_path,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             assert "pushed" in done.stdout
         stored = {name: hub.files(f"alice/{name}") for name in ("calm", "calm.gguf")}
-        done = npti(
+        done = npti_process(
             *common, "--model", tiny, "--out", "b.gguf", "--push-to-hub", "someone-else/b",
             environment=environment, cwd=tmp_path,
         )  # fmt: skip

@@ -265,7 +265,7 @@ def test_subprocess(folder):
             env={**os.environ, **hub.environment()},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -277,4 +277,4 @@ def test_subprocess(folder):
 def test_importing_is_cheap():
     """The client of the Hub is imported only by those who upload."""
     code = "import sys, npti_export.export.hub, npti_export.export.card; assert 'huggingface_hub' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=180)

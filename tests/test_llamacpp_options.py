@@ -26,34 +26,43 @@ def test_two_runs_from_nothing_give_the_same_bytes(finished, tiny, cli_environme
     assert sha256_file(tmp_path / "m.gguf") == sha256_file(folder / "model.gguf")
 
 
-def test_options_do_what_they_say_and_change_nothing_else(tiny, cli_environment, tmp_path):
-    """Another partition of the work, the same answers, and by transformers nearly the same."""
-    plain = profile(tiny, cli_environment, tmp_path, "a.safetensors")
+def test_options_do_what_they_say_and_change_nothing_else(make_tiny, cli_environment, tmp_path):
+    """Another partition of the work, the same answers, and by transformers nearly the same.
+
+    A random model's answers have near ties, which each arithmetic and processor decides in its own way: one that has
+    none.
+    """
+    model = make_tiny(decided=True)
+    plain = profile(model, cli_environment, tmp_path, "a.safetensors")
     given = ["--threads", "1", "--gpu-layers", "0", "--prompt-batch", "64", "--context", "1024"]
-    other = profile(tiny, cli_environment, tmp_path, "b.safetensors", *given, "--no-cache")
-    torch = profile(tiny, cli_environment, tmp_path, "c.safetensors", "--runtime", "transformers", "--dtype", "float32")
+    other = profile(model, cli_environment, tmp_path, "b.safetensors", *given, "--no-cache")
+    by_torch = ["--runtime", "transformers", "--dtype", "float32"]
+    torch = profile(model, cli_environment, tmp_path, "c.safetensors", *by_torch)
     assert plain.origin["dtype"] == "ggml"
     assert torch.origin["dtype"] == "float32"
     for one in (other, torch):
         assert one.origin["tokens"] == plain.origin["tokens"]
-        assert np.abs(one.p_plus - plain.p_plus).max() < 0.1  # a sign or two of some thirty
-        rates = np.corrcoef(one.p_plus.ravel(), plain.p_plus.ravel())[0, 1]
-        assert rates > 0.999
+        for ours, theirs in ((plain.p_plus, one.p_plus), (plain.p_minus, one.p_minus)):
+            assert np.abs(theirs - ours).max() < 0.1  # a sign or two of some thirty
+            assert np.corrcoef(theirs.ravel(), ours.ravel())[0, 1] > 0.999
         # one token that falls on the other side of a bin's edge moves a quantile by a bin
         np.testing.assert_allclose(one.a95_plus, plain.a95_plus, rtol=2 * QUANTILE_BIN, atol=GATE_LLAMACPP)
-    assert np.abs(plain.delta).max() > 0.1
+    assert np.corrcoef(plain.p_minus.ravel(), plain.p_plus.ravel())[0, 1] < 0.998  # the poles differ by more than that
 
 
 def test_a_given_file_runs_in_transformers_too(tiny, finished, cli_environment, tmp_path):
+    """The same profile, so that both verify one rule."""
     folder, _ = finished
-    arguments = main_job(tiny, "m.gguf", "--runtime", "transformers", "--dtype", "float32", "--report", "r.json")
+    more = ["--runtime", "transformers", "--dtype", "float32", "--report", "r.json"]
+    arguments = main_job(tiny, "m.gguf", "--profile", folder / "p.safetensors", *more)
     done = npti(*arguments, environment=cli_environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     theirs = json.loads((tmp_path / "r.json").read_text())
     ours = json.loads((folder / "report.json").read_text())
     assert theirs["layers"] is None
-    assert theirs["neurons"]["shift"] == ours["neurons"]["shift"]
-    assert theirs["fidelity"]["kl_rule_base"] == pytest.approx(ours["fidelity"]["kl_rule_base"], rel=0.3)
+    assert ours["layers"] is not None
+    assert theirs["neurons"] == ours["neurons"]
+    assert theirs["fidelity"]["kl_rule_base"] == pytest.approx(ours["fidelity"]["kl_rule_base"], rel=0.15)
 
 
 def test_a_base_of_another_type_than_the_model(tiny, make_tiny, cli_environment, tmp_path):

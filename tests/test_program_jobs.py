@@ -94,7 +94,18 @@ def test_impossible_programs_are_refused(tiny, tmp_path, cli_environment, option
     done = npti(*main_job(tiny, "m.gguf", *options, *CALIBRATION), environment=cli_environment, cwd=tmp_path)
     assert (done.returncode, (tmp_path / "m.gguf").exists()) == (2, False)
     assert message in " ".join(done.stderr.split())
+    assert "identify" not in done.stderr  # before any work
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [["compile"], ["--format", "checkpoint", "--out", "c"]], ids=lambda one: one[0])
+def test_a_budget_too_small_for_a_block_is_refused_before_any_work(tiny, tmp_path, cli_environment, command):
+    job = ["--trait", "extraversion+", "--model", tiny, "--recipe", "npti", "--program", "budget:5%"]
+    done = npti(*command, *job, environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "which is 33% of its 96; take budget:33.4% or bias" in " ".join(done.stderr.split())
+    assert "identify" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
 
 
 def test_compile_explains_and_measures(tiny, tmp_path, cli_environment):

@@ -130,7 +130,7 @@ def compile_rule(
     """
     rule = canonical(rule)
     if kind.name != "kl":
-        return _compiled(rule, kind, calibration, clamp_units, budget_units(kind, calibration))
+        return _compiled(rule, kind, calibration, clamp_units, budget_units(kind, calibration.width, calibration.block))
     assert measure is not None
     exact = _compiled(rule, ProgramKind("exact"), calibration, clamp_units, 0)
     least, most = 0, -(-exact.program.widest // calibration.block)
@@ -151,20 +151,25 @@ def compile_rule(
     return best
 
 
-def budget_units(kind: ProgramKind, calibration: Calibration) -> int:
-    """Extra neurons that a budget allows, whole blocks of the model's types.
+def budget_units(kind: ProgramKind, width: int, block: int) -> int:
+    """Extra neurons that a budget allows, whole blocks of the model's types; 0 for other programs.
+
+    Args:
+        kind: of program.
+        width: see :class:`Calibration`.
+        block: likewise.
 
     Raises:
         CompileError: not even one block fits.
     """
     if kind.name != "budget":
         return 0
-    units = int(kind.value / 100 * calibration.width) // calibration.block * calibration.block
+    units = int(kind.value / 100 * width) // block * block
     if not units:
-        least = 100 * calibration.block / calibration.width
+        least = 100 * block / width
         raise CompileError(
-            f"program {kind}: neurons come in blocks of {calibration.block} in this file, which is {least:.2g}% of its "
-            f"{calibration.width}; take budget:{np.ceil(10 * least) / 10:g}% or bias, which adds none"
+            f"program {kind}: neurons come in blocks of {block} in this file, which is {least:.2g}% of its "
+            f"{width}; take budget:{np.ceil(10 * least) / 10:g}% or bias, which adds none"
         )
     return units
 

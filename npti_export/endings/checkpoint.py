@@ -11,6 +11,7 @@ import numpy as np
 
 from npti_export.compiler.exact import compile_exact
 from npti_export.compiler.kinds import parse_program
+from npti_export.compiler.passes import budget_units
 from npti_export.compiler.program import MLPProgram
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
 from npti_export.errors import ModelError
@@ -52,6 +53,7 @@ class CheckpointEnding:
 
     Raises:
         ArchitectureError: no stock class holds a steered checkpoint of this model.
+        CompileError: no block of neurons fits into the program's budget.
         ModelError: a GGUF that has MLP biases of its own or is steered already.
     """
 
@@ -69,6 +71,7 @@ class CheckpointEnding:
         self._questions = questions
         self._compiled: Compiled | None = None
         self._kind = parse_program(recipe.compile.program)
+        budget_units(self._kind, source.shape.width, LEAST_MULTIPLE)  # refused before any work
         self.share = recipe.verify.kl_share
         self._steered: TransformersRuntime | None = None
         if source.kind == "gguf":

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from npti_export.compile_for import FileCompiler
 from npti_export.compiler.kinds import parse_program
-from npti_export.compiler.passes import Compiled
+from npti_export.compiler.passes import Compiled, budget_units
 from npti_export.compiler.program import Floats, MLPProgram
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
-from npti_export.export.gguf import check_base, plan_bake, rounds_nothing, write_bake
+from npti_export.export.gguf import check_base, plan_bake, rounds_nothing, unit_block, write_bake
 from npti_export.export.metadata import record_fidelity, steering_metadata
 from npti_export.files import atomic_files, atomic_output, check_writable, sha256_file
 from npti_export.gguf.reader import GGUFFile
@@ -43,6 +43,7 @@ class GGUFEnding:
 
     Raises:
         ArchitectureError: llama.cpp loads no MLP biases for this family, or takes no width for each layer of it.
+        CompileError: no block of the file's types fits into the program's budget.
         ModelError: the file cannot be widened.
     """
 
@@ -56,6 +57,7 @@ class GGUFEnding:
         self._questions = questions
         self._compiled: Compiled | None = None
         self._kind = parse_program(recipe.compile.program)
+        budget_units(self._kind, gguf_source(base.path).shape.width, unit_block(base))  # refused before any work
         self.share = recipe.verify.kl_share
 
     def __enter__(self) -> GGUFEnding:
