@@ -58,7 +58,7 @@ class IdentifySection(_Section):
     until: Literal["stable", "all"] = Field(description="Stop once the selected neurons have settled, or ask all")
     overlap: float = Field(gt=0, le=1, description="Settled: expected overlap with the selection from all questions")
     floor: int = Field(ge=2, description="Questions asked in any case")
-    matched_questions: int = Field(default=48, ge=1, description="Search questions that rule.matched is found on")
+    matched_questions: int = Field(default=32, ge=1, description="Search questions that rule.matched is found on")
 
 
 class SelectSection(_Section):

@@ -91,7 +91,8 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """Each layer of an artifact by itself, on the inputs that it had. All are ratios of Euclidean sizes over rows.
+    """Each layer of an artifact by itself, on the inputs that it had: ratios of Euclidean sizes, root mean squares over
+    tokens.
 
     Attributes:
         error: of its MLP's output against what the rule says, by what the rule says.

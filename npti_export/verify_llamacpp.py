@@ -154,23 +154,32 @@ def _watched(mlp: FileMLP, right: LayerMLP, add: Callable[[int, Floats, Floats, 
 
 
 class _LayerSums:
-    """Squared sizes by layer, summed over the checked rows."""
+    """Squared sizes by layer, each row's by what is right there, summed over the checked rows.
+
+    Rows count alike: the first token's output is a hundred times as large as others' in some layers, and would stand
+    for all of them.
+    """
 
     def __init__(self, layers: int) -> None:
-        self._squares = np.zeros((5, layers))
+        self._squares = np.zeros((3, layers))
+        self._rows = np.zeros((2, layers))
 
     def add_artifact(self, layer: int, found: Floats, right: Floats, plain: Floats) -> None:
-        self._squares[:3, layer] += (_square(found - right), _square(right), _square(right - plain))
+        self._squares[:2, layer] += (_ratio(found - right, right), _ratio(right - plain, right))
+        self._rows[0, layer] += len(right)
 
     def add_base(self, layer: int, found: Floats, right: Floats, _plain: Floats) -> None:
-        self._squares[3:, layer] += (_square(found - right), _square(right))
+        self._squares[2, layer] += _ratio(found - right, right)
+        self._rows[1, layer] += len(right)
 
     def result(self) -> LayerErrors:
-        error, right, moved, floor, base = self._squares
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = [np.sqrt(error / right), np.sqrt(moved / right), np.sqrt(floor / base)]
-        return LayerErrors(*(tuple(np.nan_to_num(ratio, nan=0.0, posinf=np.inf).tolist()) for ratio in ratios))
+        rows = np.maximum(self._rows[[0, 0, 1]], 1)
+        error, moved, floor = np.sqrt(self._squares / rows)
+        return LayerErrors(tuple(error.tolist()), tuple(moved.tolist()), tuple(floor.tolist()))
 
 
-def _square(values: Floats) -> float:
-    return float(np.square(values, dtype=np.float64).sum())
+def _ratio(values: Floats, right: Floats) -> float:
+    """Sum over rows of the squared size of values by that of what is right; nothing by nothing is 0."""
+    above, below = (np.square(one, dtype=np.float64).sum(1) for one in (values, right))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.where(above == 0, 0.0, above / below).sum())

@@ -8,9 +8,8 @@ from reference import ReferenceLlama
 from tolerances import GATE_LLAMACPP
 
 from npti_export.bench import load_bench
-from npti_export.errors import ArchitectureError, ProfileError
-from npti_export.identify import matched
-from npti_export.identify.matched import follow, match, through
+from npti_export.errors import ArchitectureError, ModelError, ProfileError
+from npti_export.identify.matched import match, through
 from npti_export.identify.profiles import Place, profile_for
 from npti_export.models import gguf_source
 from npti_export.progress import Silent
@@ -72,24 +71,26 @@ def test_weights_of_the_down_projections(runtimes):
     np.testing.assert_allclose(want @ through(llama.down_weight(1), np.arange(64.0)), np.arange(64.0), atol=1e-6)
 
 
-def test_following_takes_what_layers_make_of_it_into_account():
-    """Each layer answers what comes in by a random map that is small beside the stream itself, and not quite linear."""
-    rng = np.random.default_rng(0)
-    maps, wanted = rng.normal(size=(5, 8, 8)) * 0.05, rng.normal(size=(5, 8)).cumsum(0)
+def test_following_takes_what_layers_make_of_it_into_account(runtimes):
+    """One group at a time, against the plainest way: layer by layer, each pass with those before it in place."""
+    path, source, llama, torch_runtime = runtimes
+    exchanges = [Exchange(llama.encode(chat(None, text)), (41, 42, 43)) for text in ("Why?", "What is that?")]
+    wanted = np.random.default_rng(4).normal(size=(source.shape.layers, source.shape.hidden))
 
-    def moved(added):
-        change, found = np.zeros(8), []
-        for answer, share in zip(maps, added, strict=True):
-            change = change + np.tanh(change) @ answer + share
-            found.append(change)
-        return np.array(found)
+    def mean(added):
+        return np.concatenate([streams(path, one, added) for one in exchanges], axis=1).mean(1)
 
-    output, left = follow(moved, wanted)
-    gap = np.linalg.norm(moved(output) - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
-    assert left == pytest.approx(gap.max())
-    assert left < 0.01
-    open_loop = np.diff(wanted, axis=0, prepend=0)
-    assert np.linalg.norm(moved(open_loop) - wanted) > 20 * np.linalg.norm(moved(output) - wanted)
+    base, added = mean(None), np.zeros_like(wanted)
+    for layer in range(len(wanted)):
+        added[layer] = wanted[layer] - (mean(added) - base)[layer]
+    for runtime in (llama, torch_runtime):
+        np.testing.assert_allclose(runtime.stream_follows(exchanges, wanted), added, atol=2 * GATE_LLAMACPP)
+    apart = np.diff(wanted, axis=0, prepend=0)  # nobody listening to what the layers make of it
+    assert np.abs(apart - added).max() > 100 * GATE_LLAMACPP
+    with pytest.raises(
+        ModelError, match=r"--prompt-batch 512 is too small: a question and its answer take 6\d\d tokens"
+    ):
+        llama.stream_follows([Exchange(exchanges[0].prompt, (41,) * 600)], wanted)
 
 
 def test_the_steered_stream_is_where_personas_take_it(runtimes):
@@ -128,8 +129,8 @@ def prompts(runtime, bench, recipe, sign):
 
 def test_a_stream_that_does_not_follow_is_an_error(runtimes, monkeypatch):
     _, _, llama, _ = runtimes
-    monkeypatch.setattr(matched, "follow", lambda _moved, wanted: (wanted, 0.9))
-    with pytest.raises(ProfileError, match=r"does not follow.*90%.*rule.matched = 0"):
+    monkeypatch.setattr(llama, "stream_follows", lambda _exchanges, wanted: np.zeros_like(wanted))
+    with pytest.raises(ProfileError, match=r"does not follow.*100%.*rule.matched = 0"):
         match(llama, load_bench("extraversion"), "+", load_recipe("matched", FEW), Silent())
 
 

@@ -186,6 +186,15 @@ def _compiled(
     return Compiled(program, tuple(steps))
 
 
+def compile_constant(rule: SteeringRule) -> Compiled | None:
+    """The program of a rule that only adds constants, which is exact and needs no calibration; None for others."""
+    rule = canonical(rule)
+    if rule.shifted or rule.clamped or rule.constant is None:
+        return None
+    biases = int(rule.constant.any(axis=1).sum())
+    return Compiled(compile_exact(rule, 3), (Step("rule written out", 0.0, 0, biases, 0.0, 0.0),))
+
+
 def layer_rules(rule: SteeringRule) -> list[LayerRule]:
     """One a layer."""
     constants = [None] * len(rule.shift) if rule.constant is None else list(rule.constant)

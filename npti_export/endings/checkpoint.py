@@ -36,7 +36,7 @@ from npti_export.rule_io import SavedRule, save_checkpoint_rule
 from npti_export.runtimes.base import Message
 
 if TYPE_CHECKING:
-    from npti_export.compiler.passes import Compiled
+    from npti_export.compiler.passes import Compiled, compile_constant
     from npti_export.runtimes.transformers import TransformersRuntime
     from npti_export.verify import LogitsOf, Opener
 

@@ -20,3 +20,13 @@ def read_vector(header: GGUFFile, tensor: TensorInfo) -> Floats:
     """The float32 values of a tensor with one dimension."""
     values: Floats = decode(read_rows(header, tensor, 0, 1), tensor.type_id)[0]
     return values
+
+
+def read_matrix(header: GGUFFile, name: str) -> Floats:
+    """The float32 values ``[rows, row length]`` of a tensor with two dimensions.
+
+    Raises:
+        GGUFError: there is no such tensor.
+    """
+    tensor = header.require_tensor(name)
+    return decode(read_rows(header, tensor, 0, tensor.rows), tensor.type_id)

@@ -8,7 +8,7 @@ is found with those before it in place, so that what they cause farther on is no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +23,7 @@ from npti_export.runtimes.base import Exchange, Runtime, chat
 from npti_export.traits import Sign
 
 Doubles = npt.NDArray[np.float64]
-_Moved = Callable[[Doubles], Doubles]
-_ROUNDS = 4  # passes that correct what is left: each leaves a tenth or less
-_LEFT = 0.15  # most that may be left of the wanted change of any layer, root mean square over the stream
+_LEFT = 0.15  # most that may be left of the wanted change, root mean square over the stream and the layers
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class MatchedShift:
             ``output``.
         output: ``[layers, hidden]``, what it adds to the outputs of the MLPs.
         wanted: ``[layers, hidden]``, mean change of the residual stream behind each layer.
-        left: of the root mean square of ``wanted`` in the worst layer, the share that was not reached.
+        left: of the root mean square of ``wanted``, the share that was not reached.
         answers: that the means are of.
     """
 
@@ -64,7 +62,7 @@ def match(runtime: Runtime, bench: TraitBench, sign: Sign, recipe: Recipe, progr
     """
     settings = recipe.identify
     questions = bench.search(settings.matched_questions, settings.seed)
-    progress.start(f"match {bench.trait}{sign}", 4 + _ROUNDS)
+    progress.start(f"match {bench.trait}{sign}", 7)
     own = contrast_prompts(runtime, bench, questions, sign, recipe)
     other = contrast_prompts(runtime, bench, questions, "-" if sign == "+" else "+", recipe)
     plain = [runtime.encode(chat(None, recipe.prompt.user.replace("{question}", one.text))) for one in questions]
@@ -88,7 +86,11 @@ def match(runtime: Runtime, bench: TraitBench, sign: Sign, recipe: Recipe, progr
 
     wanted = read(own) - read(other)
     base = read(plain)
-    output, left = follow(lambda added: read(plain, added) - base, wanted)
+    exchanges = [Exchange(*pair) for pair in zip(plain, answers, strict=True) if pair[1]]
+    output = runtime.stream_follows(exchanges, wanted)
+    progress.advance(2)
+    missing = wanted - (read(plain, output) - base)
+    left = float(np.linalg.norm(missing) / max(float(np.linalg.norm(wanted)), 1e-12))
     if left > _LEFT:
         raise ProfileError(
             f"{bench.trait}{sign}: the residual stream does not follow what is added to it ({left:.0%} of the change "
@@ -96,30 +98,6 @@ def match(runtime: Runtime, bench: TraitBench, sign: Sign, recipe: Recipe, progr
         )
     constant = np.stack([through(runtime.down_weight(at), row) for at, row in enumerate(output)])
     return MatchedShift(constant.astype(np.float32), output, wanted, left, len(answers))
-
-
-def follow(moved: _Moved, wanted: Doubles) -> tuple[Doubles, float]:
-    """What to add to each MLP's output so that the stream behind each layer moves by ``wanted``.
-
-    Most of what enters a layer's stream leaves it unchanged, so what is missing behind a layer and was not missing
-    behind the one before is added there; a few rounds of that take in what layers make of each other's shares.
-
-    Args:
-        moved: the change ``[layers, hidden]`` of the stream where so much is added to the MLPs' outputs.
-        wanted: ``[layers, hidden]``.
-
-    Returns:
-        What to add, ``[layers, hidden]``, and the share that is left, see :class:`MatchedShift`.
-    """
-    output = np.zeros_like(wanted)
-    missing, best, least = wanted, output, np.inf
-    for _ in range(_ROUNDS):
-        output = output + np.diff(missing, axis=0, prepend=0)
-        missing = wanted - moved(output)
-        left = float((np.linalg.norm(missing, axis=1) / np.maximum(np.linalg.norm(wanted, axis=1), 1e-12)).max())
-        if left < least:
-            best, least = output, left
-    return best, least
 
 
 def through(weight: npt.NDArray[np.float32], output: Doubles) -> Doubles:

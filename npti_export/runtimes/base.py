@@ -95,6 +95,23 @@ class Runtime(Protocol):
             added: ``[layers, hidden]``, added to the output of each MLP meanwhile.
         """
 
+    def stream_follows(self, exchanges: Sequence[Exchange], wanted: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """What to add behind each layer so that the mean stream of :meth:`stream_means` moves by ``wanted``.
+
+        Found on the way through the layers, each with those before it in place: some exchanges at a time, of which each
+        such group is compared with itself, and the mean over the groups is taken.
+
+        Args:
+            exchanges: prompts and responses.
+            wanted: ``[layers, hidden]``.
+
+        Returns:
+            ``[layers, hidden]``.
+
+        Raises:
+            ModelError: an exchange is longer than what is computed at once.
+        """
+
     def down_weight(self, layer: int) -> npt.NDArray[np.float32]:
         """Weight of a layer's down projection, ``[hidden, width]``."""
 

@@ -42,6 +42,54 @@ class StreamMeans:
         return (self._sums / max(self._count, 1)).numpy()
 
 
+class StreamFollower:
+    """Moves the stream of a pass behind each layer to where it is wanted, and adds up what that took.
+
+    Args:
+        layers: the decoder layers.
+        wanted: ``[layers, hidden]``, the change of the mean.
+    """
+
+    def __init__(self, layers: Sequence[torch.nn.Module], wanted: npt.NDArray[np.float64]) -> None:
+        self._layers, self._wanted = layers, torch.from_numpy(wanted)
+        self._sums, self._plain = torch.zeros_like(self._wanted), torch.zeros_like(self._wanted)
+        self._count = 0
+
+    def looking(self, counted: torch.Tensor) -> ExitStack:
+        """A block whose pass shows where the stream is, at positions ``[batch, length]`` bool."""
+        self._count += int(counted.sum())
+        return self._hooked(self._look, counted)
+
+    def moving(self, counted: torch.Tensor) -> ExitStack:
+        """A block whose pass, over the same, is moved."""
+        return self._hooked(self._move, counted)
+
+    def _hooked(self, hook: Any, counted: torch.Tensor) -> ExitStack:
+        stack = ExitStack()
+        for at, layer in enumerate(self._layers):
+            stack.callback(layer.register_forward_hook(partial(hook, at, counted)).remove)
+        return stack
+
+    def _look(self, at: int, counted: torch.Tensor, _module: Any, _inputs: Any, output: Any) -> None:
+        self._plain[at] = _mean(output, counted)
+
+    def _move(self, at: int, counted: torch.Tensor, _module: Any, _inputs: Any, output: Any) -> Any:
+        share = self._wanted[at] - (_mean(output, counted) - self._plain[at])
+        self._sums[at] += share * int(counted.sum())
+        if isinstance(output, tuple):
+            return (_plus(share, None, None, output[0]), *output[1:])
+        return _plus(share, None, None, output)
+
+    def result(self) -> npt.NDArray[np.float64]:
+        """The mean of what was added, ``[layers, hidden]``."""
+        return (self._sums / max(self._count, 1)).numpy()
+
+
+def _mean(output: Any, counted: torch.Tensor) -> torch.Tensor:
+    stream: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return stream[counted].double().mean(0).cpu()
+
+
 def adding(downs: Sequence[torch.nn.Module], added: npt.NDArray[np.float64]) -> ExitStack:
     """A block in which each down projection's output gets a row of ``added`` ``[layers, hidden]``."""
     stack = ExitStack()

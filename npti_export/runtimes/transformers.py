@@ -239,20 +239,42 @@ class TransformersRuntime:
         self, exchanges: Sequence[Exchange], added: npt.NDArray[np.float64] | None = None
     ) -> npt.NDArray[np.float64]:
         """See :class:`Runtime`."""
-        import torch
-
         from npti_export.runtimes.streams import StreamMeans, adding
 
         means = StreamMeans(self.layers, self.source.shape.hidden)
         for batch in _batches(exchanges):
-            ids, mask = self._pad([exchange.tokens for exchange in batch], left=False)
-            counted = torch.zeros_like(ids, dtype=torch.bool)
-            for row, exchange in enumerate(batch):
-                counted[row, len(exchange.prompt) - 1 : len(exchange.tokens) - 1] = True
-            moved = adding(self._own_downs, added) if added is not None else nullcontext()
-            with moved, means.listen(counted), torch.inference_mode():
-                self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            ids, mask, counted = self._response_positions(batch)
+            with adding(self._own_downs, added) if added is not None else nullcontext(), means.listen(counted):
+                self._read(ids, mask)
         return means.result()
+
+    def stream_follows(self, exchanges: Sequence[Exchange], wanted: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """See :class:`Runtime`."""
+        from npti_export.runtimes.streams import StreamFollower
+
+        follower = StreamFollower(self.layers, wanted)
+        for batch in _batches(exchanges):
+            ids, mask, counted = self._response_positions(batch)
+            for hooked in (follower.looking, follower.moving):
+                with hooked(counted):
+                    self._read(ids, mask)
+        return follower.result()
+
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        import torch
+
+        with torch.inference_mode():
+            self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    def _response_positions(self, batch: Sequence[Exchange]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids, mask, and where a response token is predicted, ``[batch, length]`` each."""
+        import torch
+
+        ids, mask = self._pad([exchange.tokens for exchange in batch], left=False)
+        counted = torch.zeros_like(ids, dtype=torch.bool)
+        for row, exchange in enumerate(batch):
+            counted[row, len(exchange.prompt) - 1 : len(exchange.tokens) - 1] = True
+        return ids, mask, counted
 
     def down_weight(self, layer: int) -> npt.NDArray[np.float32]:
         """See :class:`Runtime`."""

@@ -14,10 +14,9 @@ import numpy.typing as npt
 
 from npti_export.architectures import FFN_DOWN, FFN_GATE, GGUFFamily
 from npti_export.errors import ModelError
-from npti_export.gguf.blocks import decode
 from npti_export.gguf.experts import Experts, experts_of
 from npti_export.gguf.shards import read_model
-from npti_export.gguf.weights import read_rows
+from npti_export.gguf.weights import read_matrix
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import Exchange, Message
 from npti_export.runtimes.llamacpp.chat import Chat
@@ -27,7 +26,7 @@ from npti_export.runtimes.llamacpp.decoding import Beginnings, Choose, Decoder, 
 from npti_export.runtimes.llamacpp.experts import ExpertCounter, ExpertNodes, SeeExperts
 from npti_export.runtimes.llamacpp.last import last_logits
 from npti_export.runtimes.llamacpp.likelihood import log_likelihoods, plan
-from npti_export.runtimes.llamacpp.streams import StreamMeans
+from npti_export.runtimes.llamacpp.streams import StreamFollower, StreamMeans, whole_chunks
 from npti_export.runtimes.llamacpp.taps import See
 from npti_export.stats import ActivationStats, AnswerCounts
 
@@ -189,9 +188,7 @@ class LlamaCppRuntime:
         return logits.copy()
 
     def log_likelihoods(self, exchanges: Sequence[Exchange]) -> list[float]:
-        """Mean log-likelihood per token (nats) of each response after its prompt.
-
-        Hand over as many at once as there are: those that begin alike share the work, in whatever order they come.
+        """See :class:`npti_export.runtimes.base.Runtime`; those that begin alike share the work, so hand over all at once.
 
         Raises:
             ModelError: an exchange lacks its prompt or its response, or llama.cpp fails.
@@ -216,17 +213,21 @@ class LlamaCppRuntime:
             self._decode_all(means.begin(chunk), means.nodes)
         return means.result()
 
+    def stream_follows(self, exchanges: Sequence[Exchange], wanted: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """See :class:`npti_export.runtimes.base.Runtime`."""
+        follower = StreamFollower(wanted)
+        for chunk in whole_chunks(exchanges, self.model.vocabulary_size, self.settings.batch):
+            fed = follower.begin(chunk)
+            self._decode_all(fed, follower.looking)
+            self._decode_all(fed, follower.moving)
+        return follower.result()
+
     def down_weight(self, layer: int) -> npt.NDArray[np.float32]:
         """See :class:`npti_export.runtimes.base.Runtime`."""
-        header = read_model(self.model.path)
-        tensor = header.require_tensor(f"{FFN_DOWN.format(layer)}.weight")
-        return decode(read_rows(header, tensor, 0, tensor.shape[1]), tensor.type_id)
+        return read_matrix(read_model(self.model.path), f"{FFN_DOWN.format(layer)}.weight")
 
     def last_logits(self, prompts: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
-        """``[prompts, vocabulary]`` next-token logits after the last token of each prompt.
-
-        What all of them begin with is computed once, so prompts that belong together go into one call.
-        """
+        """See :class:`npti_export.runtimes.base.Runtime`; what all prompts begin with is computed once."""
         return last_logits(self.context, self.settings.context, prompts)
 
     def run(
