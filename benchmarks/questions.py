@@ -30,7 +30,7 @@ from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.rule import build_rule
 from npti_export.stats import ActivationStats, AnswerCounts
-from npti_export.traits import FACETS, SIGNS, TraitSpec
+from npti_export.traits import SIGNS, TraitSpec
 
 RESULTS = OUT / "questions.jsonl"
 SIZES = (30, 60, 120, 240, 400)
