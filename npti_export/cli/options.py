@@ -155,7 +155,7 @@ def rule_options(command: Command) -> Command:
     return _decorated(
         command,
         [
-            click.option("--gamma", type=float, metavar="X", help="Strength of the shift [rule.gamma]"),
+            click.option("--gamma", type=float, metavar="X", help="Strength of all but clamps [rule.gamma]"),
             click.option(
                 "--profile",
                 "profiles",
