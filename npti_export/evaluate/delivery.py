@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ def evaluation_job(artifact: Path, settings: RuntimeSettings, options: dict[str,
         bench=options["bench"],
         trait_dirs=tuple(options["trait_dirs"]),
         any_model=options["any_model"],
-        runtime=settings,
+        # an artifact that runs in torch: what llama.cpp is told is meant for the judges
+        runtime=replace(settings, threads=0, gpu_layers=-1) if options["judges"] and artifact.is_dir() else settings,
         cache=None if options["no_cache"] else cache_folder(),
     )
     names = [name.strip() for name in options["baselines"].split(",")]
