@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npti_export.errors import OutputError
 from npti_export.evaluate.document import Condition, Document, Estimate
 from npti_export.evaluate.judge.spec import parse_judge
 from npti_export.evaluate.run import EvaluationJob, evaluate
@@ -31,7 +33,8 @@ def evaluation_job(artifact: Path, settings: RuntimeSettings, options: dict[str,
         bench=options["bench"],
         trait_dirs=tuple(options["trait_dirs"]),
         any_model=options["any_model"],
-        runtime=settings,
+        # an artifact that runs in torch: what llama.cpp is told is meant for the judges
+        runtime=replace(settings, threads=0, gpu_layers=-1) if options["judges"] and artifact.is_dir() else settings,
         cache=None if options["no_cache"] else cache_folder(),
     )
     names = [name.strip() for name in options["baselines"].split(",")]
@@ -65,11 +68,10 @@ def deliver(
     """Evaluate, write what is asked for, and print the figures.
 
     Raises:
-        OutputError: a file exists and ``force`` is not set; said before any work.
+        OutputError: a file exists and ``force`` is not set, is an input, or both are one; said before any work.
+        NptiError: see :func:`npti_export.evaluate.run.evaluate`.
     """
-    for path in (json_path, html_path):
-        if path is not None:
-            check_writable(path, force=force)
+    _check_outputs(job, [path for path in (json_path, html_path) if path is not None], force=force)
     document = evaluate(job, progress)
     if json_path is not None:
         with atomic_output(json_path, force=force) as temporary:
@@ -84,6 +86,20 @@ def deliver(
         if path is not None:
             console.print(f"wrote {path}", highlight=False, markup=False)
     return document
+
+
+def _check_outputs(job: EvaluationJob, paths: list[Path], *, force: bool) -> None:
+    for path in paths:
+        check_writable(path, force=force)
+    subject, resolved = job.subject, [path.resolve() for path in paths]
+    if len(set(resolved)) < len(paths):
+        raise OutputError(f"{paths[0]}: is named for two outputs; give each its own name")
+    model = None if subject.model is None else Path(subject.model)
+    inputs = [subject.artifact, model, subject.bench, *subject.trait_dirs, job.inventory, job.journal, *job.tasks]
+    places = {one.resolve() for one in inputs if one is not None}
+    for path, place in zip(paths, resolved, strict=True):
+        if not places.isdisjoint([place, *place.parents]):
+            raise OutputError(f"{path}: is an input of this very job, or inside one; choose another name")
 
 
 def render(document: Document, console: Console) -> None:
