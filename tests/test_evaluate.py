@@ -296,6 +296,20 @@ def test_what_does_nothing_shows_nothing(tiny, trait_dir, tmp_path, monkeypatch)
     assert document.fluency.log_likelihood.change.low <= 0 <= document.fluency.log_likelihood.change.high
 
 
+def test_cross_talk_is_towards_the_plus_pole_of_every_trait(tiny, llama, tmp_path, monkeypatch):
+    """Also of the steered one, whichever way it was steered."""
+    saved = saved_rule(tiny, strong_rule(), trait="extraversion-")
+    document, tokens = evaluated(monkeypatch, job(bake(tiny, tmp_path / "m.gguf", saved), questions=2))
+    assert document.traits == ["extraversion-"]
+    assert document.cross_talk["extraversion"].mean == pytest.approx(-document.trait_contrast.gain.mean)
+    questions, bench = [answer.question for answer in document.answers], load_bench("openness")
+    before, after = (
+        plain_contrasts(tiny, llama.encode, bench, questions, tokens[name], 1) for name in ("unsteered", "steered")
+    )
+    assert document.cross_talk["openness"].mean == pytest.approx((after - before).mean(), abs=LIKELIHOOD)
+    assert abs(document.cross_talk["openness"].mean) > LIKELIHOOD
+
+
 def test_a_gguf_of_somebody_else(tiny, make_tiny, trait_dir, tmp_path, tokenizer_fields, monkeypatch):
     """It holds no rule: base and pole are given, random neurons have nothing to match, methods still compare."""
     theirs, told = make_tiny(seed=1), Told()
@@ -315,6 +329,14 @@ def test_a_gguf_of_somebody_else(tiny, make_tiny, trait_dir, tmp_path, tokenizer
     other = write_tiny(tmp_path / "other.gguf", {**tokenizer_fields, "tokens": tokens}, "F32")
     with pytest.raises(EvaluationError, match="has other tokens than"):
         evaluate_run.evaluate(job(other, model=tiny, trait="extraversion+"), Silent())
+
+
+def test_a_model_that_cannot_be_fine_tuned_is_said_so_first(make_tiny):
+    mixture, told = make_tiny(experts=True), Told()
+    asked = job(mixture, model=mixture, trait="extraversion+", questions=2, baselines=("fine-tuned",))
+    with pytest.raises(EvaluationError, match=r"'fine-tuned': .* is a mixture of experts.*leave it out"):
+        evaluate_run.evaluate(asked, told)
+    assert "answer" not in told.stages
 
 
 def test_a_gguf_is_compared_with_its_base_where_it_runs(artifacts, trait_dir, monkeypatch):
