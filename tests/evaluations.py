@@ -1,4 +1,4 @@
-"""One rule for the tiny model in every kind of artifact, a small trait of one's own to judge it by, and figures anew."""
+"""One rule for the tiny model in every kind of artifact, a small trait to judge it by, and figures anew."""
 
 import re
 

@@ -103,18 +103,29 @@ def neutral(engine):
     return text
 
 
+class Tried:
+    """A rule at any strength, and what was asked for."""
+
+    def __init__(self, rule):
+        self.rule, self.strengths = rule, []
+
+    def __call__(self, strength):
+        self.strengths.append(strength)
+        return scaled(self.rule, strength)
+
+
 def test_a_method_is_brought_to_the_wanted_damage(engine, neutral, rule):
     constants = SteeringRule(np.zeros_like(rule.shift), np.zeros_like(rule.clamp), rule.constant)
     with engine.steered(constants) as runtime:
         own = float(neutral.kl(runtime).mean())
     for share in (0.1, 3.0):
-        tried = []
-        found = level(engine, lambda at: tried.append(at) or scaled(constants, at), neutral, share * own)
+        tried = Tried(constants)
+        found = level(engine, tried, neutral, share * own)
         assert found.damage == pytest.approx(share * own, rel=0.1)
         assert (found.strength < 1) == (share < 1)
         np.testing.assert_array_equal(found.rule.constant, constants.constant * np.float32(found.strength))
-        assert found.strength in tried
-        assert len(tried) <= 5
+        assert found.strength in tried.strengths
+        assert len(tried.strengths) <= 5
         with engine.steered(found.rule) as runtime:  # measured afresh
             assert float(neutral.kl(runtime).mean()) == pytest.approx(found.damage, rel=KL_TWO_ENGINES)
 
@@ -123,14 +134,14 @@ def test_the_search_stays_within_its_bounds(torch_engine, rule):
     neutral = NeutralText(torch_engine.base, neutral_passages()[:1])
     neutral.keep()
     weak = scaled(SteeringRule(rule.shift, np.zeros_like(rule.clamp)), 1e-3)
-    tried = []
-    found = level(torch_engine, lambda at: tried.append(at) or scaled(weak, at), neutral, 1.0)
-    assert max(tried) <= 8
-    assert found.strength == max(tried) > 4
-    strong, tried = scaled(rule, 50), []
-    found = level(torch_engine, lambda at: tried.append(at) or scaled(strong, at), neutral, 1e-7)
-    assert min(tried) >= 1 / 32
-    assert found.strength == min(tried) < 1 / 16
+    tried = Tried(weak)
+    found = level(torch_engine, tried, neutral, 1.0)
+    assert max(tried.strengths) <= 8
+    assert found.strength == max(tried.strengths) > 4
+    tried = Tried(scaled(rule, 50))
+    found = level(torch_engine, tried, neutral, 1e-7)
+    assert min(tried.strengths) >= 1 / 32
+    assert found.strength == min(tried.strengths) < 1 / 16
 
 
 def test_clamps_alone_have_no_strength(torch_engine, rule):

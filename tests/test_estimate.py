@@ -89,7 +89,9 @@ def test_one_value_none_and_equal_ones():
     assert (nothing.mean, nothing.low, nothing.high, nothing.n) == (0.0, 0.0, 0.0, 0)
 
 
-@pytest.mark.parametrize("values", [[0.0, 1.0], [0.0] * 30 + [1e-3], [1.0, 1.0 + 1e-15], [-1e300, 1e300], [0.0, 5e-324]])
+@pytest.mark.parametrize(
+    "values", [[0.0, 1.0], [0.0] * 30 + [1e-3], [1.0, 1.0 + 1e-15], [-1e300, 1e300], [0.0, 5e-324]]
+)
 def test_hard_values_give_numbers_that_contain_the_mean(values):
     found = estimate(values)
     assert all(map(math.isfinite, (found.mean, found.low, found.high)))

@@ -1,6 +1,7 @@
 """Whole evaluations of every kind of artifact, made of one rule for one tiny model."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from tolerances import KL_TWO_ENGINES, KV_FLOAT16
 from npti_export.bench import load_bench
 from npti_export.errors import AdapterError, BenchError, EvaluationError, ModelError, TraitError
 from npti_export.evaluate import run as evaluate_run
+from npti_export.evaluate.capability.neutral import NeutralText, kl_by_passage
+from npti_export.evaluate.capability.tasks import Passage, neutral_passages
 from npti_export.evaluate.contrast import contrasts, score
 from npti_export.evaluate.document import Document, read_document
 from npti_export.evaluate.prompts import message, scoring_personas
@@ -174,17 +177,68 @@ def test_the_steered_file_says_what_the_document_says(whole, artifacts, llama):
             assert answers == tokens[name]
 
 
-def test_baselines_do_the_artifact_s_damage_and_fine_tuning_its_own(whole):
+def test_baselines_do_the_artifact_s_damage_and_fine_tuning_its_own(whole, artifacts, llama):
     document, tokens, told = whole
     settings = document.settings["baselines"]
-    assert settings["null"]["damage"] == pytest.approx(settings["null"]["damage"])
-    assert 1 / 32 <= settings["null"]["strength"] <= 8
+    with LlamaCppRuntime(artifacts["gguf"], Settings(threads=1)) as steered:
+        damage = kl_by_passage(llama, steered, neutral_passages()[:16]).mean()
+    assert settings["null"]["damage"] == pytest.approx(damage, rel=0.1)
+    assert 0.3 < settings["null"]["strength"] < 3
     assert settings["fine-tuned"]["damage"] > 0
     assert "strength" not in settings["fine-tuned"]
     label = next(one.label for one in document.conditions if one.name == "fine-tuned")
     assert "not at equal damage" in label
     assert tokens["null"] != tokens["steered"]
     assert any("fine-tuned on 6 answers" in note for note in told.notes)
+
+
+def test_an_adapter_for_the_response_only(tiny, tiny_checkpoint, trait_dir, tmp_path, monkeypatch):
+    """A text that is read in one pass has no response: there it is steered throughout, or nothing would show."""
+    found = {}
+    for where in ("all", "response"):
+        place = tmp_path / where
+        place.mkdir()
+        saved = saved_rule(tiny, strong_rule(), base=str(tiny_checkpoint))
+        write_adapter(replace(saved, where=where), place)
+        found[where] = evaluated(monkeypatch, job(place, trait_dir))
+    (everywhere, answers), (document, others) = found["all"], found["response"]
+    assert document.capability.kl_neutral == everywhere.capability.kl_neutral
+    assert document.settings["capability_where"] == "all"
+    assert "where" not in everywhere.settings
+    assert answers["unsteered"] == others["unsteered"] != others["steered"]
+    assert others["steered"] != answers["steered"]  # the prompt was left alone
+
+
+def test_an_adapter_on_another_model(artifacts, make_tiny, trait_dir, monkeypatch):
+    """Only when the user says so; the document names the model that was really used."""
+    other = make_tiny(seed=1)
+    asked = job(artifacts["peft"], trait_dir, model=other, questions=2)
+    with pytest.raises(AdapterError, match="--any-model"):
+        evaluate_run.evaluate(asked, Silent())
+    asked = replace(asked, subject=replace(asked.subject, any_model=True))
+    document, tokens = evaluated(monkeypatch, asked)
+    assert document.model["fingerprint"] == gguf_source(other).fingerprint
+    assert document.model["license"] is None
+    assert tokens["steered"] != tokens["unsteered"]
+
+
+def test_what_the_base_predicts_is_never_taken_from_the_steered_model(artifacts, trait_dir, tiny, monkeypatch):
+    text = NeutralText(FakeBase(), [Passage(text="a"), Passage(text="b")], kept_bytes=100)
+    with pytest.raises(EvaluationError, match="cannot be asked again"):
+        text.keep()
+    monkeypatch.setattr(evaluate_run, "KEPT_BYTES", 10_000)
+    with pytest.raises(EvaluationError, match="cannot be asked again"):
+        evaluate_run.evaluate(job(artifacts["peft"], trait_dir), Silent())
+
+
+class FakeBase:
+    """Predicts 20 tokens evenly, at two places a text: 80 bytes."""
+
+    def encode_text(self, _text, *, begin=True):
+        return (1, 2)
+
+    def logits(self, tokens):
+        return np.zeros((len(tokens), 20), np.float32)
 
 
 @pytest.mark.parametrize("kind", ["peft", "checkpoint", "control-vector"])
@@ -242,6 +296,20 @@ def test_what_does_nothing_shows_nothing(tiny, trait_dir, tmp_path, monkeypatch)
     assert document.fluency.log_likelihood.change.low <= 0 <= document.fluency.log_likelihood.change.high
 
 
+def test_cross_talk_is_towards_the_plus_pole_of_every_trait(tiny, llama, tmp_path, monkeypatch):
+    """Also of the steered one, whichever way it was steered."""
+    saved = saved_rule(tiny, strong_rule(), trait="extraversion-")
+    document, tokens = evaluated(monkeypatch, job(bake(tiny, tmp_path / "m.gguf", saved), questions=2))
+    assert document.traits == ["extraversion-"]
+    assert document.cross_talk["extraversion"].mean == pytest.approx(-document.trait_contrast.gain.mean)
+    questions, bench = [answer.question for answer in document.answers], load_bench("openness")
+    before, after = (
+        plain_contrasts(tiny, llama.encode, bench, questions, tokens[name], 1) for name in ("unsteered", "steered")
+    )
+    assert document.cross_talk["openness"].mean == pytest.approx((after - before).mean(), abs=LIKELIHOOD)
+    assert abs(document.cross_talk["openness"].mean) > LIKELIHOOD
+
+
 def test_a_gguf_of_somebody_else(tiny, make_tiny, trait_dir, tmp_path, tokenizer_fields, monkeypatch):
     """It holds no rule: base and pole are given, random neurons have nothing to match, methods still compare."""
     theirs, told = make_tiny(seed=1), Told()
@@ -261,6 +329,14 @@ def test_a_gguf_of_somebody_else(tiny, make_tiny, trait_dir, tmp_path, tokenizer
     other = write_tiny(tmp_path / "other.gguf", {**tokenizer_fields, "tokens": tokens}, "F32")
     with pytest.raises(EvaluationError, match="has other tokens than"):
         evaluate_run.evaluate(job(other, model=tiny, trait="extraversion+"), Silent())
+
+
+def test_a_model_that_cannot_be_fine_tuned_is_said_so_first(make_tiny):
+    mixture, told = make_tiny(experts=True), Told()
+    asked = job(mixture, model=mixture, trait="extraversion+", questions=2, baselines=("fine-tuned",))
+    with pytest.raises(EvaluationError, match=r"'fine-tuned': .* is a mixture of experts.*leave it out"):
+        evaluate_run.evaluate(asked, told)
+    assert "answer" not in told.stages
 
 
 def test_a_gguf_is_compared_with_its_base_where_it_runs(artifacts, trait_dir, monkeypatch):

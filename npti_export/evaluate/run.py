@@ -30,6 +30,7 @@ from npti_export.profile import NeuronProfile
 from npti_export.progress import Progress
 from npti_export.recipe import load_recipe
 from npti_export.rule import SteeringRule
+from npti_export.runtimes.base import Runtime
 from npti_export.traits import FACETS
 
 if TYPE_CHECKING:
@@ -131,6 +132,15 @@ def _check(job: EvaluationJob) -> None:
     unknown = sorted(set(job.baselines) - set(KNOWN_BASELINES))
     if unknown:
         raise EvaluationError(f"baseline {unknown[0]!r}: not known; there are {', '.join(KNOWN_BASELINES)}")
+    if len(set(job.baselines)) < len(job.baselines):
+        twice = next(name for name in job.baselines if job.baselines.count(name) > 1)
+        raise EvaluationError(f"baseline {twice!r}: is given twice; give it once")
+    if job.inventory is not None and "inventory" in job.skips:
+        raise EvaluationError(f"--inventory {job.inventory}: is left out by --skip inventory; give one of the two")
+    if job.tasks and "capability" in job.skips:
+        raise EvaluationError(f"--tasks {job.tasks[0]}: is left out by --skip capability; give one of the two")
+    if job.journal is not None and not job.judges:
+        raise EvaluationError("--judge-journal keeps verdicts, and there is no --judge; give one, or leave it out")
     if job.personas < 1 or job.answer_tokens < 2:
         raise EvaluationError("at least one pair of personas and two tokens of an answer are needed")
 
@@ -156,6 +166,7 @@ def _settings(job: EvaluationJob, subject: Subject, test: Test) -> dict[str, obj
         "engine": subject.models.engine,
         "scorer": subject.models.dtype(),
         "bench": subject.bench.digest,
+        **({} if subject.read is None else {"where": "response", "capability_where": "all"}),
     }
 
 
@@ -183,12 +194,11 @@ class _Work:
         told = [ask(way, subject.base, self.test) for way in before if self._advance()]
         with subject.steered() as runtime:
             told += [ask(way, runtime, self.test) for way in after if self._advance()]
-            with self.timings.measure("capability"):
-                distances, seed = skill.neutral.kl(runtime), self.job.seed
-                tasks = compare_tasks(skill, runtime, seed=seed)
-                rated = answer_inventory(runtime, items) if items else None
-        capability = CapabilityPart(kl_neutral=estimate(distances, seed=seed), tasks=tasks)
-        self.damage = float(distances[:PASSAGES].mean())
+            if subject.read is None:
+                capability, rated = self._cost(skill, items, runtime)
+        if subject.read is not None:
+            with subject.read() as runtime:
+                capability, rated = self._cost(skill, items, runtime)
         ways = [*before, *after]
         self.progress.start("score", len(ways))
         found = [
@@ -196,6 +206,18 @@ class _Work:
         ]
         order = [found[0], found[len(before)], *found[1 : len(before)], *found[len(before) + 1 :]]
         return order, capability, rated
+
+    def _cost(
+        self, skill: BaseSkill, items: Sequence[Item], steered: Runtime
+    ) -> tuple[CapabilityPart, InventoryAnswers | None]:
+        """What the artifact can still do, and what it says of itself."""
+        seed = self.job.seed
+        with self.timings.measure("capability"):
+            distances = skill.neutral.kl(steered)
+            tasks = compare_tasks(skill, steered, seed=seed)
+            rated = answer_inventory(steered, items) if items else None
+        self.damage = float(distances[:PASSAGES].mean())
+        return CapabilityPart(kl_neutral=estimate(distances, seed=seed), tasks=tasks), rated
 
     def _advance(self) -> bool:
         self.progress.advance(1)

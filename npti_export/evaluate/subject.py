@@ -21,7 +21,7 @@ from npti_export.models import ModelSource, resolve_model
 from npti_export.pipeline import open_models
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
-from npti_export.rule_io import SavedRule, artifact_format
+from npti_export.rule_io import SavedRule, Where, artifact_format
 from npti_export.runtimes.base import Runtime
 from npti_export.traits import TraitSpec, parse_trait
 
@@ -73,6 +73,8 @@ class Subject:
         scorer: the same model where it computes fastest, or in the runtime that the user wants: scores answers, and
             bears the baselines.
         steered: opens the artifact; ``base`` and ``scorer`` are not to be used meanwhile where :attr:`shares` is set.
+        read: opens an adapter that steers the response only where a text is read in one pass, all of it as if the
+            model had said it: there is no response there that it could steer. None where the artifact is the same.
         shares: whether the artifact is the base's own runtime with something attached.
         engine: runs other rules on the same model; None where no rule can be compiled for it.
         place: where profiles are made.
@@ -89,6 +91,7 @@ class Subject:
     base: Runtime
     scorer: Runtime
     steered: Callable[[], AbstractContextManager[Runtime]]
+    read: Callable[[], AbstractContextManager[Runtime]] | None
     shares: bool
     engine: Engine | None
     place: Place
@@ -204,6 +207,7 @@ def _subject(artifact: Path, ready: Prepared, spec: TraitSpec, models: Models, p
         base,
         scorer,
         _opener(artifact, ready, models, progress),
+        None if ready.where == "all" else lambda: _attached(artifact, models, "all"),
         kind == "peft",
         engine,
         place,
@@ -227,15 +231,6 @@ def _opener(
     kind, source, sequences = ready.job.format, ready.source, ready.recipe.identify.batch_size
 
     @contextmanager
-    def attached() -> Iterator[Runtime]:
-        import npti_export
-
-        runtime = cast("TransformersRuntime", models.fast())
-        # whose rule it is was checked when the model was found
-        with npti_export.attach(runtime.model, str(artifact), any_model=True):
-            yield runtime
-
-    @contextmanager
     def checkpoint() -> Iterator[Runtime]:
         from npti_export.runtimes.transformers import TransformersRuntime
 
@@ -251,8 +246,21 @@ def _opener(
             return LlamaCppRuntime(source.path, settings, sequences=sequences, source=source, control_vector=directions)
         return LlamaCppRuntime(artifact, settings, sequences=sequences, source=source)
 
-    openers: dict[str, Callable[[], AbstractContextManager[Runtime]]] = {"peft": attached, "checkpoint": checkpoint}
+    openers: dict[str, Callable[[], AbstractContextManager[Runtime]]] = {
+        "peft": lambda: _attached(artifact, models),
+        "checkpoint": checkpoint,
+    }
     return openers.get(kind, file)
+
+
+@contextmanager
+def _attached(artifact: Path, models: Models, where: Where | None = None) -> Iterator[Runtime]:
+    import npti_export
+
+    runtime = cast("TransformersRuntime", models.fast())
+    # whose rule it is was checked when the model was found
+    with npti_export.attach(runtime.model, str(artifact), where=where, any_model=True):
+        yield runtime
 
 
 def unsteered(runtime: Runtime) -> AbstractContextManager[Runtime]:
