@@ -9,10 +9,20 @@ from npti_export.evaluate.document import Condition, Document, Estimate
 from npti_export.evaluate.judge.spec import parse_judge
 from npti_export.evaluate.run import EvaluationJob, evaluate
 from npti_export.evaluate.subject import SubjectJob
+from npti_export.evaluate.supplements import (
+    AblationRecord,
+    TuningRecord,
+    check_same,
+    read_ablation,
+    read_tuning,
+    supplemented,
+)
 from npti_export.files import atomic_output, check_writable
 from npti_export.identify.collect import cache_folder
 from npti_export.loader import RuntimeSettings
 from npti_export.progress import Progress
+from npti_export.rule_io import load_rule
+from npti_export.traits import parse_recorded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,17 +70,31 @@ def deliver(
     *,
     json_path: Path | None = None,
     html_path: Path | None = None,
+    pareto_path: Path | None = None,
+    sweeps_path: Path | None = None,
     force: bool = False,
 ) -> Document:
     """Evaluate, write what is asked for, and print the figures.
 
+    Args:
+        job: what is evaluated.
+        console: for the figures.
+        progress: told of each stage.
+        json_path: to write.
+        html_path: likewise.
+        pareto_path: trials of ``tune --json`` that become part of it.
+        sweeps_path: sweeps of ``ablate --json``, likewise.
+        force: replace what is there.
+
     Raises:
+        EvaluationError: such a file is damaged, or of another model or pole; said before any work.
         OutputError: a file exists and ``force`` is not set; said before any work.
     """
     for path in (json_path, html_path):
         if path is not None:
             check_writable(path, force=force)
-    document = evaluate(job, progress)
+    tuning, ablation = _supplements(job, pareto_path, sweeps_path)
+    document = supplemented(evaluate(job, progress), tuning, ablation)
     if json_path is not None:
         with atomic_output(json_path, force=force) as temporary:
             temporary.write_text(document.to_json(), encoding="utf-8")
@@ -84,6 +108,20 @@ def deliver(
         if path is not None:
             console.print(f"wrote {path}", highlight=False, markup=False)
     return document
+
+
+def _supplements(
+    job: EvaluationJob, pareto: Path | None, sweeps: Path | None
+) -> tuple[TuningRecord | None, AblationRecord | None]:
+    tuning = None if pareto is None else read_tuning(pareto)
+    ablation = None if sweeps is None else read_ablation(sweeps)
+    given = [(record, path) for record, path in ((tuning, pareto), (ablation, sweeps)) if record and path]
+    if given:
+        about = load_rule(job.subject.artifact).about
+        poles = [parse_recorded(text).pole for text in about.trait.split()]
+        for record, path in given:
+            check_same(record, path, poles, about.fingerprint.float32)
+    return tuning, ablation
 
 
 def render(document: Document, console: Console) -> None:
