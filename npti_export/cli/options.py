@@ -152,14 +152,13 @@ def trait_dir_option(command: Command) -> Command:
     )(command)
 
 
-class GammaType(click.ParamType[float | str]):
-    """A strength, or ``auto``."""
-
-    name = "gamma"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float | str:
-        """See click."""
-        return "auto" if value == "auto" else click.FLOAT.convert(value, param, context)
+def _strength(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | str | None:
+    if value is None or value == "auto":
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
 
 def rule_options(command: Command) -> Command:
@@ -170,7 +169,7 @@ def rule_options(command: Command) -> Command:
 def auto_rule_options(command: Command) -> Command:
     """The same, where the strength may be looked for."""
     text = f"{_GAMMA}; auto looks for the strength of the whole rule that keeps a budget (about 5 minutes)"
-    return _rule_options(command, click.option("--gamma", type=GammaType(), metavar="X|auto", help=text))
+    return _rule_options(command, click.option("--gamma", callback=_strength, metavar="X|auto", help=text))
 
 
 def _rule_options(command: Command, gamma: Callable[[Command], Command]) -> Command:

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from npti_export.errors import EvaluationError, ProfileError
 from npti_export.evaluate.document import Estimate
 from npti_export.files import translate_os_errors
 from npti_export.progress import Progress
-from npti_export.tuning.budget import Budget
 from npti_export.tuning.space import Point, Space
 from npti_export.tuning.trial import Figures
 
@@ -66,10 +65,12 @@ class Study:
     Args:
         study: optuna's.
         space: that its trials are of.
+        excess: how far a trial exceeds each limit of the budget, told to the sampler as constraints, so that it looks
+            where a pick can be made; those of earlier trials stay as they were told.
     """
 
-    def __init__(self, study: optuna.Study, space: Space) -> None:
-        self._study, self._space = study, space
+    def __init__(self, study: optuna.Study, space: Space, excess: Callable[[Figures], tuple[float, float]]) -> None:
+        self._study, self._space, self._excess = study, space, excess
 
     @property
     def failed(self) -> int:
@@ -99,7 +100,7 @@ class Study:
 
     def _point(self, trial: optuna.trial.FrozenTrial) -> Point:
         try:
-            return self._space.point(trial.params)
+            return self._space.point(trial.params or trial.system_attrs["fixed_params"])
         except (KeyError, TypeError, ValueError) as error:
             raise EvaluationError(f"trial {trial.number} of the study is damaged; name another --storage") from error
 
@@ -143,14 +144,13 @@ class Study:
         import optuna
 
         there = self._study.get_trials(deepcopy=False)
-        known = [trial.params for trial in there if trial.state.name in ("COMPLETE", "FAIL") and trial.params]
-        known += [trial.system_attrs.get("fixed_params") for trial in there if trial.state.name == "WAITING"]
+        known = {self._point(trial) for trial in there if trial.state.name in ("COMPLETE", "FAIL") and trial.params}
+        known |= {self._point(trial) for trial in there if trial.state.name == "WAITING"}
         for number in [trial.number for trial in there if trial.state.name == "RUNNING"]:  # of a run that was killed
             self._study.tell(number, state=optuna.trial.TrialState.FAIL)
         for point in starts:
-            parameters = self._space.parameters(point)
-            if parameters not in known:
-                self._study.enqueue_trial(parameters)
+            if point not in known:
+                self._study.enqueue_trial(self._space.parameters(point))
 
     def _trial(self, measure: Callable[[Point], Figures], progress: Progress) -> Exception | None:
         import optuna
@@ -165,6 +165,8 @@ class Study:
             return error
         for name in _FIGURES:
             trial.set_user_attr(name, getattr(figures, name).model_dump())
+        for name, value in zip(("damage", "fluency"), self._excess(figures), strict=True):
+            trial.set_constraint(name, value)
         self._study.tell(trial, [figures.gain.mean, figures.damage.mean])
         progress.note(
             f"trial {trial.number}: gain {figures.gain.mean:+.3f}, KL {figures.damage.mean:.3f}, "
@@ -182,18 +184,15 @@ def _figures(trial: optuna.trial.FrozenTrial) -> Figures:
 
 @contextmanager
 def opened_study(
-    storage: Path | None, name: str, space: Space, *, budget: Budget, fluency: float, seed: int
+    storage: Path | None, name: str, space: Space, excess: Callable[[Figures], tuple[float, float]], *, seed: int
 ) -> Iterator[Study]:
     """A study, new or gone on with.
-
-    What exceeds the budget is told to the sampler as a constraint, so that it looks where a pick can be made.
 
     Args:
         storage: SQLite file; None keeps nothing.
         name: of everything that trials' figures depend on; a file may hold several.
         space: of its trials.
-        budget: what is allowed.
-        fluency: of the unsteered answers.
+        excess: see :class:`Study`.
         seed: of the sampler, together with the number of trials that there are.
 
     Raises:
@@ -214,26 +213,16 @@ def opened_study(
                 directions=["maximize", "minimize"],
                 load_if_exists=True,
             )
-            study.sampler = _sampler(budget, fluency, seed + len(study.get_trials(deepcopy=False)))
-            yield Study(study, space)
+            drawn = seed + len(study.get_trials(deepcopy=False))
+            study.sampler = optuna.samplers.TPESampler(
+                seed=drawn, multivariate=True, group=True, n_startup_trials=_AT_RANDOM
+            )
+            yield Study(study, space, excess)
     except (DatabaseError, optuna.exceptions.StorageInternalError, sqlite3.Error) as error:
         reason = str(getattr(error, "orig", None) or error)
         raise EvaluationError(f"{storage}: not a study of trials, or damaged ({reason}); name another file") from error
     finally:
         logged(before)
-
-
-def _sampler(budget: Budget, fluency: float, seed: int) -> optuna.samplers.BaseSampler:
-    from optuna.samplers import TPESampler
-
-    def excess(trial: Any) -> tuple[float, float]:
-        if any(name not in trial.user_attrs for name in _FIGURES):
-            return 1.0, 1.0  # it failed
-        figures = _figures(trial)
-        assert figures.damage is not None
-        return budget.excess(figures.damage.mean, figures.fluency.mean, fluency)
-
-    return TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=_AT_RANDOM, constraints_func=excess)
 
 
 def _file(path: Path) -> optuna.storages.RDBStorage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from npti_export.errors import EvaluationError, ProfileError
 from npti_export.evaluate.conditions import Test
@@ -17,13 +17,31 @@ from npti_export.tuning.budget import Budget, largest_gain
 from npti_export.tuning.opening import ModelJob, Opened, opened
 from npti_export.tuning.trial import Figures, Measure, search_questions, trial_passages
 
-MINUTES = 5.0  # for all poles together, identification aside
-_STRENGTHS = (1.0, 0.5, 1.5, 0.75, 2.0, 0.25, 1.25)  # in the order in which they are tried while there is time
-_QUESTIONS, _ANSWER_TOKENS, _PERSONAS = 32, 64, 2
+STRENGTHS = (1.0, 0.5, 1.5, 0.75, 2.0, 0.25, 1.25)  # in the order in which they are tried while there is time
+_PERSONAS = 2
 
 
-def with_strengths(job: Job, progress: Progress, clock: Callable[[], float] = time.monotonic) -> Job:
-    """The job with each pole at the strength that gains most within the default budget, on search questions.
+@dataclass(frozen=True)
+class Auto:
+    """How strengths are looked for.
+
+    Attributes:
+        budget: what steering may cost.
+        minutes: for all poles together, identification aside; one strength of each is tried in any case.
+        questions: search questions that they are judged on.
+        answer_tokens: longest answer.
+        clock: gives seconds.
+    """
+
+    budget: Budget = field(default_factory=Budget)
+    minutes: float = 5.0
+    questions: int = 32
+    answer_tokens: int = 64
+    clock: Callable[[], float] = time.monotonic
+
+
+def with_strengths(job: Job, progress: Progress, how: Auto | None = None) -> Job:
+    """The job with each pole at the strength that gains most within the budget, on search questions.
 
     A pole's own strength, as in ``calm:0.5``, is multiplied. Each of several poles is tuned alone.
 
@@ -33,28 +51,26 @@ def with_strengths(job: Job, progress: Progress, clock: Callable[[], float] = ti
     """
     with prepared(job) as ready:
         profiles = ready.profiles
-    seconds = 60 * MINUTES / len(job.traits)
-    return replace(
-        job, traits=tuple(_tuned(job, spec, profiles.get(spec.trait), seconds, progress, clock) for spec in job.traits)
-    )
+    how = how or Auto()
+    how = replace(how, minutes=how.minutes / len(job.traits))
+    return replace(job, traits=tuple(_tuned(job, spec, profiles.get(spec.trait), how, progress) for spec in job.traits))
 
 
 def _tuned(
     job: Job,
     spec: TraitSpec,
     profile: NeuronProfile | None,
-    seconds: float,
+    how: Auto,
     progress: Progress,
-    clock: Callable[[], float],
 ) -> TraitSpec:
     bench = job.bench if spec.trait in FACETS else None
     subject = ModelJob(spec, job.model, job.recipe, job.overrides, bench, job.runtime, job.cache)
     with opened(subject, progress) as at:
-        questions = search_questions(at.bench, at.recipe, _QUESTIONS)
+        questions = search_questions(at.bench, at.recipe, how.questions)
         profile = profile or at.profile(at.recipe)
-        test = Test(at.bench, spec.sign, questions, at.recipe, _ANSWER_TOKENS, _PERSONAS)
+        test = Test(at.bench, spec.sign, questions, at.recipe, how.answer_tokens, _PERSONAS)
         measure = Measure(at.engine(), test, trial_passages())
-        factor, figures = _best(at, profile, measure, clock() + seconds, progress, clock)
+        factor, figures = _best(at, profile, measure, how, progress)
     damage = figures.damage.mean if figures.damage else 0.0
     progress.note(
         f"gamma auto: {spec.pole} at {factor:g} times the recipe's strength: gain {figures.gain.mean:+.3f} on "
@@ -67,14 +83,14 @@ def _best(
     at: Opened,
     profile: NeuronProfile,
     measure: Measure,
-    until: float,
+    how: Auto,
     progress: Progress,
-    clock: Callable[[], float],
 ) -> tuple[float, Figures]:
-    budget, tried = Budget(), list[tuple[float, Figures]]()
-    progress.start(f"strength {at.spec.pole}", len(_STRENGTHS))
+    budget, tried, clock = how.budget, list[tuple[float, Figures]](), how.clock
+    progress.start(f"strength {at.spec.pole}", len(STRENGTHS))
     longest, last = 0.0, clock()
-    for factor in _STRENGTHS:
+    until = last + 60 * how.minutes
+    for factor in STRENGTHS:
         if tried and last + longest > until:
             break
         spec = replace(at.spec, strength=at.spec.strength * factor)

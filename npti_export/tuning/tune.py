@@ -98,9 +98,7 @@ def tune(job: TuneJob, progress: Progress, clock: Callable[[], float] = time.mon
         after = _CONFIRMED * held_out / len(questions)
         limits = Limits(job.trials, 60 * job.minutes - (clock() - started), after, clock)
         name = f"{at.spec.pole} {tuner.key}"
-        with opened_study(
-            _storage(job, at, tuner.key), name, tuner.space, budget=job.budget, fluency=measure.fluency, seed=job.seed
-        ) as study:
+        with opened_study(_storage(job, at, tuner.key), name, tuner.space, tuner.excess, seed=job.seed) as study:
             study.run(tuner.trial, tuner.space.starts(at.recipe.for_pole(at.spec.pole)), limits, progress)
             return tuner.picked(study, progress)
 
@@ -163,6 +161,11 @@ class _Tuner:
         """One trial."""
         return self.measure.rule(self.rule(point))
 
+    def excess(self, figures: Figures) -> tuple[float, float]:
+        """How far a trial exceeds each limit of the budget."""
+        assert figures.damage is not None
+        return self.job.budget.excess(figures.damage.mean, figures.fluency.mean, self.measure.fluency)
+
     def picked(self, study: Study, progress: Progress) -> Tuned:
         """The pick of all trials, and its confirmation."""
         found = study.finished()
@@ -221,7 +224,7 @@ class _Tuner:
             gain=figures.gain,
             damage=figures.damage,
             fluency=figures.fluency,
-            within=self.job.budget.holds(figures.damage.mean, figures.fluency.mean, self.measure.fluency),
+            within=max(self.excess(figures)) <= 0,
         )
 
     def _confirm(self, rule: SteeringRule, study: Study, progress: Progress) -> Confirmation:
