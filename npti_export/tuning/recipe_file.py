@@ -84,14 +84,14 @@ def _paragraphs(path: Path, beginning: str) -> dict[str, str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return {}
-    if not text.startswith(beginning):
-        return {}
-    found = {}
-    for part in text[len(beginning) :].split("\n\n"):
+    found, others = {}, []
+    for part in text.split("\n\n"):
         match = re.search(r'^\[poles\."([a-z0-9_-]+[+-])"\]$', part, re.MULTILINE)
         if match:
             found[match[1]] = part.strip()
-    return found
+        else:
+            others.append(part)
+    return found if "\n\n".join(others).strip() == beginning.strip() else {}
 
 
 def _text(base: str, head: Mapping[str, str], changes: Mapping[str, Mapping[str, Any]], poles: Sequence[str]) -> str:
