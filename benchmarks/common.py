@@ -7,13 +7,14 @@ import numpy as np
 
 from npti_export.bench import load_bench
 from npti_export.evaluate.contrast import answer, plain_prompts
-from npti_export.identify.collect import cache_folder, contrast_prompts, identify
+from npti_export.identify.collect import cache_folder, contrast_prompts
+from npti_export.identify.profiles import Place, profile_for
 from npti_export.models import resolve_model
 from npti_export.progress import Silent
 from npti_export.rule import build_rule
 from npti_export.runtimes.transformers import TransformersRuntime
 from npti_export.steer import steered
-from npti_export.traits import FACETS, TraitSpec
+from npti_export.traits import FACETS, SIGNS, TraitSpec
 
 OUT = Path(__file__).parent / "out"
 
@@ -26,16 +27,8 @@ def load_model(dtype="auto"):
 def profile_of(trait, source, runtime, recipe):
     """The trait's profile, from the same cache as the command line's."""
     dtype = str(runtime.dtype).removeprefix("torch.")
-    return identify(
-        lambda: runtime,
-        source,
-        load_bench(trait),
-        recipe,
-        Silent(),
-        dtype=dtype,
-        device=runtime.device.type,
-        cache=cache_folder(),
-    )
+    place = Place(lambda: runtime, source, dtype, runtime.device.type, cache_folder())
+    return profile_for(place, load_bench(trait), SIGNS, recipe, Silent())
 
 
 def answer_as(condition, runtime, source, pole, questions, recipe, tokens):

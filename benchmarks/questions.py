@@ -5,7 +5,7 @@
 
 Stability: the first N search questions (any beginning is balanced over facets) are split in two halves at random, each
 half selects its neurons, and the overlap of the two selections is their Jaccard index, a mean over splits. Effect: the
-rule made from the first N, its answers to all test questions, scored as in benchmarks/effect.py. Each question is asked
+rule made from the first N, its answers to test questions, scored as in benchmarks/effect.py. Each question is asked
 once a pole; nothing stops early. Results go to benchmarks/out/questions.jsonl.
 """
 
@@ -15,26 +15,29 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from common import OUT, append_line, interval, load_model, read_lines, say
+from common import OUT, append_line, interval, read_lines, say
 
 from npti_export.bench import load_bench
 from npti_export.evaluate.contrast import answer, plain_prompts, score
+from npti_export.evaluate.engine import LlamaEngine
 from npti_export.identify.collect import contrast_prompts
 from npti_export.identify.select import rank
 from npti_export.identify.stopping import jaccard
+from npti_export.loader import Models, RuntimeSettings, Timings
 from npti_export.models import resolve_model
 from npti_export.profile import profile_from_stats
+from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.rule import build_rule
-from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 from npti_export.stats import ActivationStats, AnswerCounts
-from npti_export.steer import steered
-from npti_export.traits import FACETS, SIGNS, TraitSpec
+from npti_export.traits import SIGNS, TraitSpec
 
 RESULTS = OUT / "questions.jsonl"
 SIZES = (30, 60, 120, 240, 400)
 BATCH = 16  # questions, each as both poles
 SPLITS = 40
+TEST_QUESTIONS = 24
+RECIPE = "smollm2-135m"
 
 
 def ask(runtime, bench, recipe, source):
@@ -85,44 +88,47 @@ def stability(counts, size, select, rng):
 
 def run(arguments):
     source = resolve_model(None)
-    recipe = load_recipe("smollm2-135m")
+    recipe = load_recipe(RECIPE, ["identify.max_new_tokens=64", "select.at_least=1000", "select.at_most=1000"])
     done = {(one["trait"], one["kind"]) for one in read_lines(RESULTS)}
-    scorer = None
-    for trait in arguments.traits:
-        wants = trait in arguments.effect and (trait, "effect") not in done
-        if (trait, "stability") in done and not wants:
-            continue
-        bench, started = load_bench(trait), time.time()
-        with LlamaCppRuntime(source.path, sequences=2 * BATCH, source=source) as runtime:
-            steps, counts = ask(runtime, bench, recipe, source)
-        say(trait, "asked", f"{time.time() - started:.0f}s")
-        if (trait, "stability") not in done:
-            rng = np.random.default_rng(0)
-            overlap = {size: stability(counts, size, recipe.select, rng) for size in SIZES}
-            append_line(RESULTS, {"trait": trait, "kind": "stability", "overlap": overlap})
-            say(trait, overlap)
-        if wants:
-            scorer = scorer or load_model()[1]
-            append_line(RESULTS, {"trait": trait, "kind": "effect", **effects(scorer, bench, steps, recipe, source)})
+    with Models(source, RuntimeSettings(), Timings(), Silent(), verifies=False, sequences=2 * BATCH) as models:
+        runtime = models.fast()
+        engine = LlamaEngine(source, runtime, runtime.model.path, models.settings.llama, recipe)
+        for trait in arguments.traits:
+            wants = trait in arguments.effect and (trait, "effect") not in done
+            if (trait, "stability") not in done or wants:
+                one_trait(trait, engine, recipe, wants, (trait, "stability") in done)
 
 
-def effects(runtime, bench, steps, recipe, source):
+def one_trait(trait, engine, recipe, wants, known):
+    bench, started = load_bench(trait), time.time()
+    steps, counts = ask(engine.base, bench, recipe, engine.source)
+    say(trait, "asked", f"{time.time() - started:.0f}s")
+    if not known:
+        rng = np.random.default_rng(0)
+        overlap = {size: stability(counts, size, recipe.select, rng) for size in SIZES}
+        append_line(RESULTS, {"trait": trait, "kind": "stability", "overlap": overlap})
+        say(trait, overlap)
+    if wants:
+        append_line(RESULTS, {"trait": trait, "kind": "effect", **effects(engine, bench, steps, recipe)})
+
+
+def effects(engine, bench, steps, recipe):
     """Contrasts towards ``+`` of each test question: of the plain answers, and by pole and size of the steered ones."""
-    questions = bench.test()
-    prompts = plain_prompts(runtime, questions, recipe)
+    questions, scorer = bench.test(TEST_QUESTIONS), engine.base
+    prompts = plain_prompts(scorer, questions, recipe)
 
-    def scored():
-        answers = answer(runtime, prompts, recipe, 64)
-        found = score(runtime, bench, questions, answers, recipe, personas=2)
+    def scored(answers):
+        found = score(scorer, bench, questions, answers, recipe, personas=1)
         return {"contrast": found.contrast.tolist(), "fluency": found.fluency.tolist()}
 
-    result = {"plain": scored(), "+": {}, "-": {}}
+    result = {"plain": scored(answer(scorer, prompts, recipe, 64)), "+": {}, "-": {}}
     for size, stats in steps.items():
-        profile = profile_from_stats(bench.trait, stats["+"], stats["-"], source, recipe.rule.percentile, {})
+        profile = profile_from_stats(bench.trait, stats["+"], stats["-"], engine.source, recipe.rule.percentile, {})
         for sign in SIGNS:
             rule = build_rule(profile, TraitSpec(bench.trait, sign), recipe)
-            with steered(runtime.activations, rule, runtime.down_projections):
-                result[sign][size] = scored()
+            with engine.steered(rule) as runtime:
+                answers = answer(runtime, prompts, recipe, 64)
+            result[sign][size] = scored(answers)
             say(bench.trait + sign, size, f"{np.mean(result[sign][size]['contrast']):+.4f}")
     return result
 
@@ -182,7 +188,7 @@ def figure(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traits", nargs="*", default=list(FACETS))
+    parser.add_argument("--traits", nargs="*", default=["extraversion", "agreeableness", "conscientiousness"])
     parser.add_argument("--effect", nargs="*", default=["extraversion", "agreeableness"])
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--figure", type=Path)

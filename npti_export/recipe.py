@@ -80,7 +80,7 @@ class SelectSection(_Section):
 class RuleSection(_Section):
     """The rule: the paper's shifts and clamps, and a constant as DPN-LE and mean shifts add it."""
 
-    gamma: float = Field(gt=0, le=100, description="Strength of the shift")
+    gamma: float = Field(gt=0, le=100, description="Strength: multiplies shifts and constants")
     percentile: float = Field(gt=0, lt=1, description="Quantile of the activation that scales a shift")
     slope: float = Field(gt=0, description="Slope of the weight f(delta)")
     center: float = Field(ge=0, le=1, description="|delta| at which the weight is one half")

@@ -70,13 +70,14 @@ def build_rule(profile: NeuronProfile, spec: TraitSpec, recipe: Recipe) -> Steer
     """The rule that moves a model towards one pole.
 
     Clamps the opposite pole's neurons and shifts the wanted pole's by ``gamma · strength · a95 · f(|delta|)`` with
-    ``f(d) = 1 / (1 + exp(-slope (d - center)))``. Adds ``constant · strength`` times the difference of the poles' mean
-    inputs to the down projections, of all neurons or of those where it is large, see :func:`mean_difference`, and
-    ``matched · strength`` times the constant of :mod:`npti_export.identify.matched`.
+    ``f(d) = 1 / (1 + exp(-slope (d - center)))``. Adds ``gamma · strength · constant`` times the difference of the
+    poles' mean inputs to the down projections, of all neurons or of those where it is large, see
+    :func:`mean_difference`, and ``gamma · strength · matched`` times the constant of
+    :mod:`npti_export.identify.matched`.
 
     Args:
         profile: of ``spec.trait``.
-        spec: the pole and its strength, which multiplies gamma and the constant; a clamp is all or nothing.
+        spec: the pole and its strength, which multiplies gamma; a clamp is all or nothing.
         recipe: its ``select`` and ``rule`` sections, with what ``poles`` says of this one.
 
     Raises:
@@ -97,9 +98,10 @@ def build_rule(profile: NeuronProfile, spec: TraitSpec, recipe: Recipe) -> Steer
         clamp[pole_neurons(profile, "-" if spec.sign == "+" else "+", *limits)] = True
     added = np.zeros(shift.shape)
     if settings.constant:
-        added += settings.constant * spec.strength * mean_difference(profile, spec.sign, recipe)
+        added += settings.constant * mean_difference(profile, spec.sign, recipe)
     if settings.matched:
-        added += settings.matched * spec.strength * _matched(profile, spec)
+        added += settings.matched * _matched(profile, spec)
+    added *= settings.gamma * spec.strength
     constant = added.astype(np.float32) if settings.constant or settings.matched else None
     outside = np.ones(len(shift), np.bool_)
     outside[layer_range(recipe, len(shift))] = False

@@ -27,7 +27,7 @@ def rule(profile, recipe, pole="+", *overrides, strength=1.0):
 
 
 def test_dpn_le_takes_the_neurons_that_tell_the_poles_apart(profile):
-    made = rule(profile, "dpn-le", "-", "rule.magnitude=0.9", "rule.constant=1.5", strength=2.0)
+    made = rule(profile, "dpn-le", "-", "rule.magnitude=0.9", "rule.gamma=1.5", strength=2.0)
     sizes = sorted(
         abs(float(a) - float(b)) for a, b in zip(profile.mean_plus.flat, profile.mean_minus.flat, strict=True)
     )
@@ -56,9 +56,8 @@ def test_constants_go_with_shifts_and_clamps(profile):
     alone = rule(profile, "npti", "+")
     np.testing.assert_array_equal(both.shift, alone.shift)
     np.testing.assert_array_equal(both.clamp, alone.clamp)
-    np.testing.assert_allclose(
-        both.constant, 0.5 * (profile.mean_plus.astype(np.float64) - profile.mean_minus), rtol=1e-6
-    )
+    difference = profile.mean_plus.astype(np.float64) - profile.mean_minus
+    np.testing.assert_allclose(both.constant, 1.4 * 0.5 * difference, rtol=1e-6)
     half = rule(profile, "npti", "+", "rule.last_layer=0.5")
     np.testing.assert_array_equal(half.shift[:2], alone.shift[:2])
     assert not half.shift[2:].any()

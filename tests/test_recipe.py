@@ -109,5 +109,5 @@ def test_a_circle_is_refused(tmp_path):
 
 
 def test_missing_recipe_names_the_shipped_ones():
-    with pytest.raises(RecipeError, match="npti, smollm2-135m"):
+    with pytest.raises(RecipeError, match="dpn-le, matched, mean-shift, npti, npti-code, smollm2-135m"):
         load_recipe("nptii")

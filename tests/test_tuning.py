@@ -232,12 +232,12 @@ def test_sweeps_are_of_the_rules_that_they_say(subject, tmp_path):
     assert read_ablation(path) == record
     points = {sweep.setting: {one.value: one for one in sweep.points} for sweep in record.sweeps}
     assert list(points) == ["gamma", "threshold", "parts"]
-    assert list(points["gamma"]) == list(STRENGTHS)
+    assert list(points["gamma"]) == pytest.approx([1.4 * factor for factor in STRENGTHS])
     assert list(points["parts"]) == ["shift only", "clamp only", "matched only", "all"]
     assert any("prompt tokens" in note for note in record.notes)
     assert "clamp only" in console.export_text()
     rows = {
-        ("gamma", 0.5): (0.5, []),
+        ("gamma", 0.7): (0.5, []),
         ("threshold", 0.15): (1, ["select.threshold=0.15", "select.at_least=0", "select.at_most=none"]),
         ("parts", "clamp only"): (1, ["rule.shift=false", "rule.matched=0"]),
         ("parts", "all"): (1, []),
@@ -261,7 +261,7 @@ def test_gamma_auto_takes_the_best_strength_within_the_budget(subject, tiny):
     asked = Job((SPEC,), None, model=str(tiny), recipe="mean-shift", overrides=FEW, runtime=subject.runtime)
     asked = dataclasses.replace(asked, cache=subject.cache)
     sweep = ablate(AblationJob(subject, questions=3, answer_tokens=5, personas=2), Silent()).sweeps[0]
-    by_value = {one.value: one for one in sweep.points}
+    by_value = {one.value / 2: one for one in sweep.points}  # of the recipe's gamma, 2
     limit = sorted(one.kl_neutral.mean for one in sweep.points)[3]
     want = max((one for one in sweep.points if one.kl_neutral.mean <= limit), key=lambda one: one.gain.mean)
     how = strength.Auto(Budget(limit + 1e-6, 50), questions=3, answer_tokens=5)
@@ -282,7 +282,7 @@ def test_which_tokens_are_steered_in_transformers(subject):
     record = ablate(AblationJob(asked, split="test", **SHORT), Silent())
     (sweep,) = [one for one in record.sweeps if one.setting == "prompt tokens"]
     everywhere, answer = sweep.points
-    (one,) = [point for point in record.sweeps[0].points if point.value == 1.0]
+    (one,) = [point for point in record.sweeps[0].points if point.value == 2.0]
     assert (everywhere.value, everywhere.gain) == ("steered", one.gain)
     assert answer.value == "left alone"
     assert answer.fluency != everywhere.fluency

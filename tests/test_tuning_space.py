@@ -70,6 +70,10 @@ def test_every_point_is_a_recipe(space, profile):
         parts = (rule.shift, rule.clamp, rule.constant > 0, rule.matched > 0)
         kinds.add(parts)
         assert any(parts)
+        amounts = (point.gamma * rule.shift, point.constant, point.matched)
+        assert (rule.gamma * rule.shift, rule.gamma * rule.constant, rule.gamma * rule.matched) == pytest.approx(
+            amounts, rel=1e-5
+        )
         assert not (rule.matched and not space.matched)
         assert not (rule.constant and not space.constants)
         assert space.label(point)
@@ -92,7 +96,7 @@ def test_starts_are_the_shipped_methods(profile):
     found = [with_section(base, "openness+", SPACE.section(point)) for point in SPACE.starts(base)]
     ours = [build_rule(profile, SPEC, recipe) for recipe in found]
     theirs = [base, load_recipe("npti")]
-    theirs += [load_recipe("matched", [f"rule.matched={strength}"]) for strength in (1, 1.5, 2)]
+    theirs += [load_recipe("matched", [f"rule.gamma={strength}"]) for strength in (1, 1.5, 2)]
     theirs += [load_recipe("dpn-le"), load_recipe("mean-shift")]
     assert len(ours) == len(theirs)
     for one, recipe in zip(ours, theirs, strict=True):
@@ -252,7 +256,8 @@ def test_a_recipe_extends_one_beside_it(tmp_path):
     written(tmp_path / "tuned.toml", None, "openness+", point, base=str(base))
     assert 'extends = "sub/base.toml"' in (tmp_path / "tuned.toml").read_text()
     rule = load_recipe(str(tmp_path / "tuned.toml")).for_pole("openness+").rule
-    assert (rule.slope, rule.matched, round(rule.first_layer * LAYERS)) == (3.0, point.matched, point.first)
+    assert (rule.slope, round(rule.first_layer * LAYERS)) == (3.0, point.first)
+    assert rule.gamma * rule.matched == pytest.approx(point.matched, rel=1e-5)
     with pytest.raises(RecipeError, match=r"in the way of a --set"):  # the base's own pole says otherwise
         written(tmp_path / "new.toml", None, "openness+", point, base=str(base), overrides=["rule.slope=7"])
     with pytest.raises(OutputError, match=r"ends in \.toml"):

@@ -21,7 +21,9 @@ _BASELINES = "npti,dpn-le,mean-shift,null"
 @click.option("--questions", type=click.IntRange(min=0), default=0, help="Test questions [default: all]")
 @click.option("--answer-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Longest answer")
 @click.option("--personas", type=click.IntRange(min=1), default=2, show_default=True, help="Pairs that score an answer")
-@click.option("--baselines", default=_BASELINES, show_default=True, metavar="A,B", help="Other methods, or none")
+@click.option(
+    "--baselines", default=_BASELINES, show_default=True, metavar="A,B", help="Other methods, none, fine-tuned"
+)
 @click.option("--no-prompts", is_flag=True, help="Leave the prompted conditions out")
 @click.option("--judge", "judges", multiple=True, metavar="URL=MODEL|FILE.gguf", help="A model that rates the answers")
 @click.option("--judge-journal", type=FILE, metavar="FILE", help="Keeps its verdicts, to go on from")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FILE = click.Path(path_type=Path)
-_GAMMA = "Strength of the shift [rule.gamma]"
+_GAMMA = "Strength of all but clamps [rule.gamma]"
 
 
 def _decorated(command: Command, decorators: Sequence[Callable[[Command], Command]]) -> Command:
@@ -168,7 +168,7 @@ def rule_options(command: Command) -> Command:
 
 def auto_rule_options(command: Command) -> Command:
     """The same, where the strength may be looked for."""
-    text = f"{_GAMMA}; auto looks for the strength of the whole rule that keeps a budget (about 5 minutes)"
+    text = f"{_GAMMA}; auto looks for the one that moves answers most within a budget (about 5 minutes)"
     return _rule_options(command, click.option("--gamma", callback=_strength, metavar="X|auto", help=text))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from npti_export.compiler.exact import compile_exact
 from npti_export.compiler.kinds import parse_program
-from npti_export.compiler.passes import budget_units
+from npti_export.compiler.passes import budget_units, compile_constant
 from npti_export.compiler.program import MLPProgram
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
 from npti_export.errors import ModelError
@@ -36,7 +36,7 @@ from npti_export.rule_io import SavedRule, save_checkpoint_rule
 from npti_export.runtimes.base import Message
 
 if TYPE_CHECKING:
-    from npti_export.compiler.passes import Compiled, compile_constant
+    from npti_export.compiler.passes import Compiled
     from npti_export.runtimes.transformers import TransformersRuntime
     from npti_export.verify import LogitsOf, Opener
 
@@ -101,6 +101,9 @@ class CheckpointEnding:
         """See :class:`npti_export.endings.base.Ending`."""
         from npti_export.compile_in_torch import TorchCompiler
 
+        self._compiled = compile_constant(saved.rule)
+        if self._compiled is not None:
+            return self._compiled
         compiler = TorchCompiler(self._exact(), self._recipe, self._questions, progress)
         self._compiled = compiler.compile(saved.rule, self._kind, compiler.calibration(saved.rule))
         return self._compiled

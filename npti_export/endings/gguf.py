@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from npti_export.compile_for import FileCompiler
 from npti_export.compiler.kinds import parse_program
-from npti_export.compiler.passes import Compiled, budget_units
+from npti_export.compiler.passes import Compiled, budget_units, compile_constant
 from npti_export.compiler.program import Floats, MLPProgram
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
 from npti_export.export.gguf import check_base, plan_bake, rounds_nothing, unit_block, write_bake
@@ -84,6 +84,9 @@ class GGUFEnding:
 
     def compile(self, saved: SavedRule, progress: Progress) -> Compiled:
         """See :class:`npti_export.endings.base.Ending`."""
+        self._compiled = compile_constant(saved.rule)
+        if self._compiled is not None:
+            return self._compiled
         with self.unsteered(gguf_source(self._base.path)) as runtime:
             compiler = FileCompiler(runtime, self._recipe, self._questions, progress)
             self._compiled = compiler.compile(saved.rule, self._kind, compiler.calibration(saved.rule))

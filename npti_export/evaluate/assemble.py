@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.evaluate.conditions import Answered, Test, condition, perplexity
+from npti_export.evaluate.conditions import LARGEST_LOG, Answered, Test, condition, perplexity
 from npti_export.evaluate.document import (
     Answer,
     CapabilityPart,
@@ -22,7 +23,7 @@ from npti_export.evaluate.document import (
     JudgePart,
     LayerShape,
 )
-from npti_export.evaluate.estimate import estimate
+from npti_export.evaluate.estimate import estimate, transformed
 from npti_export.evaluate.subject import Subject
 from npti_export.loader import Timings
 from npti_export.rule import SteeringRule
@@ -56,20 +57,15 @@ def assemble(found: Found, subject: Subject, test: Test, settings: dict[str, obj
     """The document of an evaluation."""
     base, steered = found.answered[:2]
     conditions = [condition(one, base, test) for one in found.answered]
-    about, seed = subject.saved.about, test.seed
+    seed = test.seed
     return Document(
         version=__version__,
         artifact={"path": subject.artifact.name, "format": subject.format, "bytes": _size(subject)},
-        model={
-            "name": about.model,
-            "fingerprint": about.fingerprint.float32,
-            "id": about.base,
-            "license": about.license,
-        },
-        traits=about.trait.split(),
+        model=_model(subject),
+        traits=_traits(subject),
         poles=_poles(subject),
         recipe=json.loads(subject.recipe.to_json()),
-        fidelity=dict(about.fidelity),
+        fidelity=_fidelity(subject),
         settings=settings | ({"baselines": found.strengths} if found.strengths else {}),
         seconds={key: round(value, 2) for key, value in timings.seconds.items()},
         trait_contrast=_contrast(conditions, base, steered, test),
@@ -81,8 +77,28 @@ def assemble(found: Found, subject: Subject, test: Test, settings: dict[str, obj
         baselines={one.name: one for one in conditions[2:]},
         conditions=conditions,
         answers=_answers(found.answered, test),
-        layers=_layers(subject.saved.rule),
+        layers=[] if subject.saved is None else _layers(subject.saved.rule),
     )
+
+
+def _model(subject: Subject) -> dict[str, object]:
+    """The unsteered model: as the artifact knows it, or another one that the user put in its place."""
+    source, about = subject.source, None if subject.saved is None else subject.saved.about
+    if about is None or about.fingerprint.float32 != source.fingerprint:
+        name, known = source.name, (source.hub_id, source.license)
+    else:
+        name, known = about.model, (about.base, about.license)
+    return {"name": name, "fingerprint": source.fingerprint, "id": known[0], "license": known[1]}
+
+
+def _fidelity(subject: Subject) -> dict[str, float]:
+    """What was measured when the artifact was made; a file that nobody verified holds no numbers there."""
+    measured = {} if subject.saved is None else subject.saved.about.fidelity
+    return {name: value for name, value in measured.items() if math.isfinite(value)}
+
+
+def _traits(subject: Subject) -> list[str]:
+    return [subject.spec.pole] if subject.saved is None else subject.saved.about.trait.split()
 
 
 def _contrast(conditions: list[Condition], base: Answered, steered: Answered, test: Test) -> ContrastPart:
@@ -124,10 +140,13 @@ def _fluency(base: Answered, steered: Answered, seed: int) -> FluencyPart:
 
 def _shifted(likelihood: Change) -> Estimate:
     """Change of the perplexity: that of the base times what the log-likelihood's change makes of it."""
-    base = float(np.exp(-likelihood.base.mean))
-    moved = likelihood.change
-    ends = sorted(base * (float(np.exp(-one)) - 1) for one in (moved.low, moved.high))
-    return Estimate(mean=base * (float(np.exp(-moved.mean)) - 1), low=ends[0], high=ends[1], n=moved.n)
+    base = likelihood.base.mean
+
+    def change(moved: float) -> float:
+        before, after = (math.exp(min(-value, LARGEST_LOG)) for value in (base, base + moved))
+        return after - before
+
+    return transformed(likelihood.change, change)
 
 
 def _change(base: Doubles, steered: Doubles, seed: int) -> Change:
@@ -164,8 +183,7 @@ def _poles(subject: Subject) -> list[dict[str, str]]:
     from npti_export.traits import parse_recorded
 
     found = []
-    for text in subject.saved.about.trait.split():
-        spec = parse_recorded(text)
+    for spec in [subject.spec] if subject.saved is None else map(parse_recorded, _traits(subject)):
         pole = subject.benches[spec.trait].definition.pole(spec.sign)
         found.append({"pole": spec.pole, "name": pole.name, "description": pole.description})
     return found

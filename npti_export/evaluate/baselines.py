@@ -21,10 +21,11 @@ METHODS = {
     "mean-shift": "Mean-difference control vector",
 }
 NULL = "null"
-LORA = "fine-tuned"
+LORA = "fine-tuned"  # of :mod:`npti_export.evaluate.finetune`; it has no strength to be levelled by
 _STEPS = 5  # of the search for a strength
 _LEAST, _MOST = 1 / 32, 8.0
 _NEAR = 0.1  # of the wanted damage, where the search ends
+_NOTHING = 1e-9  # nats: rounding may bring a distance of nothing below 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def level(
         strength = float(np.exp(at))
         rule = rule_at(strength)
         with engine.steered(rule) as runtime:
-            found = float(neutral.kl(runtime).mean())
+            found = max(float(neutral.kl(runtime).mean()), _NOTHING)
         if best is None or abs(np.log(found / damage)) < abs(np.log(best.damage / damage)):
             best = Levelled(rule, strength, found)
         if abs(found / damage - 1) < _NEAR:

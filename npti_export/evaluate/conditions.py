@@ -24,6 +24,7 @@ from npti_export.traits import Sign
 
 Kind = Literal["base", "steered", "prompt", "baseline", "null"]
 Doubles = npt.NDArray[np.float64]
+LARGEST_LOG = 700.0  # whose exponential is still a number
 
 
 @dataclass(frozen=True)
@@ -135,4 +136,4 @@ def condition(found: Answered, base: Answered, test: Test) -> Condition:
 
 def perplexity(fluency: Estimate) -> Estimate:
     """exp(-x) of a mean log-likelihood per token."""
-    return transformed(fluency, lambda value: math.exp(-value))
+    return transformed(fluency, lambda value: math.exp(min(-value, LARGEST_LOG)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npti_export.errors import AdapterError, OutputError
 from npti_export.evaluate.document import Condition, Document, Estimate
 from npti_export.evaluate.judge.spec import parse_judge
 from npti_export.evaluate.run import EvaluationJob, evaluate
@@ -20,9 +22,10 @@ from npti_export.evaluate.supplements import (
 from npti_export.files import atomic_output, check_writable
 from npti_export.identify.collect import cache_folder
 from npti_export.loader import RuntimeSettings
+from npti_export.models import resolve_model
 from npti_export.progress import Progress
 from npti_export.rule_io import load_rule
-from npti_export.traits import parse_recorded
+from npti_export.traits import parse_recorded, parse_trait
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +44,8 @@ def evaluation_job(artifact: Path, settings: RuntimeSettings, options: dict[str,
         bench=options["bench"],
         trait_dirs=tuple(options["trait_dirs"]),
         any_model=options["any_model"],
-        runtime=settings,
+        # an artifact that runs in torch: what llama.cpp is told is meant for the judges
+        runtime=replace(settings, threads=0, gpu_layers=-1) if options["judges"] and artifact.is_dir() else settings,
         cache=None if options["no_cache"] else cache_folder(),
     )
     names = [name.strip() for name in options["baselines"].split(",")]
@@ -87,12 +91,12 @@ def deliver(
         force: replace what is there.
 
     Raises:
-        EvaluationError: such a file is damaged, or of another model or pole; said before any work.
-        OutputError: a file exists and ``force`` is not set; said before any work.
+        OutputError: a file exists and ``force`` is not set, is an input, or both are one; said before any work.
+        EvaluationError: trials or sweeps are damaged, or of another model or pole; said before any work, too.
+        NptiError: see :func:`npti_export.evaluate.run.evaluate`.
     """
-    for path in (json_path, html_path):
-        if path is not None:
-            check_writable(path, force=force)
+    outputs = [path for path in (json_path, html_path) if path is not None]
+    _check_outputs(job, outputs, [pareto_path, sweeps_path], force=force)
     tuning, ablation = _supplements(job, pareto_path, sweeps_path)
     document = supplemented(evaluate(job, progress), tuning, ablation)
     if json_path is not None:
@@ -116,12 +120,35 @@ def _supplements(
     tuning = None if pareto is None else read_tuning(pareto)
     ablation = None if sweeps is None else read_ablation(sweeps)
     given = [(record, path) for record, path in ((tuning, pareto), (ablation, sweeps)) if record and path]
-    if given:
-        about = load_rule(job.subject.artifact).about
-        poles = [parse_recorded(text).pole for text in about.trait.split()]
-        for record, path in given:
-            check_same(record, path, poles, about.fingerprint.float32)
+    for record, path in given:
+        check_same(record, path, *_steered(job.subject))
     return tuning, ablation
+
+
+def _steered(subject: SubjectJob) -> tuple[list[str], str]:
+    """Poles of an artifact, and the fingerprint of its model."""
+    try:
+        about = load_rule(subject.artifact).about
+    except AdapterError:
+        if subject.trait is None or subject.model is None:
+            raise
+        return [parse_trait(subject.trait).pole], resolve_model(subject.model).fingerprint
+    return [parse_recorded(text).pole for text in about.trait.split()], about.fingerprint.float32
+
+
+def _check_outputs(job: EvaluationJob, paths: list[Path], supplements: list[Path | None], *, force: bool) -> None:
+    for path in paths:
+        check_writable(path, force=force)
+    subject, resolved = job.subject, [path.resolve() for path in paths]
+    if len(set(resolved)) < len(paths):
+        raise OutputError(f"{paths[0]}: is named for two outputs; give each its own name")
+    model = None if subject.model is None else Path(subject.model)
+    inputs = [subject.artifact, model, subject.bench, *subject.trait_dirs, job.inventory, job.journal, *job.tasks]
+    inputs += supplements
+    places = {one.resolve() for one in inputs if one is not None}
+    for path, place in zip(paths, resolved, strict=True):
+        if not places.isdisjoint([place, *place.parents]):
+            raise OutputError(f"{path}: is an input of this very job, or inside one; choose another name")
 
 
 def render(document: Document, console: Console) -> None:

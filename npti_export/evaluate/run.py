@@ -6,17 +6,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from npti_export.bench import TraitBench, load_bench
-from npti_export.errors import EvaluationError
+from npti_export.errors import EvaluationError, ProfileError
 from npti_export.evaluate import baselines
 from npti_export.evaluate.assemble import Found, assemble
 from npti_export.evaluate.capability.neutral import NeutralText
-from npti_export.evaluate.capability.part import BaseSkill, base_skill, compare_skill
+from npti_export.evaluate.capability.part import BaseSkill, base_skill, compare_tasks
 from npti_export.evaluate.capability.tasks import neutral_passages, read_tasks, shipped_tasks
-from npti_export.evaluate.conditions import Answered, Doubles, Test, Way, ask, scored
+from npti_export.evaluate.conditions import Answered, Doubles, Kind, Test, Way, ask, scored
 from npti_export.evaluate.contrast import contrasts
 from npti_export.evaluate.document import CapabilityPart, Document, JudgePart
+from npti_export.evaluate.estimate import estimate
 from npti_export.evaluate.inventory.answers import InventoryAnswers, answer_inventory, inventory_part
 from npti_export.evaluate.inventory.items import Item, read_inventory, source_name
 from npti_export.evaluate.judge.spec import JudgeSpec
@@ -30,10 +32,14 @@ from npti_export.recipe import load_recipe
 from npti_export.rule import SteeringRule
 from npti_export.traits import FACETS
 
+if TYPE_CHECKING:
+    from npti_export.runtimes.transformers import TransformersRuntime
+
 PASSAGES = 16  # neutral ones at which baselines are brought to the artifact's damage
 KEPT_BYTES = 4 << 30  # of what the base predicts, where it cannot be asked again while it is steered
 BASELINE_QUESTIONS = 96  # that neurons are identified on for the other methods, if nobody did so before
-BASELINES = (*baselines.METHODS, baselines.NULL)
+BASELINES = (*baselines.METHODS, baselines.NULL)  # in every evaluation
+KNOWN_BASELINES = (*BASELINES, baselines.LORA)
 PROMPTED: dict[str, tuple[str, Prompting]] = {
     "prompt-adjective": ("Adjective prompt", "adjective"),
     "prompt-persona": ("Persona prompt", "persona"),
@@ -50,7 +56,7 @@ class EvaluationJob:
         questions: test questions, 0 for all.
         answer_tokens: longest answer.
         personas: pairs of personas that score each answer.
-        baselines: names of :data:`BASELINES`.
+        baselines: names of :data:`KNOWN_BASELINES`.
         prompted: whether prompts are compared with, and added to the artifact.
         judges: that rate every condition's answers.
         journal: file that keeps their verdicts.
@@ -87,7 +93,8 @@ def evaluate(job: EvaluationJob, progress: Progress) -> Document:
     items = read_inventory(job.inventory) if "inventory" not in job.skips else ()
     tasks = [*shipped_tasks(), *map(read_tasks, job.tasks)] if "capability" not in job.skips else []
     timings, started = Timings(), time.perf_counter()
-    with opened(job.subject, timings, progress) as subject:
+    with opened(job.subject, timings, progress, job.questions) as subject:
+        _check_fine_tuning(job, subject)
         test = Test(
             subject.bench,
             subject.spec.sign,
@@ -99,7 +106,8 @@ def evaluate(job: EvaluationJob, progress: Progress) -> Document:
         )
         work = _Work(job, subject, test, timings, progress)
         with timings.measure("capability"):
-            skill = base_skill(subject.base, tasks, neutral_passages())
+            kept = {"kept_bytes": KEPT_BYTES} if subject.shares else {}
+            skill = base_skill(subject.base, tasks, neutral_passages(), **kept)
             if subject.shares:
                 skill.neutral.keep()
             before = answer_inventory(subject.base, items) if items else None
@@ -120,11 +128,23 @@ def evaluate(job: EvaluationJob, progress: Progress) -> Document:
 
 
 def _check(job: EvaluationJob) -> None:
-    unknown = sorted(set(job.baselines) - set(BASELINES))
+    unknown = sorted(set(job.baselines) - set(KNOWN_BASELINES))
     if unknown:
-        raise EvaluationError(f"baseline {unknown[0]!r}: not known; there are {', '.join(BASELINES)}")
+        raise EvaluationError(f"baseline {unknown[0]!r}: not known; there are {', '.join(KNOWN_BASELINES)}")
     if job.personas < 1 or job.answer_tokens < 2:
         raise EvaluationError("at least one pair of personas and two tokens of an answer are needed")
+
+
+def _check_fine_tuning(job: EvaluationJob, subject: Subject) -> None:
+    """Whether the model can be fine-tuned here, before an hour has gone into the rest."""
+    if baselines.LORA not in job.baselines:
+        return
+    if subject.source.architecture.mixture:
+        raise EvaluationError(
+            f"baseline {baselines.LORA!r}: {subject.source.name} is a mixture of experts, which are no linear modules; "
+            "leave it out"
+        )
+    subject.source.check_readable_by_transformers()
 
 
 def _settings(job: EvaluationJob, subject: Subject, test: Test) -> dict[str, object]:
@@ -164,9 +184,11 @@ class _Work:
         with subject.steered() as runtime:
             told += [ask(way, runtime, self.test) for way in after if self._advance()]
             with self.timings.measure("capability"):
-                capability = compare_skill(skill, runtime, seed=self.job.seed)
+                distances, seed = skill.neutral.kl(runtime), self.job.seed
+                tasks = compare_tasks(skill, runtime, seed=seed)
                 rated = answer_inventory(runtime, items) if items else None
-        self.damage = capability.kl_neutral.mean
+        capability = CapabilityPart(kl_neutral=estimate(distances, seed=seed), tasks=tasks)
+        self.damage = float(distances[:PASSAGES].mean())
         ways = [*before, *after]
         self.progress.start("score", len(ways))
         found = [
@@ -180,8 +202,12 @@ class _Work:
         return True
 
     def others(self) -> list[Answered]:
-        """Other methods on the same questions, at the artifact's damage."""
-        names, engine = self.job.baselines, self.subject.engine
+        """Other methods on the same questions, at the artifact's damage; fine-tuning as it comes out."""
+        found = self._ruled([name for name in self.job.baselines if name != baselines.LORA])
+        return [*found, self._fine_tuned()] if baselines.LORA in self.job.baselines else found
+
+    def _ruled(self, names: Sequence[str]) -> list[Answered]:
+        engine, saved = self.subject.engine, self.subject.saved
         if not names:
             return []
         if engine is None:
@@ -194,9 +220,15 @@ class _Work:
         rules: dict[str, tuple[str, SteeringRule]] = {}
         for name in methods:
             assert profile is not None
-            rules[name] = (baselines.METHODS[name], baselines.method_rule(name, profile, self.subject.spec))
-        if baselines.NULL in names:
-            rules[baselines.NULL] = ("Random neurons", baselines.null_rule(self.subject.saved.rule, self.job.seed))
+            try:
+                rules[name] = (baselines.METHODS[name], baselines.method_rule(name, profile, self.subject.spec))
+            except ProfileError as error:  # it selects no neuron of this model
+                self.strengths[name] = {"neurons": 0}
+                self.progress.note(f"baseline {name} is left out: {error}")
+        if baselines.NULL in names and saved is not None:
+            rules[baselines.NULL] = ("Random neurons", baselines.null_rule(saved.rule, self.job.seed))
+        elif baselines.NULL in names:
+            self.progress.note(f"{self.subject.artifact.name}: holds no rule, so random neurons have nothing to match")
         self.progress.start("baselines", len(rules))
         return [self._baseline(name, label, rule, neutral) for name, (label, rule) in rules.items() if self._advance()]
 
@@ -205,12 +237,37 @@ class _Work:
         assert engine is not None
         level = baselines.level(engine, lambda at: baselines.scaled(rule, at), neutral, max(self.damage, 1e-6))
         self.strengths[name] = {"strength": round(level.strength, 4), "damage": round(level.damage, 5)}
-        way = Way(
-            name, label, "null" if name == baselines.NULL else "baseline", lambda: engine.steered(level.rule), "plain"
-        )
+        kind: Kind = "null" if name == baselines.NULL else "baseline"
+        way = Way(name, label, kind, lambda: engine.steered(level.rule))
         with way.open() as runtime:
             answers, seconds = ask(way, runtime, self.test)
         return scored(way, answers, seconds, self.subject.scorer, self.test)
+
+    def _fine_tuned(self) -> Answered:
+        """The paper's fine-tuning row. It has no strength, so its damage is what it is, and is told beside it."""
+        from npti_export.evaluate.finetune import FineTuneSettings, fine_tuned, plain_exchanges
+
+        subject, test, models = self.subject, self.test, self.subject.models
+        trains = models.engine == "transformers" and models.dtype() != "float16"  # which overflows
+        runtime = cast("TransformersRuntime", models.fast()) if trains else models.exact()
+        count = min(FineTuneSettings.questions, len(subject.bench.split("search")))
+        settings = FineTuneSettings(questions=count, seed=self.job.seed)
+        exchanges = plain_exchanges(
+            runtime, subject.bench, test.sign, test.recipe, count, max_new_tokens=test.answer_tokens
+        )
+        neutral = NeutralText(runtime, neutral_passages()[:PASSAGES], kept_bytes=KEPT_BYTES)
+        neutral.keep()
+        way = Way(
+            baselines.LORA,
+            "Fine-tuned (LoRA), not at equal damage",
+            "baseline",
+            lambda: fine_tuned(runtime, exchanges, settings, self.progress),
+        )
+        with way.open() as tuned:
+            answers, seconds = ask(way, tuned, test)
+            damage = float(neutral.kl(tuned).mean())
+        self.strengths[way.name] = {"damage": round(damage, 5), "questions": count, "epochs": settings.epochs}
+        return scored(way, answers, seconds, subject.scorer, test)
 
     def _profile(self) -> NeuronProfile:
         """Neurons of the trait, for the other methods."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -12,11 +12,13 @@ from npti_export.bench import TraitBench
 from npti_export.endings.base import Format
 from npti_export.errors import ArchitectureError, EvaluationError
 from npti_export.evaluate.engine import Engine, engine_for
+from npti_export.export.control_vector import read_directions
+from npti_export.gguf.shards import read_model
 from npti_export.identify.profiles import Place
 from npti_export.job import Job, Prepared, prepared
 from npti_export.loader import Models, RuntimeSettings, Timings
 from npti_export.models import ModelSource, resolve_model
-from npti_export.pipeline import open_ending, open_models
+from npti_export.pipeline import open_models
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule_io import SavedRule, artifact_format
@@ -26,13 +28,16 @@ from npti_export.traits import TraitSpec, parse_trait
 if TYPE_CHECKING:
     from npti_export.runtimes.transformers import TransformersRuntime
 
+_IN_TORCH = ("peft", "checkpoint")
+_TOKENS = "tokenizer.ggml.tokens"
+
 
 @dataclass(frozen=True)
 class SubjectJob:
     """Which artifact, and where it runs.
 
     Attributes:
-        artifact: a steered GGUF, adapter, steered checkpoint or control vector of ours.
+        artifact: a steered GGUF, adapter, steered checkpoint or control vector of ours, or any GGUF.
         model: its unsteered model; None takes the one inside or named by it.
         trait: the pole to judge by; None takes the artifact's, or the first of several.
         bench: instead of the shipped bench.
@@ -61,11 +66,12 @@ class Subject:
         format: of it.
         source: the unsteered model.
         spec: the pole that is judged: the artifact's, or the first of several.
-        saved: its rule.
-        recipe: that it was made with.
+        saved: its rule; None for a GGUF that holds none: somebody's fine-tune, say.
+        recipe: that it was made with; for such a file, the one for the model.
         benches: of its traits.
         base: the unsteered model, in the runtime and the types of the artifact.
-        scorer: the same model where it computes fastest: scores answers, and bears the baselines.
+        scorer: the same model where it computes fastest, or in the runtime that the user wants: scores answers, and
+            bears the baselines.
         steered: opens the artifact; ``base`` and ``scorer`` are not to be used meanwhile where :attr:`shares` is set.
         shares: whether the artifact is the base's own runtime with something attached.
         engine: runs other rules on the same model; None where no rule can be compiled for it.
@@ -77,7 +83,7 @@ class Subject:
     format: Format
     source: ModelSource
     spec: TraitSpec
-    saved: SavedRule
+    saved: SavedRule | None
     recipe: Recipe
     benches: dict[str, TraitBench]
     base: Runtime
@@ -95,20 +101,28 @@ class Subject:
 
 
 @contextmanager
-def opened(job: SubjectJob, timings: Timings, progress: Progress) -> Iterator[Subject]:
+def opened(job: SubjectJob, timings: Timings, progress: Progress, questions: int = 0) -> Iterator[Subject]:
     """Check, load and open everything.
+
+    Args:
+        job: which artifact.
+        timings: told how long loading took.
+        progress: told of each load.
+        questions: test questions that there must be, which is said before anything is loaded.
 
     Raises:
         NptiError: no artifact of ours, its model is not to be had, or the runtime does not run it.
     """
     kind = artifact_format(job.artifact)
     settings = job.runtime
-    if kind in ("peft", "checkpoint") and settings.engine == "llama.cpp":
-        raise EvaluationError(f"{job.artifact}: runs in transformers; leave --runtime out")
+    if kind in _IN_TORCH:
+        if settings.engine == "llama.cpp":
+            raise EvaluationError(f"{job.artifact}: runs in transformers; leave --runtime out")
+        settings = replace(settings, engine="transformers")
     described = Job(
-        traits=(),
+        traits=() if _holds_rule(job.artifact, kind) else (_said_pole(job),),
         out=None,
-        rule_from=job.artifact,
+        rule_from=job.artifact if _holds_rule(job.artifact, kind) else None,
         format=kind,
         model=job.model,
         bench=job.bench,
@@ -118,22 +132,40 @@ def opened(job: SubjectJob, timings: Timings, progress: Progress) -> Iterator[Su
         cache=job.cache,
     )
     with prepared(described) as ready:
-        assert ready.saved is not None
         if not ready.traits:
             raise EvaluationError(f"{job.artifact}: does not say which trait it steers towards")
-        in_torch = kind in ("peft", "checkpoint")
-        models = _models(ready, timings, progress, in_torch=in_torch)
-        with models:
-            yield _subject(ready, kind, _pole(job, ready), models, progress)
+        if kind not in _IN_TORCH and ready.source.kind != "gguf":
+            raise EvaluationError(f"{job.artifact}: runs in llama.cpp; give the GGUF that it was made from as --base")
+        if ready.saved is None:
+            _check_vocabulary(job.artifact, ready.source)
+        spec = _pole(job, ready)
+        ready.benches[spec.trait].test(questions)
+        with open_models(ready, timings, progress, verifies=False) as models:
+            yield _subject(job.artifact, ready, spec, models, progress)
 
 
-def _models(ready: Prepared, timings: Timings, progress: Progress, *, in_torch: bool) -> Models:
-    if not in_torch:
-        return open_models(ready, timings, progress, verifies=False)
-    from dataclasses import replace
+def _holds_rule(artifact: Path, kind: Format) -> bool:
+    return kind != "gguf" or "npti.rule" in read_model(artifact).by_key
 
-    settings = replace(ready.job.runtime, engine="transformers")
-    return Models(ready.source, settings, timings, progress, verifies=False)
+
+def _said_pole(job: SubjectJob) -> TraitSpec:
+    """The pole of a file that does not say it.
+
+    Raises:
+        EvaluationError: the user does not say it either, or not which model the file was made from.
+    """
+    if job.model is None or job.trait is None:
+        raise EvaluationError(
+            f"{job.artifact}: holds no steering rule; to evaluate it all the same, name the pole that it should show "
+            "by --trait and the GGUF that it was made from by --base"
+        )
+    return parse_trait(job.trait)
+
+
+def _check_vocabulary(artifact: Path, base: ModelSource) -> None:
+    """Token ids of one are scored by the other."""
+    if read_model(artifact).get(_TOKENS) != read_model(base.path).get(_TOKENS):
+        raise EvaluationError(f"{artifact}: has other tokens than {base.path}; it was made from another model")
 
 
 def _pole(job: SubjectJob, ready: Prepared) -> TraitSpec:
@@ -144,19 +176,17 @@ def _pole(job: SubjectJob, ready: Prepared) -> TraitSpec:
     """
     if job.trait is None:
         return ready.traits[0]
-    wanted = parse_trait(job.trait)
+    wanted = parse_trait(job.trait, ready.benches)
     if wanted.trait not in ready.benches:
         steers = " ".join(spec.pole for spec in ready.traits)
         raise EvaluationError(f"--trait {job.trait}: {job.artifact} steers towards {steers}; leave it out, or name one")
     return wanted
 
 
-def _subject(ready: Prepared, kind: Format, spec: TraitSpec, models: Models, progress: Progress) -> Subject:
-    source, recipe, artifact = ready.source, ready.recipe, ready.job.rule_from
-    assert artifact is not None
-    assert ready.saved is not None
+def _subject(artifact: Path, ready: Prepared, spec: TraitSpec, models: Models, progress: Progress) -> Subject:
+    source, recipe, kind = ready.source, ready.recipe, ready.job.format
     scorer = models.fast()
-    base: Runtime = models.llama() if models.engine == "llama.cpp" else scorer
+    base: Runtime = scorer if kind in _IN_TORCH else models.llama()
     place = Place(models.fast, source, models.dtype(), models.device(), ready.job.cache)
     engine: Engine | None
     try:
@@ -173,7 +203,7 @@ def _subject(ready: Prepared, kind: Format, spec: TraitSpec, models: Models, pro
         ready.benches,
         base,
         scorer,
-        _opener(ready, kind, models, progress),
+        _opener(artifact, ready, models, progress),
         kind == "peft",
         engine,
         place,
@@ -182,17 +212,17 @@ def _subject(ready: Prepared, kind: Format, spec: TraitSpec, models: Models, pro
 
 
 def _opener(
-    ready: Prepared, kind: Format, models: Models, progress: Progress
+    artifact: Path, ready: Prepared, models: Models, progress: Progress
 ) -> Callable[[], AbstractContextManager[Runtime]]:
-    artifact, sequences = ready.job.rule_from, ready.recipe.identify.batch_size
-    assert artifact is not None
+    kind, source, sequences = ready.job.format, ready.source, ready.recipe.identify.batch_size
 
     @contextmanager
     def attached() -> Iterator[Runtime]:
         import npti_export
 
         runtime = cast("TransformersRuntime", models.fast())
-        with npti_export.attach(runtime.model, str(artifact)):
+        # whose rule it is was checked when the model was found
+        with npti_export.attach(runtime.model, str(artifact), any_model=True):
             yield runtime
 
     @contextmanager
@@ -205,11 +235,11 @@ def _opener(
     def file() -> AbstractContextManager[Runtime]:
         from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 
+        settings = models.settings.llama
         if kind == "control-vector":
-            runtime = open_ending(ready, models).in_llamacpp(artifact, ready.source)
-            assert runtime is not None
-            return runtime
-        return LlamaCppRuntime(artifact, models.settings.llama, sequences=sequences, source=ready.source)
+            directions = read_directions(artifact, source.shape.layers, source.shape.hidden)
+            return LlamaCppRuntime(source.path, settings, sequences=sequences, source=source, control_vector=directions)
+        return LlamaCppRuntime(artifact, settings, sequences=sequences, source=source)
 
     openers: dict[str, Callable[[], AbstractContextManager[Runtime]]] = {"peft": attached, "checkpoint": checkpoint}
     return openers.get(kind, file)

@@ -24,7 +24,7 @@ from npti_export.tuning.opening import ModelJob, Opened, opened
 from npti_export.tuning.space import with_section
 from npti_export.tuning.trial import PASSAGES, Figures, Measure, search_questions, trial_passages
 
-STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # times the recipe's gamma
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2)  # of |delta|, around the paper's 0.1
 PARTS = ("shift", "clamp", "constant", "matched")
 _OFF: dict[str, Any] = {"shift": False, "clamp": False, "constant": 0.0, "matched": 0.0}
@@ -68,15 +68,15 @@ class Variation:
     section: PoleSection = field(default_factory=PoleSection)
 
 
-def variations(recipe: Recipe) -> tuple[list[Variation], list[str]]:
+def variations(recipe: Recipe, strength: float = 1.0) -> tuple[list[Variation], list[str]]:
     """The rows for a recipe, and why there are no others.
-
-    ``gamma`` scales everything that has a strength: shifts, constants and matched constants.
 
     Args:
         recipe: for the pole.
+        strength: of the pole, part of the gamma that is shown.
     """
-    rows, notes = [Variation("gamma", strength, strength) for strength in STRENGTHS], []
+    gamma = recipe.rule.gamma * strength
+    rows, notes = [Variation("gamma", round(gamma * factor, 4), factor) for factor in STRENGTHS], []
     if recipe.rule.shift or recipe.rule.clamp:
         for threshold in THRESHOLDS:
             select = {"threshold": threshold, "at_least": 0, "at_most": None}
@@ -147,7 +147,7 @@ class _Sweeps:
 
     def all(self) -> tuple[list[Sweep], list[str]]:
         """Everything, and notes on what is left out."""
-        rows, notes = variations(self.recipe)
+        rows, notes = variations(self.recipe, self.at.spec.strength)
         self.progress.start("ablate", len(rows))
         points: dict[str, list[SweepPoint]] = {}
         for row in rows:

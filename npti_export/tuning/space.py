@@ -41,13 +41,13 @@ class Point:
 
     Attributes:
         neurons: what is done to neurons.
-        gamma: strength of shifts.
+        gamma: strength of shifts, and of nothing else here.
         count: neurons a pole; 0 takes them by ``threshold``.
         threshold: smallest ``|delta|``.
-        constant: times the mean difference; 0 is off.
+        constant: times the mean difference, all in all; 0 is off.
         effect_size: of the neurons that get it.
         magnitude: likewise.
-        matched: times the matched constant; 0 is off.
+        matched: times the matched constant, all in all; 0 is off.
         first: layers ``first`` to ``last - 1`` are steered.
         last: see there.
     """
@@ -162,7 +162,7 @@ class Space:
         matched = shipped.pop("matched")
         recipes = [recipe, shipped.pop("npti")]
         for strength in _MATCHED_STARTS:
-            rule = matched.rule.model_copy(update={"matched": strength})
+            rule = matched.rule.model_copy(update={"gamma": strength})
             recipes.append(matched.model_copy(update={"rule": rule}))
         found = [self.nearest(one) for one in (*recipes, *shipped.values())]
         return list(dict.fromkeys(one for one in found if one is not None))
@@ -170,8 +170,8 @@ class Space:
     def nearest(self, recipe: Recipe) -> Point | None:
         """A recipe's own rule, as near as this space has one; None where nothing of it can be had."""
         rule, select = recipe.rule, recipe.select
-        constant = _within(rule.constant, *_CONSTANT) if self.constants and rule.constant else 0.0
-        matched = _within(rule.matched, *_MATCHED) if self.matched and rule.matched else 0.0
+        constant = _within(rule.gamma * rule.constant, *_CONSTANT) if self.constants and rule.constant else 0.0
+        matched = _within(rule.gamma * rule.matched, *_MATCHED) if self.matched and rule.matched else 0.0
         neurons: Neurons = "off"
         if rule.shift or rule.clamp:
             neurons = "both" if rule.shift and rule.clamp else "shift" if rule.shift else "clamp"
@@ -193,18 +193,18 @@ class Space:
 
     def section(self, point: Point) -> PoleSection:
         """What a recipe says of the pole for this point: every key that is chosen, so that none is inherited."""
+        gamma = point.gamma or 1.0  # which a recipe multiplies constants by, too
         rule: dict[str, Any] = {
+            "gamma": gamma,
             "shift": point.neurons in ("shift", "both"),
             "clamp": point.neurons in ("clamp", "both"),
-            "constant": point.constant,
+            "constant": _rounded(point.constant / gamma, 6),
             "effect_size": point.effect_size,
             "magnitude": point.magnitude,
-            "matched": point.matched,
+            "matched": _rounded(point.matched / gamma, 6),
             "first_layer": round(point.first / self.layers, 5),
             "last_layer": round(point.last / self.layers, 5),
         }
-        if rule["shift"]:
-            rule["gamma"] = point.gamma
         select: dict[str, Any] = {}
         if point.neurons != "off":
             select = {"at_least": 1, "at_most": self.neurons, "threshold": point.threshold}
@@ -237,8 +237,8 @@ def with_section(recipe: Recipe, pole: str, section: PoleSection) -> Recipe:
     return Recipe.model_validate(raw | {"poles": raw["poles"] | {pole: merged}})
 
 
-def _rounded(value: float) -> float:
-    return float(f"{float(value):.3g}")
+def _rounded(value: float, digits: int = 3) -> float:
+    return float(f"{float(value):.{digits}g}")
 
 
 def _within(value: float, low: float, high: float) -> float:

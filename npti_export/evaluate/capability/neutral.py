@@ -11,7 +11,7 @@ from npti_export.errors import EvaluationError
 from npti_export.evaluate.capability.model import Model
 from npti_export.evaluate.capability.tasks import Passage
 
-_KEPT_BYTES = 512 << 20  # of the base's log-probabilities, for measuring several steered models
+KEPT_BYTES = 512 << 20  # of the base's log-probabilities, for measuring several steered models
 _PIECE_BYTES = 16 << 20  # of float64 at once
 
 
@@ -29,15 +29,24 @@ class NeutralText:
         kept_bytes: 0 keeps nothing, and is exact.
     """
 
-    def __init__(self, base: Model, passages: Sequence[Passage], *, kept_bytes: int = _KEPT_BYTES) -> None:
-        self._base, self._left = base, kept_bytes
+    def __init__(self, base: Model, passages: Sequence[Passage], *, kept_bytes: int = KEPT_BYTES) -> None:
+        self._base, self._limit, self._left = base, kept_bytes, kept_bytes
         self.tokens = [base.encode_text(passage.text) for passage in passages]
         self._kept: list[npt.NDArray[np.float16] | None] = [None] * len(self.tokens)
 
     def keep(self) -> None:
-        """Compute what the base predicts now, as far as it is kept: before the same model is steered, say."""
+        """Compute what the base predicts now, all of it: before the same model is steered, say.
+
+        Raises:
+            EvaluationError: it takes more than ``kept_bytes``, and what is not kept would come from the steered model.
+        """
         for index in range(len(self.tokens)):
             self._predicted(index)
+            if self._kept[index] is None:
+                raise EvaluationError(
+                    f"what the unsteered model predicts on neutral text takes over {self._limit >> 20} MiB, and it "
+                    "cannot be asked again while it is steered; evaluate a steered GGUF or checkpoint instead"
+                )
 
     def kl(self, steered: Model) -> npt.NDArray[np.float64]:
         """``[passages]`` KL(base ‖ steered) in nats, the mean over a passage's tokens of the next token's.

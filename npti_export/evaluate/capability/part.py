@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from npti_export.evaluate.capability.answers import Answers, answer_tasks
 from npti_export.evaluate.capability.model import Model
-from npti_export.evaluate.capability.neutral import NeutralText
+from npti_export.evaluate.capability.neutral import KEPT_BYTES, NeutralText
 from npti_export.evaluate.capability.tasks import Passage, TaskSet
 from npti_export.evaluate.document import CapabilityPart, Change, Task
 from npti_export.evaluate.estimate import estimate
@@ -28,9 +28,15 @@ class BaseSkill:
     neutral: NeutralText
 
 
-def base_skill(base: Model, tasks: Sequence[TaskSet], passages: Sequence[Passage]) -> BaseSkill:
-    """Let the unsteered model answer; ``base`` stays open for as long as the result is used."""
-    return BaseSkill(tuple(tasks), tuple(answer_tasks(base, tasks)), NeutralText(base, passages))
+def base_skill(
+    base: Model, tasks: Sequence[TaskSet], passages: Sequence[Passage], *, kept_bytes: int = KEPT_BYTES
+) -> BaseSkill:
+    """Let the unsteered model answer; ``base`` stays open for as long as the result is used.
+
+    ``kept_bytes``: see :class:`npti_export.evaluate.capability.neutral.NeutralText`.
+    """
+    neutral = NeutralText(base, passages, kept_bytes=kept_bytes)
+    return BaseSkill(tuple(tasks), tuple(answer_tasks(base, tasks)), neutral)
 
 
 def compare_skill(known: BaseSkill, steered: Model, *, seed: int = 0) -> CapabilityPart:
@@ -39,8 +45,14 @@ def compare_skill(known: BaseSkill, steered: Model, *, seed: int = 0) -> Capabil
     Raises:
         EvaluationError: a model of another vocabulary, or logits that are not numbers.
     """
+    distances = estimate(known.neutral.kl(steered), seed=seed)
+    return CapabilityPart(kl_neutral=distances, tasks=compare_tasks(known, steered, seed=seed))
+
+
+def compare_tasks(known: BaseSkill, steered: Model, *, seed: int = 0) -> list[Task]:
+    """The tests of skill of :func:`compare_skill`."""
     answers = answer_tasks(steered, known.tasks)
-    tasks = [
+    return [
         Task(
             name=task.name,
             source=task.source,
@@ -53,7 +65,6 @@ def compare_skill(known: BaseSkill, steered: Model, *, seed: int = 0) -> Capabil
         )
         for task, before, after in zip(known.tasks, known.answers, answers, strict=True)
     ]
-    return CapabilityPart(kl_neutral=estimate(known.neutral.kl(steered), seed=seed), tasks=tasks)
 
 
 def capability_part(

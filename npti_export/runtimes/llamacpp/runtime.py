@@ -188,7 +188,7 @@ class LlamaCppRuntime:
         return logits.copy()
 
     def log_likelihoods(self, exchanges: Sequence[Exchange]) -> list[float]:
-        """See :class:`npti_export.runtimes.base.Runtime`; those that begin alike share the work, so hand over all at once.
+        """See :class:`npti_export.runtimes.base.Runtime`; those that begin alike share the work: hand over all at once.
 
         Raises:
             ModelError: an exchange lacks its prompt or its response, or llama.cpp fails.

@@ -1,0 +1,338 @@
+"""Whole evaluations of every kind of artifact, made of one rule for one tiny model."""
+
+import json
+
+import numpy as np
+import pytest
+from evaluations import (
+    RECIPE,
+    TEST,
+    Told,
+    bake,
+    evaluated,
+    job,
+    plain_contrasts,
+    plain_log_likelihood,
+    plain_repetition,
+    saved_rule,
+    small_trait,
+    strong_rule,
+)
+from families import write_tiny
+from reference import ReferenceLlama
+from tolerances import KL_TWO_ENGINES, KV_FLOAT16
+
+from npti_export.bench import load_bench
+from npti_export.errors import AdapterError, BenchError, EvaluationError, ModelError, TraitError
+from npti_export.evaluate import run as evaluate_run
+from npti_export.evaluate.contrast import contrasts, score
+from npti_export.evaluate.document import Document, read_document
+from npti_export.evaluate.prompts import message, scoring_personas
+from npti_export.export.control_vector import write_control_vector
+from npti_export.export.metadata import steering_metadata
+from npti_export.export.peft import write_adapter
+from npti_export.job import Job
+from npti_export.models import gguf_source, resolve_model
+from npti_export.pipeline import run
+from npti_export.progress import Silent
+from npti_export.runtimes.llamacpp.context import Settings
+from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
+
+KEYS = ("trait_contrast", "judge", "inventory", "fluency", "capability", "cross_talk", "baselines")
+LIKELIHOOD = 20 * KV_FLOAT16  # of one token: logits of size four, from float16 keys and values
+
+
+@pytest.fixture(scope="module")
+def trait_dir(tmp_path_factory):
+    return small_trait(tmp_path_factory.mktemp("traits") / "pirate")
+
+
+@pytest.fixture(scope="module")
+def bench(trait_dir):
+    return load_bench("pirate", trait_dir)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tiny, tiny_checkpoint, trait_dir, tmp_path_factory):
+    """One rule in every format; the control vector has the constants alone."""
+    folder, rule = tmp_path_factory.mktemp("artifacts"), strong_rule()
+    found = {"gguf": bake(tiny, folder / "steered.gguf", saved_rule(tiny, rule))}
+    directory = resolve_model(str(tiny_checkpoint))
+    about = {"base": str(tiny_checkpoint), "model": directory.name, "license": "mit"}
+    found["peft"] = folder / "adapter"
+    found["peft"].mkdir()
+    write_adapter(saved_rule(tiny, rule, **about), found["peft"])
+    found["checkpoint"] = folder / "checkpoint"
+    given = {"rule_from": found["peft"], "trait_dirs": (trait_dir,)}
+    run(Job(traits=(), out=found["checkpoint"], format="checkpoint", **given), Silent())
+    found["control-vector"] = folder / "vector.gguf"
+    directions = np.random.default_rng(6).normal(0, 0.5, (2, 64)).astype(np.float32)
+    metadata = steering_metadata(saved_rule(tiny, rule, base=str(tiny)), tiny)
+    write_control_vector(found["control-vector"], directions, "llama", metadata)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(artifacts, trait_dir, tmp_path_factory):
+    """All there is, of the steered GGUF: document, tokens, what was told."""
+    patch, told = pytest.MonkeyPatch(), Told()
+    asked = job(
+        artifacts["gguf"],
+        trait_dir,
+        baselines=("npti", "dpn-le", "mean-shift", "null", "fine-tuned"),
+        prompted=True,
+        skips=frozenset(),
+        cache=tmp_path_factory.mktemp("cache"),
+    )
+    document, tokens = evaluated(patch, asked, told)
+    return document, tokens, told
+
+
+@pytest.fixture(scope="module")
+def llama(tiny):
+    with LlamaCppRuntime(tiny, Settings(threads=1), sequences=4, source=gguf_source(tiny)) as runtime:
+        yield runtime
+
+
+def test_everything_is_in_the_document(whole, tmp_path):
+    document, tokens, told = whole
+    raw = json.loads(document.to_json())
+    assert set(KEYS) <= set(raw)
+    assert Document.model_validate(raw) == document
+    (tmp_path / "d.json").write_text(document.to_json(), encoding="utf-8")
+    assert read_document(tmp_path / "d.json") == document
+    names = [one.name for one in document.conditions]
+    assert names[:4] == ["unsteered", "steered", "prompt-adjective", "prompt-persona"]
+    assert set(names[4:6]) == {"steered-prompt-adjective", "steered-prompt-persona"}
+    left_out = [name for name, one in document.settings["baselines"].items() if one.get("neurons") == 0]
+    assert set(names[6:]) == {"npti", "dpn-le", "mean-shift", "null", "fine-tuned"} - set(left_out)
+    assert [name for name in left_out if not any(name in note for note in told.notes)] == []
+    assert {one.kind for one in document.conditions} == {"base", "steered", "prompt", "baseline", "null"}
+    assert set(document.baselines) == set(names[2:])
+    assert set(document.inventory.traits) == set(document.cross_talk)
+    assert len(document.cross_talk) == 5
+    assert [task.name for task in document.capability.tasks] == ["choice", "arithmetic", "recall"]
+    assert document.capability.kl_neutral.low > 0
+    assert document.judge is None
+    assert (document.traits, document.poles[0]["name"]) == (["pirate+"], "piratical")
+    assert [(one.shift, one.clamp) for one in document.layers] == [(12, 8)] * 3
+    for answer in document.answers:
+        assert set(answer.answers) == set(answer.contrast) == set(names)
+    assert {len(one) for one in tokens.values()} == {len(TEST)}
+
+
+def test_figures_are_those_of_the_answers(whole, tiny, llama, bench):
+    """Again from the tokens, in float64, and from the texts that the document shows."""
+    document, tokens, _ = whole
+    questions = [answer.question for answer in document.answers]
+    assert sorted(questions) == sorted(text for text, _ in TEST)
+    found, reference = {}, ReferenceLlama(tiny)
+    for name in ("unsteered", "steered", "null", "fine-tuned"):
+        figures = next(one for one in document.conditions if one.name == name)
+        assert [answer.answers[name] for answer in document.answers] == [llama.decode(one) for one in tokens[name]]
+        found[name] = plain_contrasts(tiny, llama.encode, bench, questions, tokens[name], 2)
+        shown = [answer.contrast[name] for answer in document.answers]
+        np.testing.assert_allclose(shown, found[name], atol=LIKELIHOOD)
+        assert figures.contrast.mean == pytest.approx(np.mean(shown), abs=1e-4)
+        assert figures.contrast.low <= figures.contrast.mean <= figures.contrast.high
+        ends = [len(one) - (one[-1] == 2) for one in tokens[name]]
+        assert figures.length.mean == np.mean(ends)
+        repeated = [plain_repetition(answer.answers[name]) for answer in document.answers]
+        assert figures.repetition.mean == pytest.approx(np.mean(repeated))
+        plain = [
+            plain_log_likelihood(reference, llama.encode(message(None, asked, RECIPE)), answer)
+            for asked, answer in zip(questions, tokens[name], strict=True)
+        ]
+        assert figures.fluency.mean == pytest.approx(np.mean(plain), abs=LIKELIHOOD)
+        assert figures.perplexity.mean == pytest.approx(np.exp(-figures.fluency.mean))
+        if name != "unsteered":
+            assert figures.gain.mean == pytest.approx((found[name] - found["unsteered"]).mean(), abs=LIKELIHOOD)
+    assert np.abs(found["steered"] - found["unsteered"]).max() > 5 * LIKELIHOOD
+    part = document.trait_contrast
+    assert part.gain == document.conditions[1].gain
+    assert part.null == next(one.gain for one in document.conditions if one.name == "null")
+    for facet in ("speech", "greed"):
+        own = [answer.facet == facet for answer in document.answers]
+        assert part.by_facet[facet].n == 2
+        gain = (found["steered"] - found["unsteered"])[own].mean()
+        assert part.by_facet[facet].mean == pytest.approx(gain, abs=LIKELIHOOD)
+    perplexity = document.fluency.perplexity
+    assert perplexity.change.mean == pytest.approx(perplexity.steered.mean - perplexity.base.mean)
+
+
+def test_the_steered_file_says_what_the_document_says(whole, artifacts, llama):
+    document, tokens, _ = whole
+    assert tokens["steered"] != tokens["unsteered"]
+    prompts = [llama.encode(message(None, answer.question, RECIPE)) for answer in document.answers]
+    with LlamaCppRuntime(artifacts["gguf"], Settings(threads=1), sequences=3) as steered:
+        for name, runtime in (("unsteered", llama), ("steered", steered)):
+            answers = [
+                one.response
+                for start in (0, 3)
+                for one in runtime.generate(prompts[start : start + 3], max_new_tokens=6, repetition_penalty=1.1)
+            ]
+            assert answers == tokens[name]
+
+
+def test_baselines_do_the_artifact_s_damage_and_fine_tuning_its_own(whole):
+    document, tokens, told = whole
+    settings = document.settings["baselines"]
+    assert settings["null"]["damage"] == pytest.approx(settings["null"]["damage"])
+    assert 1 / 32 <= settings["null"]["strength"] <= 8
+    assert settings["fine-tuned"]["damage"] > 0
+    assert "strength" not in settings["fine-tuned"]
+    label = next(one.label for one in document.conditions if one.name == "fine-tuned")
+    assert "not at equal damage" in label
+    assert tokens["null"] != tokens["steered"]
+    assert any("fine-tuned on 6 answers" in note for note in told.notes)
+
+
+@pytest.mark.parametrize("kind", ["peft", "checkpoint", "control-vector"])
+def test_every_other_kind_of_artifact(artifacts, trait_dir, kind, monkeypatch, tiny):
+    asked = job(artifacts[kind], trait_dir, baselines=("null",))
+    document, tokens = evaluated(monkeypatch, asked)
+    assert document.artifact["format"] == kind
+    assert document.artifact["bytes"] > 1000
+    assert tokens["steered"] != tokens["unsteered"]
+    assert document.inventory is None
+    assert document.capability.tasks == []
+    assert document.capability.kl_neutral.low > 0.01
+    assert document.settings["baselines"]["null"]["damage"] > 0
+    assert document.settings["engine"] == ("llama.cpp" if kind == "control-vector" else "transformers")
+    assert document.model["fingerprint"] == gguf_source(tiny).fingerprint
+
+
+def test_the_formats_of_one_rule_do_the_same_damage(whole, artifacts, trait_dir, monkeypatch):
+    damage = [whole[0].capability.kl_neutral.mean]
+    for kind in ("peft", "checkpoint"):
+        document, _ = evaluated(monkeypatch, job(artifacts[kind], trait_dir, questions=2))
+        damage.append(document.capability.kl_neutral.mean)
+    assert damage == pytest.approx(damage[:1] * 3, rel=KL_TWO_ENGINES)
+
+
+def comparable(document):
+    raw = json.loads(document.to_json())
+    del raw["seconds"]
+    for one in [*raw["conditions"], *raw["baselines"].values()]:
+        del one["seconds"]
+    return raw
+
+
+def test_the_same_seed_gives_the_same_document(artifacts, trait_dir, monkeypatch):
+    first, again, other = (
+        comparable(evaluated(monkeypatch, job(artifacts["gguf"], trait_dir, baselines=("null",), seed=seed))[0])
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    gains = [one["trait_contrast"]["gain"] for one in (first, other)]
+    assert gains[0]["mean"] == gains[1]["mean"]
+    assert gains[0] != gains[1]
+
+
+def test_what_does_nothing_shows_nothing(tiny, trait_dir, tmp_path, monkeypatch):
+    """Honesty: a rule that is all but 0, even where its rounding changes an answer, has no gain."""
+    rule = strong_rule(scale=1e-4, clamps=0)
+    inert = bake(tiny, tmp_path / "inert.gguf", saved_rule(tiny, rule))
+    document, _ = evaluated(monkeypatch, job(inert, trait_dir, prompted=True, baselines=("null",)))
+    part = document.trait_contrast
+    assert part.gain.low <= 0 <= part.gain.high
+    assert abs(part.gain.mean) < LIKELIHOOD
+    assert document.capability.kl_neutral.mean < 1e-5
+    assert all(one.low <= 0 <= one.high for one in document.cross_talk.values())
+    assert document.fluency.log_likelihood.change.low <= 0 <= document.fluency.log_likelihood.change.high
+
+
+def test_a_gguf_of_somebody_else(tiny, make_tiny, trait_dir, tmp_path, tokenizer_fields, monkeypatch):
+    """It holds no rule: base and pole are given, random neurons have nothing to match, methods still compare."""
+    theirs, told = make_tiny(seed=1), Told()
+    asked = job(theirs, model=tiny, trait=f"{trait_dir}-", baselines=("mean-shift", "null"))
+    document, tokens = evaluated(monkeypatch, asked, told)
+    assert tokens["steered"] != tokens["unsteered"]
+    assert (document.traits, document.fidelity, document.layers) == (["pirate-"], {}, [])
+    assert [one.name for one in document.conditions] == ["unsteered", "steered", "mean-shift"]
+    assert document.trait_contrast.null is None
+    assert document.recipe["name"] == "npti"
+    assert document.model["fingerprint"] == gguf_source(tiny).fingerprint
+    assert any("holds no rule" in note for note in told.notes)
+    for given in ({"model": tiny}, {"trait": f"{trait_dir}-"}, {}):
+        with pytest.raises(EvaluationError, match=r"holds no steering rule.*--trait.*--base"):
+            evaluate_run.evaluate(job(theirs, **given), Silent())
+    tokens = [*tokenizer_fields["tokens"][:-2], *tokenizer_fields["tokens"][:-3:-1]]
+    other = write_tiny(tmp_path / "other.gguf", {**tokenizer_fields, "tokens": tokens}, "F32")
+    with pytest.raises(EvaluationError, match="has other tokens than"):
+        evaluate_run.evaluate(job(other, model=tiny, trait="extraversion+"), Silent())
+
+
+def test_a_gguf_is_compared_with_its_base_where_it_runs(artifacts, trait_dir, monkeypatch):
+    """--runtime transformers scores, and bears the baselines; the file itself runs in llama.cpp, and so its base."""
+    asked = job(artifacts["gguf"], trait_dir, engine="transformers", dtype="float32", baselines=("null",))
+    document, tokens = evaluated(monkeypatch, asked)
+    theirs, expected = evaluated(monkeypatch, job(artifacts["gguf"], trait_dir))
+    assert tokens["unsteered"] == expected["unsteered"]
+    assert tokens["steered"] == expected["steered"]
+    assert document.settings["scorer"] == "float32"
+    assert document.trait_contrast.gain.mean == pytest.approx(theirs.trait_contrast.gain.mean, abs=LIKELIHOOD)
+    assert document.capability.kl_neutral.mean == pytest.approx(theirs.capability.kl_neutral.mean)
+
+
+def test_refusals_come_before_any_work(artifacts, tiny, trait_dir, tmp_path, tiny_checkpoint, monkeypatch):
+    def never(*_more, **_given):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("npti_export.loader.Models.fast", never)
+    monkeypatch.setattr("npti_export.loader.Models.llama", never)
+    gguf = artifacts["gguf"]
+    for error, match, given in (
+        (EvaluationError, "holds no steering rule", {"artifact": tiny}),
+        (AdapterError, "there is no such file", {"artifact": tmp_path / "none.gguf"}),
+        (EvaluationError, "baseline 'magic': not known", {"baselines": ("null", "magic")}),
+        (EvaluationError, "steers towards pirate", {"trait": "openness+"}),
+        (TraitError, "pirates", {"trait": "pirates+"}),
+        (BenchError, "5 test questions asked for, the bench has 4", {"questions": 5}),
+        (EvaluationError, "two tokens of an answer", {"answer_tokens": 1}),
+        (EvaluationError, "one pair of personas", {"personas": 0}),
+        (EvaluationError, "leave --runtime out", {"artifact": artifacts["peft"], "engine": "llama.cpp"}),
+        (ModelError, "is a transformers model", {"model": tiny_checkpoint}),
+        (TraitError, "--trait-dir", {"trait_dir": None}),
+    ):
+        asked = {"artifact": gguf, "trait_dir": trait_dir, **given}
+        with pytest.raises(error, match=match):
+            evaluate_run.evaluate(job(asked.pop("artifact"), asked.pop("trait_dir"), **asked), Silent())
+
+
+def test_a_trait_of_one_s_own_is_named_as_the_artifact_names_it(artifacts, trait_dir, monkeypatch):
+    own, _ = evaluated(monkeypatch, job(artifacts["gguf"], trait_dir, questions=2))
+    other, _ = evaluated(monkeypatch, job(artifacts["gguf"], trait_dir, questions=2, trait="pirate-"))
+    assert other.trait_contrast.gain.mean == pytest.approx(-own.trait_contrast.gain.mean)
+
+
+def test_two_runtimes_score_alike_and_right(tiny, tiny_runtime, llama, bench):
+    questions = bench.test()
+    answers = [(40, 41, 42), (700, 2), tuple(range(300, 312)), (9,)]
+    want = plain_contrasts(tiny, llama.encode, bench, [one.text for one in questions], answers, 3)
+    for runtime in (llama, tiny_runtime):
+        found = score(runtime, bench, questions, answers, RECIPE, personas=3)
+        np.testing.assert_allclose(found.contrast, want, atol=LIKELIHOOD)
+        np.testing.assert_array_equal(found.towards("-"), -found.contrast)
+    assert np.abs(want).max() > 5 * LIKELIHOOD
+    one = contrasts(llama, bench, questions, answers, RECIPE, personas=1)
+    assert np.abs(one - want).max() > LIKELIHOOD  # other personas take part
+
+
+def test_personas_that_score_are_of_the_pole_and_one_of_each_facet(trait_dir, tmp_path):
+    from npti_export.traits import FACETS
+
+    for trait in FACETS:
+        shipped = load_bench(trait)
+        for sign in "+-":
+            known = {persona.text: persona.facet for persona in shipped.pole(sign)}
+            chosen = scoring_personas(shipped, sign, 0)
+            assert sorted(known[text] for text in chosen) == sorted(set(known.values()))
+            assert scoring_personas(shipped, sign, 0) == chosen != scoring_personas(shipped, sign, 1)
+    from own_trait import persona, write_trait
+
+    untagged = [persona(sign, f"You are number {at} of side {sign}.") for sign in "+-" for at in range(9)]
+    tags = write_trait(tmp_path / "untagged", personas=untagged)
+    chosen = scoring_personas(load_bench("pirate", tags), "-", 0)
+    assert len(set(chosen)) == 6
+    assert all(text.endswith("of side -.") for text in chosen)
