@@ -36,6 +36,8 @@ _BASELINES = "npti,dpn-le,mean-shift,null"
     type=click.Choice(["inventory", "capability", "cross-talk"]),
     help="Leave a part out",
 )
+@click.option("--pareto", "pareto_path", type=FILE, metavar="T.JSON", help="Trials of tune --json, for the report")
+@click.option("--sweeps", "sweeps_path", type=FILE, metavar="A.JSON", help="Sweeps of ablate --json, likewise")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of intervals and of chance")
 @click.option("--bench", type=FILE, metavar="DIR", help="Personas and questions instead of the shipped ones")
 @click.option("--any-model", is_flag=True, help="Accept another model of the same shape as the base")
@@ -43,7 +45,15 @@ _BASELINES = "npti,dpn-le,mean-shift,null"
 @click.option("--force", is_flag=True, help="Replace what is there")
 @trait_dir_option
 @runtime_options
-def evaluate(artifact: Path, json_path: Path | None, html_path: Path | None, force: bool, **options: Any) -> None:
+def evaluate(
+    artifact: Path,
+    json_path: Path | None,
+    html_path: Path | None,
+    pareto_path: Path | None,
+    sweeps_path: Path | None,
+    force: bool,
+    **options: Any,
+) -> None:
     """Measure how far an artifact's personality shows on held-out test questions, beside prompts and other methods.
 
     Trait by likelihood contrast, inventory and judges; fluency; skill; what happens to the other traits; chance. Test
@@ -61,4 +71,13 @@ def evaluate(artifact: Path, json_path: Path | None, html_path: Path | None, for
     settings = runtime_settings(options)
     job = evaluation_job(artifact, settings, options)
     with RichProgress(Console(stderr=True)) as progress:
-        deliver(job, Console(), progress, json_path=json_path, html_path=html_path, force=force)
+        deliver(
+            job,
+            Console(),
+            progress,
+            json_path=json_path,
+            html_path=html_path,
+            pareto_path=pareto_path,
+            sweeps_path=sweeps_path,
+            force=force,
+        )

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
     from npti_export.loader import RuntimeSettings
     from npti_export.runtimes.llamacpp.context import Settings
+    from npti_export.tuning.opening import ModelJob
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FILE = click.Path(path_type=Path)
+_GAMMA = "Strength of all but clamps [rule.gamma]"
 
 
 def _decorated(command: Command, decorators: Sequence[Callable[[Command], Command]]) -> Command:
@@ -150,12 +152,31 @@ def trait_dir_option(command: Command) -> Command:
     )(command)
 
 
+def _strength(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | str | None:
+    if value is None or value == "auto":
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
+
+
 def rule_options(command: Command) -> Command:
     """Options of every command that makes rules of profiles."""
+    return _rule_options(command, click.option("--gamma", type=float, metavar="X", help=_GAMMA))
+
+
+def auto_rule_options(command: Command) -> Command:
+    """The same, where the strength may be looked for."""
+    text = f"{_GAMMA}; auto looks for the one that moves answers most within a budget (about 5 minutes)"
+    return _rule_options(command, click.option("--gamma", callback=_strength, metavar="X|auto", help=text))
+
+
+def _rule_options(command: Command, gamma: Callable[[Command], Command]) -> Command:
     return _decorated(
         command,
         [
-            click.option("--gamma", type=float, metavar="X", help="Strength of all but clamps [rule.gamma]"),
+            gamma,
             click.option(
                 "--profile",
                 "profiles",
@@ -165,6 +186,38 @@ def rule_options(command: Command) -> Command:
                 help="Re-use a profile, .safetensors or published .json",
             ),
             click.option("--any-model", is_flag=True, help="Accept a profile of another model of the same shape"),
+        ],
+    )
+
+
+def trial_options(command: Command) -> Command:
+    """Options of every command that tries settings of one pole."""
+    return _decorated(
+        command,
+        [
+            click.option("--trait", "trait", required=True, metavar="POLE", help="agreeableness+, calm, ./pirate+ …"),
+            click.option("--model", metavar="FILE|DIR|ID", help="As of the main job [default: the embedded one]"),
+            click.option(
+                "--recipe", metavar="NAME|FILE", help="To start from [default: the one tuned for the model, else npti]"
+            ),
+            click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override any recipe value"),
+            click.option(
+                "--answer-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Longest answer"
+            ),
+            click.option(
+                "--personas",
+                type=click.IntRange(min=1),
+                default=2,
+                show_default=True,
+                help="Pairs that score an answer",
+            ),
+            click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of chance"),
+            click.option(
+                "--bench", type=FILE, metavar="DIR", help="Personas and questions instead of the shipped ones"
+            ),
+            runtime_options,
+            click.option("--no-cache", is_flag=True, help="Neither use nor keep saved identifications and trials"),
+            click.option("--force", is_flag=True, help="Replace what is there"),
         ],
     )
 
@@ -227,6 +280,21 @@ def job_options(options: dict[str, Any]) -> dict[str, Any]:
     options["cache"] = None if options.pop("no_cache") else cache_folder()
     options["runtime"] = runtime_settings(options)
     return options
+
+
+def trial_subject(options: dict[str, Any]) -> ModelJob:
+    """Take what says which model and pole out of the options of :func:`trial_options`."""
+    from npti_export.identify.collect import cache_folder
+    from npti_export.traits import parse_trait
+    from npti_export.tuning.opening import ModelJob
+
+    return ModelJob(
+        parse_trait(options.pop("trait")),
+        overrides=tuple(options.pop("overrides")),
+        runtime=runtime_settings(options),
+        cache=None if options.pop("no_cache") else cache_folder(),
+        **{name: options.pop(name) for name in ("model", "recipe", "bench")},
+    )
 
 
 def llama_settings(options: dict[str, Any]) -> Settings:

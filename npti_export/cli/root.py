@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from npti_export.cli.ablate import ablate
 from npti_export.cli.bake_vector import bake_vector
 from npti_export.cli.bench import bench
 from npti_export.cli.chat import chat
@@ -18,15 +19,16 @@ from npti_export.cli.inspect import inspect
 from npti_export.cli.options import (
     FILE,
     RichProgress,
+    auto_rule_options,
     base_options,
     job_options,
     model_options,
-    rule_options,
     trait_dir_option,
 )
 from npti_export.cli.report import report_command
 from npti_export.cli.strip import strip
 from npti_export.cli.traits import traits
+from npti_export.cli.tune import tune
 from npti_export.cli.verify import verify
 from npti_export.version import __version__
 
@@ -57,7 +59,7 @@ from npti_export.version import __version__
     help="Instead of --trait: an adapter, steered checkpoint or steered GGUF whose rule is used again",
 )
 @trait_dir_option
-@rule_options
+@auto_rule_options
 @click.option(
     "--program",
     metavar="P",
@@ -149,6 +151,9 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
     from npti_export.traits import parse_trait
 
     specs = tuple(parse_trait(name) for name in trait_names)
+    automatic = options["gamma"] == "auto"
+    if automatic:
+        options["gamma"] = None
     fields = job_options(options)
 
     from npti_export.pipeline import Job, push, run
@@ -156,6 +161,10 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
 
     job = Job(traits=specs, report=report_path, **fields)
     with RichProgress(Console(stderr=True)) as progress:
+        if automatic:
+            from npti_export.tuning.strength import with_strengths
+
+            job = with_strengths(job, progress)
         report = run(job, progress)
     if report_path is not None:
         save_report(report, report_path, force=fields["force"])
@@ -166,6 +175,7 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
 
 
 COMMANDS = (
+    ablate,
     bake_vector,
     bench,
     chat,
@@ -177,6 +187,7 @@ COMMANDS = (
     report_command,
     strip,
     traits,
+    tune,
     verify,
 )
 for command in COMMANDS:

@@ -6,15 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npti_export.errors import OutputError
+from npti_export.errors import AdapterError, OutputError
 from npti_export.evaluate.document import Condition, Document, Estimate
 from npti_export.evaluate.judge.spec import parse_judge
 from npti_export.evaluate.run import EvaluationJob, evaluate
 from npti_export.evaluate.subject import SubjectJob
+from npti_export.evaluate.supplements import (
+    AblationRecord,
+    TuningRecord,
+    check_same,
+    read_ablation,
+    read_tuning,
+    supplemented,
+)
 from npti_export.files import atomic_output, check_writable
 from npti_export.identify.collect import cache_folder
 from npti_export.loader import RuntimeSettings
+from npti_export.models import resolve_model
 from npti_export.progress import Progress
+from npti_export.rule_io import load_rule
+from npti_export.traits import parse_recorded, parse_trait
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,16 +74,31 @@ def deliver(
     *,
     json_path: Path | None = None,
     html_path: Path | None = None,
+    pareto_path: Path | None = None,
+    sweeps_path: Path | None = None,
     force: bool = False,
 ) -> Document:
     """Evaluate, write what is asked for, and print the figures.
 
+    Args:
+        job: what is evaluated.
+        console: for the figures.
+        progress: told of each stage.
+        json_path: to write.
+        html_path: likewise.
+        pareto_path: trials of ``tune --json`` that become part of it.
+        sweeps_path: sweeps of ``ablate --json``, likewise.
+        force: replace what is there.
+
     Raises:
         OutputError: a file exists and ``force`` is not set, is an input, or both are one; said before any work.
+        EvaluationError: trials or sweeps are damaged, or of another model or pole; said before any work, too.
         NptiError: see :func:`npti_export.evaluate.run.evaluate`.
     """
-    _check_outputs(job, [path for path in (json_path, html_path) if path is not None], force=force)
-    document = evaluate(job, progress)
+    outputs = [path for path in (json_path, html_path) if path is not None]
+    _check_outputs(job, outputs, [pareto_path, sweeps_path], force=force)
+    tuning, ablation = _supplements(job, pareto_path, sweeps_path)
+    document = supplemented(evaluate(job, progress), tuning, ablation)
     if json_path is not None:
         with atomic_output(json_path, force=force) as temporary:
             temporary.write_text(document.to_json(), encoding="utf-8")
@@ -88,7 +114,29 @@ def deliver(
     return document
 
 
-def _check_outputs(job: EvaluationJob, paths: list[Path], *, force: bool) -> None:
+def _supplements(
+    job: EvaluationJob, pareto: Path | None, sweeps: Path | None
+) -> tuple[TuningRecord | None, AblationRecord | None]:
+    tuning = None if pareto is None else read_tuning(pareto)
+    ablation = None if sweeps is None else read_ablation(sweeps)
+    given = [(record, path) for record, path in ((tuning, pareto), (ablation, sweeps)) if record and path]
+    for record, path in given:
+        check_same(record, path, *_steered(job.subject))
+    return tuning, ablation
+
+
+def _steered(subject: SubjectJob) -> tuple[list[str], str]:
+    """Poles of an artifact, and the fingerprint of its model."""
+    try:
+        about = load_rule(subject.artifact).about
+    except AdapterError:
+        if subject.trait is None or subject.model is None:
+            raise
+        return [parse_trait(subject.trait).pole], resolve_model(subject.model).fingerprint
+    return [parse_recorded(text).pole for text in about.trait.split()], about.fingerprint.float32
+
+
+def _check_outputs(job: EvaluationJob, paths: list[Path], supplements: list[Path | None], *, force: bool) -> None:
     for path in paths:
         check_writable(path, force=force)
     subject, resolved = job.subject, [path.resolve() for path in paths]
@@ -96,6 +144,7 @@ def _check_outputs(job: EvaluationJob, paths: list[Path], *, force: bool) -> Non
         raise OutputError(f"{paths[0]}: is named for two outputs; give each its own name")
     model = None if subject.model is None else Path(subject.model)
     inputs = [subject.artifact, model, subject.bench, *subject.trait_dirs, job.inventory, job.journal, *job.tasks]
+    inputs += supplements
     places = {one.resolve() for one in inputs if one is not None}
     for path, place in zip(paths, resolved, strict=True):
         if not places.isdisjoint([place, *place.parents]):

@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
+from npti_export.loader import Models
 from npti_export.models import ModelSource
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
@@ -89,3 +90,18 @@ class TorchEngine:
 
         with steered(self._runtime.activations, rule, self._runtime.down_projections):
             yield self._runtime
+
+
+def engine_for(source: ModelSource, models: Models, recipe: Recipe) -> Engine:
+    """Where rules for a model run: the runtime that its neurons are identified in.
+
+    Raises:
+        ArchitectureError: a GGUF of a family that no rule can be baked into.
+    """
+    runtime = models.fast()
+    if models.engine == "transformers":
+        return TorchEngine(cast("TransformersRuntime", runtime))
+    from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
+
+    assert isinstance(runtime, LlamaCppRuntime)
+    return LlamaEngine(source, runtime, runtime.model.path, models.settings.llama, recipe)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from npti_export.bench import TraitBench
 from npti_export.endings.base import Format
 from npti_export.errors import ArchitectureError, EvaluationError
-from npti_export.evaluate.engine import Engine, LlamaEngine, TorchEngine
+from npti_export.evaluate.engine import Engine, engine_for
 from npti_export.export.control_vector import read_directions
 from npti_export.gguf.shards import read_model
 from npti_export.identify.profiles import Place
@@ -192,10 +192,10 @@ def _subject(artifact: Path, ready: Prepared, spec: TraitSpec, models: Models, p
     base: Runtime = scorer if kind in _IN_TORCH else models.llama()
     place = Place(models.fast, source, models.dtype(), models.device(), ready.job.cache)
     engine: Engine | None
-    if models.engine == "llama.cpp":
-        engine = _llama_engine(source, scorer, models, recipe)
-    else:
-        engine = TorchEngine(cast("TransformersRuntime", scorer))
+    try:
+        engine = engine_for(source, models, recipe)
+    except ArchitectureError:
+        engine = None
     return Subject(
         artifact,
         kind,
@@ -213,16 +213,6 @@ def _subject(artifact: Path, ready: Prepared, spec: TraitSpec, models: Models, p
         place,
         models,
     )
-
-
-def _llama_engine(source: ModelSource, scorer: Runtime, models: Models, recipe: Recipe) -> LlamaEngine | None:
-    from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
-
-    assert isinstance(scorer, LlamaCppRuntime)
-    try:
-        return LlamaEngine(source, scorer, scorer.model.path, models.settings.llama, recipe)
-    except ArchitectureError:
-        return None
 
 
 def _opener(

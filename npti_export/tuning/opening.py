@@ -1,0 +1,125 @@
+"""The model, pole and recipe that are tuned, each checked and opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from npti_export.bench import TraitBench
+from npti_export.benches import load_benches
+from npti_export.errors import ProfileError, TraitError
+from npti_export.evaluate.engine import Engine, engine_for
+from npti_export.identify.profiles import Place, profile_for
+from npti_export.loader import Models, RuntimeSettings, Timings
+from npti_export.models import ModelSource, resolve_model
+from npti_export.profile import NeuronProfile
+from npti_export.progress import Progress
+from npti_export.recipe import Recipe, select_recipe
+from npti_export.traits import TraitSpec
+
+
+@dataclass(frozen=True)
+class ModelJob:
+    """What is tuned, and where it runs.
+
+    Attributes:
+        trait: the pole.
+        model: see :func:`npti_export.models.resolve_model`.
+        recipe: name or path; None picks by model.
+        overrides: ``section.key=value`` strings.
+        bench: instead of the shipped bench.
+        runtime: where the model runs.
+        cache: of identifications; None keeps none.
+    """
+
+    trait: TraitSpec
+    model: str | None = None
+    recipe: str | None = None
+    overrides: tuple[str, ...] = ()
+    bench: Path | None = None
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is tuned, opened.
+
+    Attributes:
+        job: what was asked for.
+        source: the model.
+        recipe: resolved.
+        bench: of the trait.
+    """
+
+    job: ModelJob
+    source: ModelSource
+    recipe: Recipe
+    bench: TraitBench
+    _models: Models
+    _progress: Progress
+
+    @property
+    def spec(self) -> TraitSpec:
+        """The pole."""
+        return self.job.trait
+
+    @property
+    def place(self) -> Place:
+        """Where profiles are made."""
+        models = self._models
+        return Place(models.fast, self.source, models.dtype(), models.device(), self.job.cache)
+
+    def engine(self) -> Engine:
+        """Load the model.
+
+        Raises:
+            ArchitectureError: no rule can be run on it.
+        """
+        return engine_for(self.source, self._models, self.recipe)
+
+    def profile(self, recipe: Recipe) -> NeuronProfile:
+        """What a recipe needs to know."""
+        return profile_for(self.place, self.bench, [self.spec.sign], recipe, self._progress)
+
+    def whole_profile(self) -> NeuronProfile:
+        """Everything that any rule for the pole needs to know, as far as the model has it."""
+        recipe = self.recipe
+        if not self.source.architecture.mixture:
+            matching = recipe.model_copy(update={"rule": recipe.rule.model_copy(update={"matched": 1.0}), "poles": {}})
+            try:
+                return profile_for(self.place, self.bench, [self.spec.sign], matching, self._progress, whole=True)
+            except ProfileError as error:  # the stream does not follow; where nothing was answered, it is raised again
+                self._progress.note(f"tuned without matched constants: {error}")
+        plain = recipe.rule.model_copy(update={"matched": 0.0, "shift": True})
+        without = recipe.model_copy(update={"rule": plain, "poles": {}})
+        return profile_for(self.place, self.bench, [self.spec.sign], without, self._progress, whole=True)
+
+
+@contextmanager
+def opened(job: ModelJob, progress: Progress) -> Iterator[Opened]:
+    """Check everything that can be checked at once; the model is loaded when it is needed.
+
+    Raises:
+        NptiError: whatever is wrong with the job.
+    """
+    source = resolve_model(job.model)
+    recipe = select_recipe(job.recipe, source.fingerprint, job.overrides)
+    bench = load_benches([job.trait], job.bench)[job.trait.trait]
+    bench.search(recipe.identify.questions, recipe.identify.seed)
+    sequences = recipe.identify.batch_size
+    with Models(source, job.runtime, Timings(), progress, verifies=False, sequences=sequences) as models:
+        yield Opened(job, source, recipe, bench, models, progress)
+
+
+def plain_pole(spec: TraitSpec) -> TraitSpec:
+    """A pole whose strength is the tuner's to choose.
+
+    Raises:
+        TraitError: it has one already.
+    """
+    if spec.strength != 1.0:
+        raise TraitError(f"--trait {spec}: the strength is what is looked for; name the pole alone, {spec.pole}")
+    return replace(spec, strength=1.0)

@@ -1,0 +1,237 @@
+"""The search: optuna's TPE over the space, in a file that it goes on from, until the trials or the time are used up."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from npti_export.errors import EvaluationError, ProfileError
+from npti_export.evaluate.document import Estimate
+from npti_export.files import translate_os_errors
+from npti_export.progress import Progress
+from npti_export.tuning.space import Point, Space
+from npti_export.tuning.trial import Figures
+
+if TYPE_CHECKING:
+    import optuna
+
+_AT_RANDOM = 12  # trials before the sampler learns from them, the enqueued ones included
+_FRUITLESS = 200  # failed trials after which there is no point in going on
+_FIGURES = ("gain", "fluency", "damage")
+_CONFIRMED = "confirmed"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A trial that has figures.
+
+    Attributes:
+        number: in its study, from 0.
+        point: what was tried.
+        figures: what came of it.
+    """
+
+    number: int
+    point: Point
+    figures: Figures
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When the search ends; it makes one trial in any case.
+
+    Attributes:
+        trials: with figures, those that were resumed included; None for as many as there is time for.
+        seconds: until all is done.
+        after: trials' worth of time that is left for what comes after the search.
+        clock: gives seconds.
+    """
+
+    trials: int | None
+    seconds: float
+    after: float = 0.0
+    clock: Callable[[], float] = time.monotonic
+
+
+class Study:
+    """A series of trials of one model, pole and set of questions.
+
+    Args:
+        study: optuna's.
+        space: that its trials are of.
+        excess: how far a trial exceeds each limit of the budget, told to the sampler as constraints, so that it looks
+            where a pick can be made; those of earlier trials stay as they were told.
+    """
+
+    def __init__(self, study: optuna.Study, space: Space, excess: Callable[[Figures], tuple[float, float]]) -> None:
+        self._study, self._space, self._excess = study, space, excess
+
+    @property
+    def failed(self) -> int:
+        """Trials that gave no rule, or no figures."""
+        return sum(trial.state.name == "FAIL" for trial in self._study.get_trials(deepcopy=False))
+
+    @property
+    def confirmed(self) -> int:
+        """How often a pick of this study was measured on test questions."""
+        return int(self._study.user_attrs.get(_CONFIRMED, 0))
+
+    def confirm(self) -> None:
+        """Note that it is done once more."""
+        self._study.set_user_attr(_CONFIRMED, self.confirmed + 1)
+
+    def finished(self) -> list[Finished]:
+        """All trials with figures.
+
+        Raises:
+            EvaluationError: a trial in the file is damaged.
+        """
+        return [
+            Finished(trial.number, self._point(trial), _figures(trial))
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.state.name == "COMPLETE"
+        ]
+
+    def _point(self, trial: optuna.trial.FrozenTrial) -> Point:
+        try:
+            return self._space.point(trial.params or trial.system_attrs["fixed_params"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise EvaluationError(f"trial {trial.number} of the study is damaged; name another --storage") from error
+
+    def run(
+        self,
+        measure: Callable[[Point], Figures],
+        starts: Sequence[Point],
+        limits: Limits,
+        progress: Progress,
+    ) -> None:
+        """Make trials.
+
+        Args:
+            measure: a trial; one that raises ProfileError or EvaluationError counts as failed.
+            starts: tried first, where they have not been.
+            limits: when to stop.
+            progress: told of each trial.
+
+        Raises:
+            EvaluationError: nothing but failed trials.
+        """
+        self._prepare(starts)
+        finished, failed, longest, fault = len(self.finished()), 0, 0.0, None
+        began = last = limits.clock()
+        progress.start("tune (seconds)", max(1, round(limits.seconds)))
+        while finished == 0 or (
+            (limits.trials is None or finished < limits.trials)
+            and last - began + longest * (1 + limits.after) < limits.seconds
+        ):
+            fault = self._trial(measure, progress)
+            now = limits.clock()
+            progress.advance(round(now - began) - round(last - began))
+            longest, last = max(longest, now - last), now
+            finished, failed = finished + (fault is None), failed + (fault is not None)
+            if fault is not None and failed >= _FRUITLESS:
+                break
+        if not finished:
+            raise EvaluationError(f"no trial gave a rule that can be measured: {fault}") from fault
+
+    def _prepare(self, starts: Sequence[Point]) -> None:
+        import optuna
+
+        there = self._study.get_trials(deepcopy=False)
+        known = {self._point(trial) for trial in there if trial.state.name in ("COMPLETE", "FAIL") and trial.params}
+        known |= {self._point(trial) for trial in there if trial.state.name == "WAITING"}
+        for number in [trial.number for trial in there if trial.state.name == "RUNNING"]:  # of a run that was killed
+            self._study.tell(number, state=optuna.trial.TrialState.FAIL)
+        for point in starts:
+            if point not in known:
+                self._study.enqueue_trial(self._space.parameters(point))
+
+    def _trial(self, measure: Callable[[Point], Figures], progress: Progress) -> Exception | None:
+        import optuna
+
+        trial = self._study.ask()
+        point = self._space.suggest(trial)
+        try:
+            figures = measure(point)
+            assert figures.damage is not None
+        except (ProfileError, EvaluationError) as error:
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return error
+        for name in _FIGURES:
+            trial.set_user_attr(name, getattr(figures, name).model_dump())
+        for name, value in zip(("damage", "fluency"), self._excess(figures), strict=True):
+            trial.set_constraint(name, value)
+        self._study.tell(trial, [figures.gain.mean, figures.damage.mean])
+        progress.note(
+            f"trial {trial.number}: gain {figures.gain.mean:+.3f}, KL {figures.damage.mean:.3f}, "
+            f"fluency {figures.fluency.mean:.2f}: {self._space.label(point)}"
+        )
+        return None
+
+
+def _figures(trial: optuna.trial.FrozenTrial) -> Figures:
+    try:
+        return Figures(**{name: Estimate.model_validate(trial.user_attrs[name]) for name in _FIGURES})
+    except (KeyError, ValueError) as error:
+        raise EvaluationError(f"trial {trial.number} of the study is damaged; name another --storage") from error
+
+
+@contextmanager
+def opened_study(
+    storage: Path | None, name: str, space: Space, excess: Callable[[Figures], tuple[float, float]], *, seed: int
+) -> Iterator[Study]:
+    """A study, new or gone on with.
+
+    Args:
+        storage: SQLite file; None keeps nothing.
+        name: of everything that trials' figures depend on; a file may hold several.
+        space: of its trials.
+        excess: see :class:`Study`.
+        seed: of the sampler, together with the number of trials that there are.
+
+    Raises:
+        EvaluationError: the file is no such storage, or is damaged.
+        OutputError: it cannot be written.
+    """
+    import optuna
+    from sqlalchemy.exc import DatabaseError
+
+    before, logged = optuna.logging.get_verbosity(), optuna.logging.set_verbosity
+    logged(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study = optuna.create_study(
+                storage=None if storage is None else _file(storage),
+                study_name=name,
+                directions=["maximize", "minimize"],
+                load_if_exists=True,
+            )
+            drawn = seed + len(study.get_trials(deepcopy=False))
+            study.sampler = optuna.samplers.TPESampler(
+                seed=drawn, multivariate=True, group=True, n_startup_trials=_AT_RANDOM
+            )
+            yield Study(study, space, excess)
+    except (DatabaseError, optuna.exceptions.StorageInternalError, sqlite3.Error) as error:
+        reason = str(getattr(error, "orig", None) or error)
+        raise EvaluationError(f"{storage}: not a study of trials, or damaged ({reason}); name another file") from error
+    finally:
+        logged(before)
+
+
+def _file(path: Path) -> optuna.storages.RDBStorage:
+    import optuna
+
+    with translate_os_errors(path), path.open("ab"):  # whether it can be written, in our words
+        pass
+
+    def connect() -> sqlite3.Connection:  # a URL would give some characters of a path another meaning
+        return sqlite3.connect(path, check_same_thread=False)
+
+    return optuna.storages.RDBStorage("sqlite://", engine_kwargs={"creator": connect})

@@ -1,0 +1,120 @@
+"""``--gamma auto``: the strength of a recipe's own rule that gains most within the budget, by a short search."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from npti_export.errors import EvaluationError, ProfileError
+from npti_export.evaluate.conditions import Test
+from npti_export.job import Job, prepared
+from npti_export.profile import NeuronProfile
+from npti_export.progress import Progress
+from npti_export.rule import build_rule
+from npti_export.traits import FACETS, TraitSpec
+from npti_export.tuning.budget import Budget, largest_gain
+from npti_export.tuning.opening import ModelJob, Opened, opened
+from npti_export.tuning.trial import Figures, Measure, search_questions, trial_passages
+
+STRENGTHS = (1.0, 0.5, 1.5, 0.75, 2.0, 0.25, 1.25)  # in the order in which they are tried while there is time
+_PERSONAS = 2
+
+
+@dataclass(frozen=True)
+class Auto:
+    """How strengths are looked for.
+
+    Attributes:
+        budget: what steering may cost.
+        minutes: for all poles together, identification aside; one strength of each is tried in any case.
+        questions: search questions that they are judged on.
+        answer_tokens: longest answer.
+        clock: gives seconds.
+    """
+
+    budget: Budget = field(default_factory=Budget)
+    minutes: float = 5.0
+    questions: int = 32
+    answer_tokens: int = 64
+    clock: Callable[[], float] = time.monotonic
+
+
+def with_strengths(job: Job, progress: Progress, how: Auto | None = None) -> Job:
+    """The job with each pole at the strength that gains most within the budget, on search questions.
+
+    A pole's own strength, as in ``calm:0.5``, is multiplied. Each of several poles is tuned alone.
+
+    Raises:
+        EvaluationError: no strength of a pole keeps the budget.
+        NptiError: something is wrong with the job; said before any work.
+    """
+    with prepared(job) as ready:
+        profiles = ready.profiles
+    how = how or Auto()
+    how = replace(how, minutes=how.minutes / len(job.traits))
+    return replace(job, traits=tuple(_tuned(job, spec, profiles.get(spec.trait), how, progress) for spec in job.traits))
+
+
+def _tuned(
+    job: Job,
+    spec: TraitSpec,
+    profile: NeuronProfile | None,
+    how: Auto,
+    progress: Progress,
+) -> TraitSpec:
+    bench = job.bench if spec.trait in FACETS else None
+    subject = ModelJob(spec, job.model, job.recipe, job.overrides, bench, job.runtime, job.cache)
+    with opened(subject, progress) as at:
+        questions = search_questions(at.bench, at.recipe, how.questions)
+        profile = profile or at.profile(at.recipe)
+        test = Test(at.bench, spec.sign, questions, at.recipe, how.answer_tokens, _PERSONAS)
+        measure = Measure(at.engine(), test, trial_passages())
+        factor, figures = _best(at, profile, measure, how, progress)
+    damage = figures.damage.mean if figures.damage else 0.0
+    progress.note(
+        f"gamma auto: {spec.pole} at {factor:g} times the recipe's strength: gain {figures.gain.mean:+.3f} on "
+        f"{len(questions)} search questions, KL {damage:.3f}"
+    )
+    return replace(spec, strength=spec.strength * factor)
+
+
+def _best(
+    at: Opened,
+    profile: NeuronProfile,
+    measure: Measure,
+    how: Auto,
+    progress: Progress,
+) -> tuple[float, Figures]:
+    budget, tried, clock = how.budget, list[tuple[float, Figures]](), how.clock
+    progress.start(f"strength {at.spec.pole}", len(STRENGTHS))
+    longest, last = 0.0, clock()
+    until = last + 60 * how.minutes
+    for factor in STRENGTHS:
+        if tried and last + longest > until:
+            break
+        spec = replace(at.spec, strength=at.spec.strength * factor)
+        tried.append((factor, measure.rule(build_rule(profile, spec, at.recipe))))
+        now = clock()
+        longest, last = max(longest, now - last), now
+        progress.advance(1)
+    gains, damages = [one.gain.mean for _, one in tried], [_damage(one) for _, one in tried]
+    fluencies = [one.fluency.mean for _, one in tried]
+    within = [budget.holds(*pair, measure.fluency) for pair in zip(damages, fluencies, strict=True)]
+    place = largest_gain(gains, damages, within)
+    if place is None:
+        raise EvaluationError(
+            f"--gamma auto: no strength of {at.spec.pole} from {min(f for f, _ in tried):g} to "
+            f"{max(f for f, _ in tried):g} times the recipe's keeps the budget of KL {budget.max_kl:g} and "
+            f"{budget.max_fluency_loss:.0%} of fluency (the smallest KL is {min(damages):.3g}); look for other "
+            "settings by npti-export tune, or give a number"
+        )
+    if gains[place] <= 0:
+        progress.note(f"gamma auto: no strength within the budget moves the answers towards {at.spec.pole}")
+    return tried[place]
+
+
+def _damage(figures: Figures) -> float:
+    if figures.damage is None:
+        raise ProfileError("a strength was tried without neutral text")
+    return figures.damage.mean

@@ -1,0 +1,357 @@
+"""Tuning and ablations on a tiny model: figures against plain passes, what is asked when, and what is written."""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_rule
+from documents import sample_document
+from jobs import QUICK, npti
+from plain_rule import plain_rule
+from rich.console import Console
+
+from npti_export.bench import load_bench
+from npti_export.errors import BenchError, EvaluationError, ProfileError
+from npti_export.evaluate.capability.tasks import Passage
+from npti_export.evaluate.conditions import Test
+from npti_export.evaluate.delivery import _supplements
+from npti_export.evaluate.engine import TorchEngine
+from npti_export.evaluate.run import EvaluationJob
+from npti_export.evaluate.subject import SubjectJob
+from npti_export.evaluate.supplements import read_ablation, read_tuning, supplemented
+from npti_export.identify import profiles
+from npti_export.job import Job
+from npti_export.loader import RuntimeSettings
+from npti_export.progress import Silent
+from npti_export.recipe import load_recipe
+from npti_export.rule import build_rule
+from npti_export.runtimes.base import chat
+from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
+from npti_export.traits import TraitSpec
+from npti_export.tuning import strength, tune
+from npti_export.tuning.ablate import STRENGTHS, AblationJob, ablate, variations
+from npti_export.tuning.budget import Budget
+from npti_export.tuning.delivery import deliver_ablation, deliver_tuning
+from npti_export.tuning.opening import ModelJob, opened
+from npti_export.tuning.trial import Measure, other_passages, search_questions, trial_passages
+
+SPEC = TraitSpec("extraversion", "-")
+FEW = ("identify.questions=4", "identify.max_new_tokens=6", "identify.batch_size=8", "identify.matched_questions=3")
+WIDE = Budget(50, 50)
+SHORT = {"questions": 3, "answer_tokens": 5, "personas": 1}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("identified")
+
+
+@pytest.fixture
+def subject(tiny, cache):
+    return ModelJob(SPEC, str(tiny), "npti", FEW, runtime=RuntimeSettings(threads=1), cache=cache)
+
+
+def job(subject, tmp_path, trials=3, **more):
+    defaults = {"test_questions": 2, "budget": WIDE, "storage": tmp_path / "study.sqlite"}
+    return tune.TuneJob(subject, trials=trials, **(SHORT | defaults | more))
+
+
+def log_softmax(logits):
+    return torch.log_softmax(logits.double(), -1)
+
+
+def likelihood(model, prompt, answer):
+    with torch.inference_mode():
+        rows = log_softmax(model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0])
+    return float(rows[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None]).mean())
+
+
+def test_figures_of_a_trial_against_plain_passes(tiny_runtime):
+    bench, recipe, model = load_bench("extraversion"), load_recipe("npti", FEW), tiny_runtime.model
+    rule = random_rule(tiny_runtime.source.shape.layers, tiny_runtime.source.shape.width)
+    questions, passages = bench.search(3), [Passage(text="Rivers run to the sea."), Passage(text="Bread is baked.")]
+    measure = Measure(TorchEngine(tiny_runtime), Test(bench, "-", questions, recipe, 5, 1), passages)
+    found = measure.rule(rule)
+    prompts = [tiny_runtime.encode(chat(None, one.text)) for one in questions]
+    ask = lambda: tiny_runtime.generate(prompts, max_new_tokens=5, repetition_penalty=1.1)  # noqa: E731
+    before, texts = ask(), [torch.tensor([tiny_runtime.encode_text(one.text)]) for one in passages]
+    with torch.inference_mode():
+        ours = [log_softmax(model(input_ids=text).logits[0]) for text in texts]
+        with plain_rule(model, rule):
+            after, others = ask(), [log_softmax(model(input_ids=text).logits[0]) for text in texts]
+    damage = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(ours, others, strict=True)]
+    personas = {sign: tune_personas(bench, sign, recipe) for sign in "+-"}
+
+    def contrast(answers):
+        values = []
+        for place, (question, one) in enumerate(zip(questions, answers, strict=True)):
+            under = {
+                sign: tiny_runtime.encode(chat(texts[place % len(texts)], question.text))
+                for sign, texts in personas.items()
+            }
+            values.append(likelihood(model, under["-"], one.response) - likelihood(model, under["+"], one.response))
+        return np.mean(values)
+
+    assert found.gain.mean == pytest.approx(contrast(after) - contrast(before), abs=1e-4)
+    fluency = np.mean([likelihood(model, *pair) for pair in zip(prompts, (one.response for one in after), strict=True)])
+    assert found.fluency.mean == pytest.approx(fluency, abs=1e-4)
+    assert found.damage.mean == pytest.approx(np.mean(damage), rel=1e-2)
+    assert found.damage.n == 2
+    assert (np.array([one.response for one in before]) != np.array([one.response for one in after])).any()
+    assert found.gain.high - found.gain.low > 1e-2 < found.damage.mean
+
+
+def tune_personas(bench, sign, recipe):
+    from npti_export.evaluate.prompts import scoring_personas
+
+    return [recipe.prompt.system.replace("{persona}", text) for text in scoring_personas(bench, sign, 0)]
+
+
+def test_questions_are_apart():
+    bench, recipe = load_bench("openness"), load_recipe("npti", ["identify.matched_questions=20"])
+    for count in (1, 32, len(bench.split("search")) - 20):
+        found = search_questions(bench, recipe, count)
+        assert len(set(found)) == count
+        assert not set(found) & set(bench.search(20))
+        assert all(one.split == "search" for one in found)
+        assert found == search_questions(bench, recipe, count)
+    for bad in (0, count + 1):
+        with pytest.raises(BenchError, match="search questions asked for"):
+            search_questions(bench, recipe, bad)
+    assert not {one.text for one in trial_passages()} & {one.text for one in other_passages()}
+
+
+def test_nothing_is_chosen_by_test_questions(subject, tmp_path, monkeypatch):
+    bench, events = load_bench("extraversion"), []
+    encode, pick = LlamaCppRuntime.encode, tune.largest_gain
+
+    def spy(self, messages):
+        events.append(messages[-1]["content"])
+        return encode(self, messages)
+
+    monkeypatch.setattr(LlamaCppRuntime, "encode", spy)
+    monkeypatch.setattr(tune, "largest_gain", lambda *all: events.append(None) or pick(*all))
+    tuned = tune.tune(job(subject, tmp_path), Silent())
+    held_out = {one.text for one in bench.split("test")}
+    picked = events.index(None)
+    assert picked > 10
+    assert not held_out & set(events[:picked])
+    assert held_out & set(events[picked:]) == {one.text for one in bench.test(2)}
+    assert {one.text for one in search_questions(bench, tuned.recipe, 3)} <= set(events[:picked])
+    told = tuned.record.confirmation
+    assert [one.name for one in told.conditions] == ["unsteered", "steered", "prompt-persona"]
+    assert [one.contrast.n for one in told.conditions] == [2] * 3
+    assert told.kl_neutral.n == len(other_passages())
+
+
+def test_a_tuned_recipe_gives_the_rule_that_was_picked(subject, tmp_path):
+    asked, out, path = job(subject, tmp_path, trials=5), tmp_path / "t.toml", tmp_path / "t.json"
+    console = Console(record=True, width=200, file=(tmp_path / "printed").open("w"))
+    record = deliver_tuning(asked, console, Silent(), out=out, json_path=path)
+    assert read_tuning(path) == record
+    assert len(record.trials) == len(record.pareto) == 5
+    gains, damages = [one.gain.mean for one in record.trials], [one.damage.mean for one in record.trials]
+    (chosen,) = [place for place, one in enumerate(record.pareto) if one.chosen]
+    assert gains[chosen] == max(gains)
+    assert [(one.gain, one.damage) for one in record.pareto] == list(zip(gains, damages, strict=True))
+    with opened(subject, Silent()) as at:
+        profile, trial = at.whole_profile(), record.trials[chosen]
+        values = [f"rule.{key}={str(value).lower()}" for key, value in trial.rule.items()]
+        values += [f"select.{key}={value}" for key, value in trial.select.items()]
+        want, got = (
+            build_rule(profile, SPEC, one) for one in (load_recipe("npti", [*FEW, *values]), load_recipe(str(out)))
+        )
+        assert trial.rule["shift"] or trial.rule["clamp"] or trial.rule["constant"] or trial.rule["matched"]
+        for name in ("shift", "clamp"):
+            np.testing.assert_array_equal(getattr(want, name), getattr(got, name))
+        assert (want.constant is None) == (got.constant is None)
+        if want.constant is not None:
+            np.testing.assert_array_equal(want.constant, got.constant)
+        test = Test(at.bench, "-", search_questions(at.bench, at.recipe, 3), at.recipe, 5, 1)
+        again = Measure(at.engine(), test, trial_passages()).rule(got)
+    assert again.gain == trial.gain
+    assert again.damage.mean == pytest.approx(trial.damage.mean, abs=1e-6)
+    printed = console.export_text()
+    assert "picked" in printed
+    assert trial.label in printed
+    assert "Persona prompt" in printed
+    # more of the same go on in the same study, and the test questions' earlier use is told
+    more = tune.tune(dataclasses.replace(asked, trials=6), Silent()).record
+    assert more.trials[:5] == record.trials
+    assert len(more.trials) == 6
+    assert (record.confirmation.before, more.confirmation.before) == (0, 1)
+    other = tune.tune(dataclasses.replace(asked, trials=1, answer_tokens=4), Silent()).record
+    assert len(other.trials) == 1  # of other questions or lengths: another study in the same file
+    # an evaluation takes it, where it is of the same model and pole
+    assert supplemented(sample_document(), record, None).pareto == record.pareto
+
+
+def test_no_trial_within_the_budget(subject, tmp_path):
+    asked = job(subject, tmp_path, trials=1, budget=Budget(0.0, 0.0), storage=None)
+    console = Console(file=(tmp_path / "printed").open("w"))
+    with pytest.raises(EvaluationError, match=r"none of 1 trials keeps the budget.*no recipe was written"):
+        deliver_tuning(asked, console, Silent(), out=tmp_path / "t.toml", json_path=tmp_path / "t.json")
+    record = read_tuning(tmp_path / "t.json")
+    assert not (tmp_path / "t.toml").exists()
+    assert record.confirmation is None
+    assert [one.chosen for one in record.pareto] == [False]
+    assert list((subject.cache / "tune").glob("extraversion--*.sqlite"))
+
+
+def test_models_without_means_or_matched_constants(subject, monkeypatch):
+    notes = []
+
+    class Noting(Silent):
+        def note(self, text):
+            notes.append(text)
+
+    def fails(*_):
+        raise ProfileError("does not follow")
+
+    with opened(subject, Noting()) as at:
+        monkeypatch.setattr(profiles, "match", fails)
+        monkeypatch.setattr(profiles, "_read", lambda _: None)
+        profile = at.whole_profile()
+        assert profile.matched_minus is None
+        assert profile.mean_minus is not None
+        assert any("tuned without matched constants" in one for one in notes)
+        mixture = dataclasses.replace(at.source, architecture=type("Mixture", (), {"mixture": True}))
+        monkeypatch.setattr(profiles, "_matched", fails)
+        assert dataclasses.replace(at, source=mixture).whole_profile().matched_minus is None
+
+
+def test_sweeps_are_of_the_rules_that_they_say(subject, tmp_path):
+    recipe = ["rule.matched=0.5", "select.at_least=6", "select.at_most=6"]
+    varied = dataclasses.replace(subject, overrides=(*FEW, *recipe))
+    path = tmp_path / "a.json"
+    console = Console(record=True, width=160, file=(tmp_path / "printed").open("w"))
+    record = deliver_ablation(AblationJob(varied, **SHORT), console, Silent(), json_path=path)
+    assert read_ablation(path) == record
+    points = {sweep.setting: {one.value: one for one in sweep.points} for sweep in record.sweeps}
+    assert list(points) == ["gamma", "threshold", "parts"]
+    assert list(points["gamma"]) == pytest.approx([1.4 * factor for factor in STRENGTHS])
+    assert list(points["parts"]) == ["shift only", "clamp only", "matched only", "all"]
+    assert any("prompt tokens" in note for note in record.notes)
+    assert "clamp only" in console.export_text()
+    rows = {
+        ("gamma", 0.7): (0.5, []),
+        ("threshold", 0.15): (1, ["select.threshold=0.15", "select.at_least=0", "select.at_most=none"]),
+        ("parts", "clamp only"): (1, ["rule.shift=false", "rule.matched=0"]),
+        ("parts", "all"): (1, []),
+    }
+    with opened(varied, Silent()) as at:
+        profile = at.profile(at.recipe)
+        test = Test(at.bench, "-", search_questions(at.bench, at.recipe, 3), at.recipe, 5, 1)
+        measure = Measure(at.engine(), test, trial_passages())
+        for (setting, value), (factor, changes) in rows.items():
+            spec, changed = TraitSpec("extraversion", "-", factor), load_recipe("npti", [*FEW, *recipe, *changes])
+            figures = measure.rule(build_rule(profile, spec, changed))
+            point = points[setting][value]
+            assert (point.gain, point.fluency) == (figures.gain, figures.fluency)
+            assert point.kl_neutral.mean == pytest.approx(figures.damage.mean, abs=1e-6)
+    assert len({one.kl_neutral.mean for sweep in points.values() for one in sweep.values()}) > 8
+    assert supplemented(sample_document(), None, record).sweeps == record.sweeps
+
+
+def test_gamma_auto_takes_the_best_strength_within_the_budget(subject, tiny):
+    subject = dataclasses.replace(subject, recipe="mean-shift")
+    asked = Job((SPEC,), None, model=str(tiny), recipe="mean-shift", overrides=FEW, runtime=subject.runtime)
+    asked = dataclasses.replace(asked, cache=subject.cache)
+    sweep = ablate(AblationJob(subject, questions=3, answer_tokens=5, personas=2), Silent()).sweeps[0]
+    by_value = {one.value / 2: one for one in sweep.points}  # of the recipe's gamma, 2
+    limit = sorted(one.kl_neutral.mean for one in sweep.points)[3]
+    want = max((one for one in sweep.points if one.kl_neutral.mean <= limit), key=lambda one: one.gain.mean)
+    how = strength.Auto(Budget(limit + 1e-6, 50), questions=3, answer_tokens=5)
+    (found,) = strength.with_strengths(asked, Silent(), how).traits
+    assert by_value[found.strength].gain.mean == pytest.approx(want.gain.mean)
+    assert by_value[found.strength].kl_neutral.mean <= limit
+    seconds = iter(range(0, 9999, 100))
+    quick = dataclasses.replace(how, budget=WIDE, minutes=3, clock=lambda: next(seconds))
+    two = (TraitSpec("extraversion", "-", 0.5), TraitSpec("extraversion", "+"))
+    found = strength.with_strengths(dataclasses.replace(asked, traits=two), Silent(), quick).traits
+    assert found == two  # the time is up after the recipe's own
+    with pytest.raises(EvaluationError, match=r"no strength of extraversion- from 1 to 1 times .* keeps the budget"):
+        strength.with_strengths(asked, Silent(), dataclasses.replace(how, budget=Budget(0, 0), minutes=0))
+
+
+def test_which_tokens_are_steered_in_transformers(subject):
+    asked = dataclasses.replace(subject, runtime=RuntimeSettings(engine="transformers"), recipe="mean-shift")
+    record = ablate(AblationJob(asked, split="test", **SHORT), Silent())
+    (sweep,) = [one for one in record.sweeps if one.setting == "prompt tokens"]
+    everywhere, answer = sweep.points
+    (one,) = [point for point in record.sweeps[0].points if point.value == 2.0]
+    assert (everywhere.value, everywhere.gain) == ("steered", one.gain)
+    assert answer.value == "left alone"
+    assert answer.fluency != everywhere.fluency
+    assert answer.kl_neutral is None
+    assert record.settings["split"] == "test"
+    assert [note.split(":")[0] for note in record.notes] == ["threshold", "parts"]
+
+
+def test_rows_of_an_ablation():
+    rows, notes = variations(load_recipe("npti", ["rule.constant=1"]))
+    assert [row.value for row in rows if row.setting == "parts"] == ["shift only", "clamp only", "constant only", "all"]
+    assert notes == []
+    rows, notes = variations(load_recipe("matched"))
+    assert {row.setting for row in rows} == {"gamma"}
+    assert len(notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tune", "--trait", "calm:0.5"], "the strength is what is looked for; name the pole alone, neuroticism-"),
+        (["tune", "--trait", "calm", "--minutes", "0"], "--minutes 0.0: give a number above 0"),
+        (["tune", "--trait", "calm", "--max-kl", "-1"], "--max-kl -1.0: give a number that is not negative"),
+        (["tune", "--trait", "calm", "--out", "t.txt"], "t.txt: a recipe's name ends in .toml"),
+        (["tune", "--trait", "calm", "--out", "t.toml", "--recipe", "t.toml"], "t.toml: is named twice"),
+        (["tune", "--trait", "calm", "--questions", "9999"], "9999 search questions asked for"),
+        (["tune", "--trait", "calm", "--test-questions", "9999"], "9999 test questions asked for"),
+        (["tune", "--trait", "calm", "--set", "rule.gama=1"], "unknown key 'rule.gama'"),
+        (["ablate", "--trait", "calm", "--split", "test", "--questions", "9999"], "9999 test questions asked for"),
+        (["ablate", "--trait", "calm", "--json", "no/a.json"], "does not exist; create it first"),
+        (["--trait", "calm", "--gamma", "strong", "--out", "m.gguf"], "'strong' is neither a number nor auto"),
+        (["evaluate", "m.gguf", "--pareto", "none.json"], "none.json: cannot be read (No such file or directory)"),
+        (["evaluate", "m.gguf", "--sweeps", "t.json"], "t.json: not what npti-export ablate --json of this version"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tiny, tmp_path, cli_environment):
+    (tmp_path / "t.json").write_text('{"kind": "tuning"}')
+    model = [] if arguments[0] == "evaluate" else ["--model", tiny]
+    done = npti(*arguments, *model, environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert message in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.json"]
+
+
+def test_on_the_command_line(tiny, tmp_path, cli_environment, monkeypatch):
+    """Tune, use the recipe, and evaluate the file with the trials; then the main job with --gamma auto."""
+
+    def run(*arguments):
+        done = npti(*arguments, environment=cli_environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    few = ["--model", tiny, *(one for text in FEW for one in ("--set", text)), "--threads", "1"]
+    wide = ["--questions", "2", "--test-questions", "2", "--answer-tokens", "4", "--max-kl", "50"]
+    wide += ["--max-fluency-loss", "50", "--personas", "1"]
+    printed = run("tune", "--trait", "calm", *few, *wide, "--trials", "2", "--out", "t.toml", "--json", "t.json")
+    assert "wrote t.toml" in printed
+    automatic = functools.partial(strength.Auto, WIDE, questions=2, answer_tokens=4)
+    monkeypatch.setattr(strength, "Auto", automatic)
+    verified = ["--model", tiny, *QUICK[6:], "--set", "verify.answer_tokens=4", "--threads", "1"]
+    run("--trait", "calm", "--recipe", "t.toml", *verified, "--gamma", "auto", "--out", "m.gguf", "--report", "r.json")
+    (pole,) = json.loads((tmp_path / "r.json").read_text())["traits"]
+    assert float(pole.partition(":")[2] or 1) in strength.STRENGTHS
+    subject, trials = SubjectJob(tmp_path / "m.gguf"), tmp_path / "t.json"
+    tuning, ablation = _supplements(EvaluationJob(subject), trials, None)
+    assert (len(tuning.pareto), ablation) == (2, None)
+    for key, value, message in (("pole", "openness-", "is of openness-, and"), ("model", {"name": "x"}, "model .x.")):
+        trials.write_text(json.dumps(json.loads(tuning.to_json()) | {key: value}))
+        with pytest.raises(EvaluationError, match=message):
+            _supplements(EvaluationJob(subject), trials, None)
