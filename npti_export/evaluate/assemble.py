@@ -94,7 +94,8 @@ def _model(subject: Subject) -> dict[str, object]:
 def _fidelity(subject: Subject) -> dict[str, float]:
     """What was measured when the artifact was made; a file that nobody verified holds no numbers there."""
     measured = {} if subject.saved is None else subject.saved.about.fidelity
-    return {name: value for name, value in measured.items() if math.isfinite(value)}
+    found = {name: value for name, value in measured.items() if math.isfinite(value)}
+    return found | ({"limit": subject.limit} if subject.limit is not None and found else {})
 
 
 def _traits(subject: Subject) -> list[str]:

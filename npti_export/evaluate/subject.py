@@ -79,6 +79,7 @@ class Subject:
         engine: runs other rules on the same model; None where no rule can be compiled for it.
         place: where profiles are made.
         models: what loads it.
+        limit: KL to its rule that is accepted; None where that was not measured.
     """
 
     artifact: Path
@@ -96,6 +97,7 @@ class Subject:
     engine: Engine | None
     place: Place
     models: Models
+    limit: float | None
 
     @property
     def bench(self) -> TraitBench:
@@ -212,7 +214,22 @@ def _subject(artifact: Path, ready: Prepared, spec: TraitSpec, models: Models, p
         engine,
         place,
         models,
+        _limit(artifact, ready, models),
     )
+
+
+def _limit(artifact: Path, ready: Prepared, models: Models) -> float | None:
+    """The most that an artifact may be away from its rule, as when it was verified; None where nobody did."""
+    from npti_export.verify import Fidelity
+
+    if ready.saved is None:
+        return None
+    try:
+        measured = Fidelity(**ready.saved.about.fidelity)
+    except TypeError:  # not measured, or by a version that measured something else
+        return None
+    ending = open_ending(ready, models)
+    return measured.limit(ready.recipe, exact=ending.exact(artifact), share=ending.share)
 
 
 def _opener(
