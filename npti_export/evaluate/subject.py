@@ -18,7 +18,7 @@ from npti_export.identify.profiles import Place
 from npti_export.job import Job, Prepared, prepared
 from npti_export.loader import Models, RuntimeSettings, Timings
 from npti_export.models import ModelSource, resolve_model
-from npti_export.pipeline import open_models
+from npti_export.pipeline import open_ending, open_models
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule_io import SavedRule, Where, artifact_format
@@ -225,7 +225,7 @@ def _limit(artifact: Path, ready: Prepared, models: Models) -> float | None:
     if ready.saved is None:
         return None
     try:
-        measured = Fidelity(**ready.saved.about.fidelity)
+        measured = Fidelity(**ready.saved.about.fidelity)  # type: ignore[arg-type]
     except TypeError:  # not measured, or by a version that measured something else
         return None
     ending = open_ending(ready, models)
