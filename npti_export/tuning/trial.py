@@ -10,11 +10,11 @@ import numpy as np
 
 from npti_export.bench import Question, TraitBench
 from npti_export.errors import BenchError, EvaluationError
-from npti_export.evaluate.capability.neutral import NeutralText
+from npti_export.evaluate.capability.neutral import KEPT_BYTES, NeutralText
 from npti_export.evaluate.capability.tasks import Passage, neutral_passages
 from npti_export.evaluate.conditions import Answered, Doubles, Test, Way, ask, scored
 from npti_export.evaluate.document import Estimate
-from npti_export.evaluate.engine import Engine
+from npti_export.evaluate.engine import Engine, TorchEngine
 from npti_export.evaluate.estimate import estimate
 from npti_export.evaluate.subject import unsteered
 from npti_export.recipe import Recipe
@@ -22,7 +22,7 @@ from npti_export.rule import SteeringRule
 from npti_export.runtimes.base import Runtime
 
 PASSAGES = 8  # that trials are measured on; the others confirm what was picked
-_KEPT_BYTES = 4 << 30  # of what the base predicts, as it may not be asked again while it is steered
+_SHARED_BYTES = 4 << 30  # of what the base predicts, where it may not be asked again while it is steered
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,10 @@ class Measure:
 
     def __init__(self, engine: Engine, test: Test, passages: Sequence[Passage]) -> None:
         self._engine, self.test = engine, test
-        self._neutral = NeutralText(engine.base, passages, kept_bytes=_KEPT_BYTES)
-        self._neutral.keep()
+        shared = isinstance(engine, TorchEngine)
+        self._neutral = NeutralText(engine.base, passages, kept_bytes=_SHARED_BYTES if shared else KEPT_BYTES)
+        if shared:
+            self._neutral.keep()
         way = Way("unsteered", "Unsteered", "base", lambda: unsteered(engine.base))
         self.base = self.answered(way)
 
