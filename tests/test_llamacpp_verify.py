@@ -15,6 +15,7 @@ from npti_export.models import gguf_source
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.runtimes.base import chat
+from npti_export.runtimes.llamacpp import context
 from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime, opener
 from npti_export.runtimes.transformers import TransformersRuntime
@@ -136,7 +137,7 @@ def test_sequences_in_pieces_and_in_a_given_context(tiny, tmp_path, monkeypatch)
     assert small.positions == whole.positions
     assert small.kl_rule_base == pytest.approx(whole.kl_rule_base, rel=0.02)
     assert small.kl_rule_artifact < KL_TINY_FLOAT
-    monkeypatch.setattr(verify_llamacpp, "_LOGITS_BYTES", 1)  # each by itself
+    monkeypatch.setattr(context, "_LOGITS_BYTES", 1)  # each by itself
     single, _ = measured(tiny, tmp_path / "s.gguf", rule)
     assert single.kl_rule_base == pytest.approx(whole.kl_rule_base, rel=0.02)
 
