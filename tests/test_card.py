@@ -250,3 +250,12 @@ def test_names_cannot_break_out(text):
 def test_base_id_cannot_end_the_front_matter():
     data, _ = split(model_card(report(model__id="a/b\n---\nlicense: mit")))
     assert data["base_model"] == "a/b\n---\nlicense: mit"
+
+
+def test_a_rule_that_only_adds_constants_speaks_of_no_shifted_neuron():
+    _, body = split(model_card(report(neurons__shift=0, neurons__clamp=0, neurons__constant=46080)))
+    assert "gets a constant added to its input (46080 neurons in all" in body
+    assert "shifted up" not in body
+    _, both = split(model_card(report(neurons__constant=12)))
+    assert "shifted up" in both
+    assert "A constant is added at the inputs of the down projections, too (12 neurons)." in both

@@ -115,10 +115,24 @@ A {_NOUN[kind]} ({report["artifact"]["bytes"] / 1e6:.1f} MB) that steers {_code(
 
 {poles}
 
-The personality is in the model, not in a system prompt. Neurons that fire more often when the model
-plays the wanted pole are shifted up ({neurons["shift"]} of them, strength γ = {_gamma(report)}), those of the
-opposite pole are kept from firing ({neurons["clamp"]} clamped), by the recipe {_code(report["recipe"]["name"])}.
+The personality is in the model, not in a system prompt. {_method(report)}
 {how}"""
+
+
+def _method(report: dict[str, Any]) -> str:
+    neurons, recipe = report["neurons"], f"by the recipe {_code(report['recipe']['name'])}"
+    constant = neurons.get("constant", 0)
+    if not neurons["shift"] and not neurons["clamp"]:
+        return (
+            f"Each MLP's down projection gets a constant added to its input ({constant} neurons in all, strength\n"
+            f"γ = {_gamma(report)}), {recipe}."
+        )
+    also = f" A constant is added at the inputs of the down projections, too ({constant} neurons)." if constant else ""
+    return (
+        "Neurons that fire more often when the model\n"
+        f"plays the wanted pole are shifted up ({neurons['shift']} of them, strength γ = {_gamma(report)}), those of the\n"
+        f"opposite pole are kept from firing ({neurons['clamp']} clamped), {recipe}.{also}"
+    )
 
 
 def _pole(spec: TraitSpec, meanings: dict[str, dict[str, str]]) -> str:
