@@ -130,8 +130,8 @@ def _method(report: dict[str, Any]) -> str:
     also = f" A constant is added at the inputs of the down projections, too ({constant} neurons)." if constant else ""
     return (
         "Neurons that fire more often when the model\n"
-        f"plays the wanted pole are shifted up ({neurons['shift']} of them, strength γ = {_gamma(report)}), those of the\n"
-        f"opposite pole are kept from firing ({neurons['clamp']} clamped), {recipe}.{also}"
+        f"plays the wanted pole are shifted up ({neurons['shift']} of them, strength γ = {_gamma(report)}), those of\n"
+        f"the opposite pole are kept from firing ({neurons['clamp']} clamped), {recipe}.{also}"
     )
 
 
