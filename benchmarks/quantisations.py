@@ -23,16 +23,16 @@ from fidelity import dequantised
 from npti_export.bench import load_bench
 from npti_export.compiler.exact import compile_exact
 from npti_export.errors import ModelError
-from npti_export.evaluate.contrast import plain_prompts
 from npti_export.export.gguf import plan_bake, write_bake
 from npti_export.gguf.blocks import decode, decode_columns, type_id_of, type_name
 from npti_export.gguf.columns import quantise_columns
 from npti_export.gguf.reader import read_gguf
+from npti_export.identify.collect import plain_prompts
 from npti_export.models import gguf_source
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.rule import build_rule
-from npti_export.runtimes.llamacpp import opener
+from npti_export.runtimes.llamacpp.runtime import opener
 from npti_export.runtimes.transformers import TransformersRuntime
 from npti_export.traits import TraitSpec
 from npti_export.verify import measure
