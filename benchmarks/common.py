@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from npti_export.bench import load_bench
-from npti_export.evaluate.contrast import answer, plain_prompts
-from npti_export.identify.collect import cache_folder, contrast_prompts
+from npti_export.identify.collect import answer, cache_folder, contrast_prompts, plain_prompts
 from npti_export.identify.profiles import Place, profile_for
 from npti_export.models import resolve_model
 from npti_export.progress import Silent

@@ -14,9 +14,9 @@ from common import load_model, profile_of, say
 
 from npti_export.bench import load_bench
 from npti_export.compiler.exact import compile_exact
-from npti_export.evaluate.contrast import plain_prompts
 from npti_export.export.gguf import plan_bake, write_bake
 from npti_export.gguf.reader import read_gguf
+from npti_export.identify.collect import plain_prompts
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.rule import build_rule

@@ -14,8 +14,8 @@ import numpy as np
 from common import interval, load_model, say
 
 from npti_export.bench import load_bench
-from npti_export.evaluate.contrast import answer, plain_prompts, score
-from npti_export.identify.collect import contrast_prompts
+from npti_export.evaluate.contrast import score
+from npti_export.identify.collect import answer, contrast_prompts, plain_prompts
 from npti_export.profile_io import load_profile
 from npti_export.recipe import load_recipe
 from npti_export.rule import build_rule

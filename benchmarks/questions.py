@@ -18,9 +18,9 @@ import numpy as np
 from common import OUT, append_line, interval, read_lines, say
 
 from npti_export.bench import load_bench
-from npti_export.evaluate.contrast import answer, plain_prompts, score
+from npti_export.evaluate.contrast import score
 from npti_export.evaluate.engine import LlamaEngine
-from npti_export.identify.collect import contrast_prompts
+from npti_export.identify.collect import answer, contrast_prompts, plain_prompts
 from npti_export.identify.select import rank
 from npti_export.identify.stopping import jaccard
 from npti_export.loader import Models, RuntimeSettings, Timings

@@ -7,13 +7,14 @@ from own_trait import DEFINITION, SEARCH, question, write_trait
 from reference import ReferenceLlama
 
 from npti_export.compiler.exact import compile_exact
-from npti_export.evaluate.prompts import message, scoring_personas
+from npti_export.evaluate.prompts import scoring_personas
 from npti_export.evaluate.run import EvaluationJob, evaluate
 from npti_export.evaluate.subject import SubjectJob
 from npti_export.export.gguf import plan_bake, write_bake
 from npti_export.export.metadata import steering_metadata
 from npti_export.files import sha256_file
 from npti_export.gguf.shards import read_model
+from npti_export.identify.collect import message
 from npti_export.loader import RuntimeSettings
 from npti_export.models import gguf_source
 from npti_export.progress import Silent

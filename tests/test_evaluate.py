@@ -30,10 +30,11 @@ from npti_export.evaluate.capability.neutral import NeutralText, kl_by_passage
 from npti_export.evaluate.capability.tasks import Passage, neutral_passages
 from npti_export.evaluate.contrast import contrasts, score
 from npti_export.evaluate.document import Document, read_document
-from npti_export.evaluate.prompts import message, scoring_personas
+from npti_export.evaluate.prompts import scoring_personas
 from npti_export.export.control_vector import write_control_vector
 from npti_export.export.metadata import steering_metadata
 from npti_export.export.peft import write_adapter
+from npti_export.identify.collect import message
 from npti_export.job import Job
 from npti_export.models import gguf_source, resolve_model
 from npti_export.pipeline import run

@@ -7,9 +7,10 @@ from test_bake import bake, rule_for
 
 from npti_export.bench import load_bench
 from npti_export.endings.gguf import GGUFEnding
-from npti_export.evaluate.contrast import answer, plain_prompts, score
+from npti_export.evaluate.contrast import score
 from npti_export.evaluate.prompts import scoring_prompts
 from npti_export.gguf.reader import read_gguf
+from npti_export.identify.collect import answer, plain_prompts
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.runtimes.base import chat

@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.bench import Question, TraitBench
-from npti_export.evaluate.contrast import ContrastScores, Tokens, answer, score
+from npti_export.evaluate.contrast import ContrastScores, Tokens, score
 from npti_export.evaluate.document import Condition, Estimate
 from npti_export.evaluate.estimate import estimate, transformed
 from npti_export.evaluate.fluency import Reading, reading
 from npti_export.evaluate.prompts import Prompting, prompts
+from npti_export.identify.collect import answer
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Runtime
 from npti_export.traits import Sign

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.bench import Question, TraitBench
-from npti_export.evaluate.prompts import message, scoring_prompts
+from npti_export.evaluate.prompts import scoring_prompts
+from npti_export.identify.collect import plain_prompts
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Exchange, Runtime
 from npti_export.traits import SIGNS, Sign
@@ -36,24 +37,6 @@ class ContrastScores:
     def towards(self, sign: Sign) -> Doubles:
         """The contrast towards one pole."""
         return self.contrast if sign == "+" else -self.contrast
-
-
-def plain_prompts(runtime: Runtime, questions: Sequence[Question], recipe: Recipe) -> list[Tokens]:
-    """The questions with no persona: what the user of a steered model sends."""
-    return [runtime.encode(message(None, question.text, recipe)) for question in questions]
-
-
-def answer(runtime: Runtime, asked: Sequence[Tokens], recipe: Recipe, max_new_tokens: int) -> list[Tokens]:
-    """Greedy answers in the recipe's batches, token ids."""
-    answers: list[Tokens] = []
-    for start in range(0, len(asked), recipe.identify.batch_size):
-        exchanges = runtime.generate(
-            asked[start : start + recipe.identify.batch_size],
-            max_new_tokens=max_new_tokens,
-            repetition_penalty=recipe.identify.repetition_penalty,
-        )
-        answers += [exchange.response for exchange in exchanges]
-    return answers
 
 
 def contrasts(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from npti_export.bench import TraitBench
 from npti_export.errors import EvaluationError
-from npti_export.evaluate.contrast import answer
 from npti_export.evaluate.prompts import prompts
+from npti_export.identify.collect import answer
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Exchange

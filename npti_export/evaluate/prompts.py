@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from npti_export.bench import Question, TraitBench, pair_with_personas
-from npti_export.identify.collect import contrast_prompts
+from npti_export.identify.collect import contrast_prompts, message
 from npti_export.recipe import Recipe
-from npti_export.runtimes.base import Message, Runtime, chat
+from npti_export.runtimes.base import Runtime
 from npti_export.traits import Sign
 
 Prompting = Literal["plain", "adjective", "persona"]
@@ -33,11 +33,6 @@ def prompts(
         persona = _ADJECTIVE.format(name=pole.name, description=pole.description.rstrip("."))
         system = recipe.prompt.system.replace("{persona}", persona)
     return [runtime.encode(message(system, question.text, recipe)) for question in questions]
-
-
-def message(system: str | None, question: str, recipe: Recipe) -> list[Message]:
-    """A one-turn chat with a question in the recipe's words."""
-    return chat(system, recipe.prompt.user.replace("{question}", question))
 
 
 def scoring_personas(bench: TraitBench, sign: Sign, seed: int) -> list[str]:

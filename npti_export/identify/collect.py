@@ -16,7 +16,7 @@ from npti_export.models import ModelSource
 from npti_export.profile import NeuronProfile, profile_from_stats
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
-from npti_export.runtimes.base import Runtime, chat
+from npti_export.runtimes.base import Message, Runtime, chat
 from npti_export.stats import ContrastStats, PairSpread, load_stats, save_stats
 from npti_export.traits import SIGNS, Sign
 
@@ -130,14 +130,34 @@ def contrast_prompts(
     """The questions asked of a persona of one pole each; ``first`` is the index of the first in the whole series."""
     personas = pair_with_personas(bench, sign, first + len(questions), recipe.identify.seed)[first:]
     return [
-        runtime.encode(
-            chat(
-                recipe.prompt.system.replace("{persona}", persona.text),
-                recipe.prompt.user.replace("{question}", question.text),
-            )
-        )
+        runtime.encode(message(recipe.prompt.system.replace("{persona}", persona.text), question.text, recipe))
         for question, persona in zip(questions, personas, strict=True)
     ]
+
+
+def message(system: str | None, question: str, recipe: Recipe) -> list[Message]:
+    """A one-turn chat with a question in the recipe's words."""
+    return chat(system, recipe.prompt.user.replace("{question}", question))
+
+
+def plain_prompts(runtime: Runtime, questions: Sequence[Question], recipe: Recipe) -> list[tuple[int, ...]]:
+    """The questions with no persona: what the user of a steered model sends."""
+    return [runtime.encode(message(None, question.text, recipe)) for question in questions]
+
+
+def answer(
+    runtime: Runtime, asked: Sequence[tuple[int, ...]], recipe: Recipe, max_new_tokens: int
+) -> list[tuple[int, ...]]:
+    """Greedy answers in the recipe's batches, token ids."""
+    answers: list[tuple[int, ...]] = []
+    for start in range(0, len(asked), recipe.identify.batch_size):
+        exchanges = runtime.generate(
+            asked[start : start + recipe.identify.batch_size],
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=recipe.identify.repetition_penalty,
+        )
+        answers += [exchange.response for exchange in exchanges]
+    return answers
 
 
 def run_batch(

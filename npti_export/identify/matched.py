@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from npti_export.bench import TraitBench
 from npti_export.errors import ProfileError
-from npti_export.identify.collect import contrast_prompts
+from npti_export.identify.collect import answer, contrast_prompts, plain_prompts
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
-from npti_export.runtimes.base import Exchange, Runtime, chat
+from npti_export.runtimes.base import Exchange, Runtime
 from npti_export.traits import Sign
 
 Doubles = npt.NDArray[np.float64]
@@ -65,16 +65,8 @@ def match(runtime: Runtime, bench: TraitBench, sign: Sign, recipe: Recipe, progr
     progress.start(f"match {bench.trait}{sign}", 7)
     own = contrast_prompts(runtime, bench, questions, sign, recipe)
     other = contrast_prompts(runtime, bench, questions, "-" if sign == "+" else "+", recipe)
-    plain = [runtime.encode(chat(None, recipe.prompt.user.replace("{question}", one.text))) for one in questions]
-    answers = [
-        one.response
-        for start in range(0, len(own), settings.batch_size)
-        for one in runtime.generate(
-            own[start : start + settings.batch_size],
-            max_new_tokens=settings.max_new_tokens,
-            repetition_penalty=settings.repetition_penalty,
-        )
-    ]
+    plain = plain_prompts(runtime, questions, recipe)
+    answers = answer(runtime, own, recipe, settings.max_new_tokens)
     if not any(answers):
         raise ProfileError(f"{bench.trait}{sign}: the model answered every question with nothing")
     progress.advance(1)
