@@ -77,8 +77,8 @@ def one_pole(arguments, pole, engine, place, default):
             opened = engine.steered(build_rule(profile_for(place, bench, [spec.sign], recipe, Silent()), spec, recipe))
         way = Way(name, name, "steered", nullcontext, "persona" if name == "persona" else "plain")
         with opened as runtime:
-            answers, seconds = ask(way, runtime, test)
-        found = scored(way, answers, seconds, engine.base, test)
+            told = ask(way, runtime, test)
+        (found,) = scored([told], engine.base, test)
         record = {
             "pole": pole,
             "setting": setting,

@@ -66,7 +66,7 @@ def run_pole(pole, programs, scorer, arguments):
     def record(program, runtime, **more):
         prompts = [runtime.encode(chat(None, question.text)) for question in questions]
         answers = [one.response for one in runtime.generate(prompts, max_new_tokens=TOKENS, repetition_penalty=1.1)]
-        scores = score(scorer, bench, questions, answers, recipe, personas=2)
+        (scores,) = score(scorer, bench, questions, [answers], recipe, personas=2)
         towards = scores.contrast * (1 if spec.sign == "+" else -1)
         append_line(
             RESULTS,

@@ -42,7 +42,8 @@ def main():
                (("unsteered", plain), ("prompt", prompted))}  # fmt: skip
     with steered(runtime.activations, rule, runtime.down_projections):
         answers["steered"] = answer(runtime, plain, recipe, arguments.tokens)
-    scores = {name: score(runtime, bench, questions, one, recipe, personas=2) for name, one in answers.items()}
+    found = score(runtime, bench, questions, list(answers.values()), recipe, personas=2)
+    scores = dict(zip(answers, found, strict=True))
     towards = {name: (1 if spec.sign == "+" else -1) * one.contrast for name, one in scores.items()}
     for name, one in scores.items():
         gain, low, high = interval(towards[name] - towards["unsteered"]) if name != "unsteered" else (0.0, 0.0, 0.0)

@@ -118,7 +118,7 @@ def effects(engine, bench, steps, recipe):
     prompts = plain_prompts(scorer, questions, recipe)
 
     def scored(answers):
-        found = score(scorer, bench, questions, answers, recipe, personas=1)
+        (found,) = score(scorer, bench, questions, [answers], recipe, personas=1)
         return {"contrast": found.contrast.tolist(), "fluency": found.fluency.tolist()}
 
     result = {"plain": scored(answer(scorer, prompts, recipe, 64)), "+": {}, "-": {}}

@@ -8,7 +8,7 @@ from reference import ReferenceLlama
 from tolerances import GATE_LLAMACPP
 
 from npti_export.bench import load_bench
-from npti_export.errors import ArchitectureError, ModelError, ProfileError
+from npti_export.errors import ArchitectureError, ProfileError
 from npti_export.identify.matched import match, through
 from npti_export.identify.profiles import Place, profile_for
 from npti_export.models import gguf_source
@@ -87,10 +87,29 @@ def test_following_takes_what_layers_make_of_it_into_account(runtimes):
         np.testing.assert_allclose(runtime.stream_follows(exchanges, wanted), added, atol=2 * GATE_LLAMACPP)
     apart = np.diff(wanted, axis=0, prepend=0)  # nobody listening to what the layers make of it
     assert np.abs(apart - added).max() > 100 * GATE_LLAMACPP
-    with pytest.raises(
-        ModelError, match=r"--prompt-batch 512 is too small: a question and its answer take 6\d\d tokens"
-    ):
-        llama.stream_follows([Exchange(exchanges[0].prompt, (41,) * 600)], wanted)
+
+
+def test_an_answer_longer_than_a_batch_is_followed_piece_by_piece(runtimes):
+    """Where each piece has a mean of its own to be moved, with the ones before it moved as they were."""
+    path, source, _, _ = runtimes
+    wanted = np.random.default_rng(5).normal(size=(source.shape.layers, source.shape.hidden))
+    with LlamaCppRuntime(path, Settings(threads=1, batch=8), source=source) as llama:
+        prompt = llama.encode(chat(None, "Why?"))
+        exchange = Exchange(prompt, tuple(range(40, 72)))
+        found = llama.stream_follows([exchange], wanted)
+    fed, first = len(exchange.tokens) - 1, len(prompt) - 1
+    pieces = [range(max(start, first), min(start + 8, fed)) for start in range(0, fed, 8) if start + 8 > first]
+    assert len(pieces) > 3
+    added = np.zeros((len(wanted), fed + 1, source.shape.hidden))
+    plain = streams(path, exchange)
+    for piece in pieces:
+        rows = [at - first for at in piece]
+        for layer in range(len(wanted)):
+            moved = streams(path, exchange, added)[layer, rows].mean(0)
+            start, end = piece[0] // 8 * 8, piece[-1] + 1
+            added[layer, start:end] = wanted[layer] - (moved - plain[layer, rows].mean(0))
+    want = added[:, first:fed].mean(1)
+    np.testing.assert_allclose(found, want, atol=2 * GATE_LLAMACPP)
 
 
 def test_the_steered_stream_is_where_personas_take_it(runtimes):

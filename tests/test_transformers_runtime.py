@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import random_rule
 from reference import ReferenceLlama
+from test_mixtures import save_tiny
 from tolerances import LOGITS_FLOAT32, SIGNS_BFLOAT16
 
 from npti_export.errors import ModelError
-from npti_export.models import gguf_source
+from npti_export.models import gguf_source, resolve_model
+from npti_export.runtimes import transformers as transformers_runtime
 from npti_export.runtimes.base import Exchange, chat
-from npti_export.runtimes.transformers import TransformersRuntime
+from npti_export.runtimes.transformers import TransformersRuntime, batches
 from npti_export.steer import steered
 
 QUESTIONS = ["Hi", "What do you do when it rains all day?", "Tell me about the sea and the boats on it, please."]
@@ -157,3 +159,36 @@ def test_types_that_transformers_cannot_load(make_tiny, kind):
     path = make_tiny(kind, hidden=256, width=512, layers=2)
     with pytest.raises(ModelError, match=rf"{kind}, which transformers cannot load; .* this file as --base"):
         TransformersRuntime(gguf_source(path), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+@pytest.mark.parametrize(
+    ("model_type", "scale"),
+    [("llama", {}), ("granite", {"logits_scaling": 4.0}), ("gemma2", {"final_logit_softcapping": 2.0})],
+)
+def test_likelihoods_are_those_of_the_models_own_logits(tiny_runtime, tmp_path, monkeypatch, model_type, scale, limit):
+    save_tiny(tmp_path / "model", model_type, tiny_runtime.tokenizer, **scale)
+    runtime = TransformersRuntime(resolve_model(str(tmp_path / "model")), device="cpu", dtype="float32")
+    if limit is not None:
+        monkeypatch.setattr(transformers_runtime, "_LOGITS_BYTES", limit)
+    prompts = prompts_of(runtime)
+    exchanges = [
+        Exchange(prompt, tuple(range(40, 40 + length))) for prompt, length in zip(prompts, (1, 9, 4), strict=True)
+    ]
+    want = []
+    for exchange in exchanges:
+        logits = runtime.logits(exchange.tokens).astype(np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        start = len(exchange.prompt) - 1
+        want.append(np.mean([log_p[start + at, token] for at, token in enumerate(exchange.response)]))
+    np.testing.assert_allclose(runtime.log_likelihoods(exchanges), want, atol=LOGITS_FLOAT32)
+    assert np.ptp(want) > 10 * LOGITS_FLOAT32
+
+
+def test_a_batch_holds_what_fits_padding_included():
+    some = [Exchange((1,) * prompt, (2,) * response) for prompt, response in ((10, 2), (4, 4), (10, 30), (5, 1))]
+    sizes = lambda **limits: [len(batch) for batch in batches(some, **limits)]  # noqa: E731
+    assert sizes() == [4]
+    assert sizes(tokens=24) == [2, 1, 1]  # two of 12 tokens; one of 40 goes alone
+    assert sizes(logits=18) == [2, 1, 1]  # two times 12 - 4 + 1
+    assert sizes(logits=17) == [1, 1, 1, 1]

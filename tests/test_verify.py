@@ -89,7 +89,7 @@ def test_contrast_is_a_difference_of_likelihoods(tiny_runtime):
     recipe, bench = load_recipe("npti"), load_bench("openness")
     questions = bench.test(3)
     answers = answer(tiny_runtime, plain_prompts(tiny_runtime, questions, recipe), recipe, 5)
-    found = score(tiny_runtime, bench, questions, answers, recipe, personas=1)
+    (found,) = score(tiny_runtime, bench, questions, [answers], recipe, personas=1)
     for index, (question, response) in enumerate(zip(questions, answers, strict=True)):
         means = {}
         for sign in "+-":

@@ -19,6 +19,7 @@ from npti_export.evaluate.estimate import estimate, transformed
 from npti_export.evaluate.fluency import Reading, reading
 from npti_export.evaluate.prompts import Prompting, prompts
 from npti_export.identify.collect import answer
+from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Runtime
 from npti_export.traits import Sign
@@ -73,6 +74,21 @@ class Way:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a model answered.
+
+    Attributes:
+        way: which.
+        tokens: the answers.
+        seconds: that they took.
+    """
+
+    way: Way
+    tokens: list[Tokens]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Answered:
     """What came of one way.
 
@@ -82,7 +98,7 @@ class Answered:
         texts: likewise.
         scores: of each answer.
         readings: likewise.
-        seconds: that it took.
+        seconds: that it took; of scoring, its share.
     """
 
     way: Way
@@ -97,22 +113,28 @@ class Answered:
         return self.scores.towards(sign)
 
 
-def ask(way: Way, runtime: Runtime, test: Test) -> tuple[list[Tokens], float]:
-    """Answers of an opened model, and the seconds that they took."""
+def ask(way: Way, runtime: Runtime, test: Test) -> Told:
+    """Let an opened model answer."""
     started = time.perf_counter()
     asked = prompts(runtime, test.bench, test.questions, test.sign, test.recipe, way.how)
-    return answer(runtime, asked, test.recipe, test.answer_tokens), time.perf_counter() - started
+    return Told(way, answer(runtime, asked, test.recipe, test.answer_tokens), time.perf_counter() - started)
 
 
-def scored(way: Way, answers: list[Tokens], seconds: float, scorer: Runtime, test: Test) -> Answered:
-    """Score answers by the unsteered model."""
+def scored(told: Sequence[Told], scorer: Runtime, test: Test, progress: Progress | None = None) -> list[Answered]:
+    """Score answers by the unsteered model, all together, which saves much of the work."""
     started = time.perf_counter()
-    scores = score(scorer, test.bench, test.questions, answers, test.recipe, personas=test.personas)
-    texts = [scorer.decode(one) for one in answers]
+    several = [one.tokens for one in told]
+    found = score(scorer, test.bench, test.questions, several, test.recipe, personas=test.personas, progress=progress)
+    seconds = (time.perf_counter() - started) / max(len(told), 1)
+    return [_answered(one, scores, seconds, scorer, test) for one, scores in zip(told, found, strict=True)]
+
+
+def _answered(told: Told, scores: ContrastScores, seconds: float, scorer: Runtime, test: Test) -> Answered:
+    texts = [scorer.decode(one) for one in told.tokens]
     # the token that ends an answer is no part of what is read
-    lengths = [len(one) - (len(one) < test.answer_tokens) for one in answers]
+    lengths = [len(one) - (len(one) < test.answer_tokens) for one in told.tokens]
     readings = [reading(text, length) for text, length in zip(texts, lengths, strict=True)]
-    return Answered(way, answers, texts, scores, readings, seconds + time.perf_counter() - started)
+    return Answered(told.way, told.tokens, texts, scores, readings, told.seconds + seconds)
 
 
 def condition(found: Answered, base: Answered, test: Test) -> Condition:

@@ -16,12 +16,14 @@ import numpy.typing as npt
 from npti_export.bench import Question, TraitBench
 from npti_export.evaluate.prompts import scoring_prompts
 from npti_export.identify.collect import plain_prompts
+from npti_export.progress import Progress, Silent
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Exchange, Runtime
 from npti_export.traits import SIGNS, Sign
 
 Doubles = npt.NDArray[np.float64]
 Tokens = tuple[int, ...]
+_TOGETHER = 16  # questions that are scored at once: enough to share what personas add to a prompt
 
 
 @dataclass(frozen=True)
@@ -43,43 +45,66 @@ def contrasts(
     scorer: Runtime,
     bench: TraitBench,
     questions: Sequence[Question],
-    answers: Sequence[Tokens],
+    several: Sequence[Sequence[Tokens]],
     recipe: Recipe,
     *,
     personas: int,
-) -> Doubles:
-    """Contrast towards ``+`` of each answer, see :func:`score`."""
-    exchanges = [
-        Exchange(prompt, response)
-        for turn in range(personas)
-        for sign in SIGNS
-        for prompt, response in zip(scoring_prompts(scorer, bench, questions, sign, recipe, turn), answers, strict=True)
-    ]
-    found = np.array(scorer.log_likelihoods(exchanges)).reshape(personas, len(SIGNS), len(questions))
-    contrast: Doubles = (found[:, 0] - found[:, 1]).mean(0)
-    return contrast
+) -> list[Doubles]:
+    """Contrasts towards ``+`` of answers of several models to the same questions, see :func:`score`."""
+    asked = _scoring(scorer, bench, questions, recipe, personas)
+    found = _likelihoods(scorer, asked, several, Silent())
+    return [_contrast(one) for one in found]
 
 
 def score(
     scorer: Runtime,
     bench: TraitBench,
     questions: Sequence[Question],
-    answers: Sequence[Tokens],
+    several: Sequence[Sequence[Tokens]],
     recipe: Recipe,
     *,
     personas: int,
-) -> ContrastScores:
-    """Score answers with the unsteered model.
+    progress: Progress | None = None,
+) -> list[ContrastScores]:
+    """Score answers of several models with the unsteered model; together, so that their prompts are read once.
 
     Args:
         scorer: the unsteered model.
         bench: personas of both poles.
         questions: what was asked.
-        answers: one a question.
+        several: for each model its answers, one a question.
         recipe: its prompt section and seed.
         personas: how many pairs of personas score each answer.
+        progress: told of each question.
     """
-    contrast = contrasts(scorer, bench, questions, answers, recipe, personas=personas)
-    asked = plain_prompts(scorer, questions, recipe)
-    fluency = scorer.log_likelihoods([Exchange(*pair) for pair in zip(asked, answers, strict=True)])
-    return ContrastScores(contrast, np.array(fluency))
+    asked = [*_scoring(scorer, bench, questions, recipe, personas), plain_prompts(scorer, questions, recipe)]
+    found = _likelihoods(scorer, asked, several, progress or Silent())
+    return [ContrastScores(_contrast(one[:-1]), one[-1]) for one in found]
+
+
+def _scoring(
+    scorer: Runtime, bench: TraitBench, questions: Sequence[Question], recipe: Recipe, personas: int
+) -> list[list[Tokens]]:
+    """Prompts under both poles of each pair of personas, turn by turn."""
+    return [scoring_prompts(scorer, bench, questions, sign, recipe, turn) for turn in range(personas) for sign in SIGNS]
+
+
+def _likelihoods(
+    scorer: Runtime, asked: Sequence[Sequence[Tokens]], several: Sequence[Sequence[Tokens]], progress: Progress
+) -> list[Doubles]:
+    """For each model, ``[ways of asking, questions]``: how likely its answers are after each prompt."""
+    found = []
+    for start in range(0, len(asked[0]), _TOGETHER):
+        some = slice(start, start + _TOGETHER)
+        prompts, answers = [one[some] for one in asked], [one[some] for one in several]
+        exchanges = [Exchange(*pair) for told in answers for way in prompts for pair in zip(way, told, strict=True)]
+        values = np.array(scorer.log_likelihoods(exchanges), np.float64)
+        found.append(values.reshape(len(several), len(asked), -1))
+        progress.advance(len(prompts[0]))
+    return list(np.concatenate(found, -1))
+
+
+def _contrast(found: Doubles) -> Doubles:
+    """``[questions]`` of ``[2 a pair of personas, questions]``."""
+    contrast: Doubles = (found[0::2] - found[1::2]).mean(0)
+    return contrast

@@ -20,7 +20,7 @@ from npti_export.identify.collect import answer
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Exchange
-from npti_export.runtimes.transformers import TransformersRuntime
+from npti_export.runtimes.transformers import TransformersRuntime, batches
 from npti_export.traits import Sign
 
 if TYPE_CHECKING:
@@ -254,15 +254,7 @@ def _backward(runtime: TransformersRuntime, batch: Sequence[Exchange]) -> float:
 
 def _passes(exchanges: Sequence[Exchange], vocabulary: int) -> Iterator[list[Exchange]]:
     """Exchanges from short to long, as many at once as fit in the limits of a pass, padding included."""
-    part: list[Exchange] = []
-    for exchange in exchanges:
-        longest, first = len(exchange.tokens), min(len(one.prompt) for one in [*part, exchange])
-        tokens, logits = longest * (len(part) + 1), (longest - first) * (len(part) + 1) * vocabulary
-        if part and (tokens > _TOKENS_PER_PASS or logits > _LOGITS_PER_PASS):
-            yield part
-            part = []
-        part.append(exchange)
-    yield part
+    return batches(exchanges, _TOKENS_PER_PASS, max(1, _LOGITS_PER_PASS // vocabulary))
 
 
 def _backward_pass(runtime: TransformersRuntime, part: Sequence[Exchange], total: int) -> float:

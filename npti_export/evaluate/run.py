@@ -15,7 +15,7 @@ from npti_export.evaluate.assemble import Found, assemble
 from npti_export.evaluate.capability.neutral import NeutralText
 from npti_export.evaluate.capability.part import BaseSkill, base_skill, compare_tasks
 from npti_export.evaluate.capability.tasks import neutral_passages, read_tasks, shipped_tasks
-from npti_export.evaluate.conditions import Answered, Doubles, Kind, Test, Way, ask, scored
+from npti_export.evaluate.conditions import Answered, Doubles, Kind, Test, Told, Way, ask, scored
 from npti_export.evaluate.contrast import contrasts
 from npti_export.evaluate.document import CapabilityPart, Document, JudgePart
 from npti_export.evaluate.estimate import estimate
@@ -45,7 +45,7 @@ PROMPTED: dict[str, tuple[str, Prompting]] = {
     "prompt-adjective": ("Adjective prompt", "adjective"),
     "prompt-persona": ("Persona prompt", "persona"),
 }
-Own = tuple[list[Answered], CapabilityPart, InventoryAnswers | None]
+Own = tuple[list[Told], CapabilityPart, InventoryAnswers | None]
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,15 @@ def evaluate(job: EvaluationJob, progress: Progress) -> Document:
             if subject.shares:
                 skill.neutral.keep()
             before = answer_inventory(subject.base, items) if items else None
-        answered, capability, after = work.own(skill, items)
+        told, capability, after = work.own(skill, items)
         inventory = None
         if before is not None and after is not None:
             inventory = inventory_part(before, after, items, source_name(job.inventory), seed=job.seed)
         with timings.measure("baselines"):
-            answered += work.others()
+            told += work.others()
+        with timings.measure("score"):
+            progress.start("score", len(test.questions))
+            answered = scored(told, subject.scorer, test, progress)
         cross_talk: dict[str, Doubles] = {}
         if "cross-talk" not in job.skips:
             with timings.measure("cross-talk"):
@@ -199,12 +202,7 @@ class _Work:
         if subject.read is not None:
             with subject.read() as runtime:
                 capability, rated = self._cost(skill, items, runtime)
-        ways = [*before, *after]
-        self.progress.start("score", len(ways))
-        found = [
-            scored(way, *one, subject.scorer, self.test) for way, one in zip(ways, told, strict=True) if self._advance()
-        ]
-        order = [found[0], found[len(before)], *found[1 : len(before)], *found[len(before) + 1 :]]
+        order = [told[0], told[len(before)], *told[1 : len(before)], *told[len(before) + 1 :]]
         return order, capability, rated
 
     def _cost(
@@ -223,12 +221,12 @@ class _Work:
         self.progress.advance(1)
         return True
 
-    def others(self) -> list[Answered]:
+    def others(self) -> list[Told]:
         """Other methods on the same questions, at the artifact's damage; fine-tuning as it comes out."""
         found = self._ruled([name for name in self.job.baselines if name != baselines.LORA])
         return [*found, self._fine_tuned()] if baselines.LORA in self.job.baselines else found
 
-    def _ruled(self, names: Sequence[str]) -> list[Answered]:
+    def _ruled(self, names: Sequence[str]) -> list[Told]:
         engine, saved = self.subject.engine, self.subject.saved
         if not names:
             return []
@@ -254,7 +252,7 @@ class _Work:
         self.progress.start("baselines", len(rules))
         return [self._baseline(name, label, rule, neutral) for name, (label, rule) in rules.items() if self._advance()]
 
-    def _baseline(self, name: str, label: str, rule: SteeringRule, neutral: NeutralText) -> Answered:
+    def _baseline(self, name: str, label: str, rule: SteeringRule, neutral: NeutralText) -> Told:
         engine = self.subject.engine
         assert engine is not None
         level = baselines.level(engine, lambda at: baselines.scaled(rule, at), neutral, max(self.damage, 1e-6))
@@ -262,10 +260,9 @@ class _Work:
         kind: Kind = "null" if name == baselines.NULL else "baseline"
         way = Way(name, label, kind, lambda: engine.steered(level.rule))
         with way.open() as runtime:
-            answers, seconds = ask(way, runtime, self.test)
-        return scored(way, answers, seconds, self.subject.scorer, self.test)
+            return ask(way, runtime, self.test)
 
-    def _fine_tuned(self) -> Answered:
+    def _fine_tuned(self) -> Told:
         """The paper's fine-tuning row. It has no strength, so its damage is what it is, and is told beside it."""
         from npti_export.evaluate.finetune import FineTuneSettings, fine_tuned, plain_exchanges
 
@@ -286,10 +283,10 @@ class _Work:
             lambda: fine_tuned(runtime, exchanges, settings, self.progress),
         )
         with way.open() as tuned:
-            answers, seconds = ask(way, tuned, test)
+            told = ask(way, tuned, test)
             damage = float(neutral.kl(tuned).mean())
         self.strengths[way.name] = {"damage": round(damage, 5), "questions": count, "epochs": settings.epochs}
-        return scored(way, answers, seconds, subject.scorer, test)
+        return told
 
     def _profile(self) -> NeuronProfile:
         """Neurons of the trait, for the other methods."""
@@ -315,11 +312,9 @@ class _Work:
                 found[name] = steered.scores.contrast - base.scores.contrast
                 continue
             bench: TraitBench = load_bench(name)
-            moved = [
-                contrasts(subject.scorer, bench, test.questions, one.tokens, test.recipe, personas=1)
-                for one in (base, steered)
-            ]
-            found[name] = moved[1] - moved[0]
+            both = [one.tokens for one in (base, steered)]
+            before, after = contrasts(subject.scorer, bench, test.questions, both, test.recipe, personas=1)
+            found[name] = after - before
         return found
 
     def judge(self, answered: Sequence[Answered]) -> JudgePart | None:

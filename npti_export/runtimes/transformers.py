@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from npti_export.runtimes.accumulate import StatsAccumulator
 
+_LOGITS_BYTES = 512 << 20  # of a pass that asks how likely responses are, in float32
 _TOKENS_PER_PASS = 8192  # of a teacher-forced batch, padding included: bounds its memory
 
 
@@ -186,7 +187,7 @@ class TransformersRuntime:
         accumulator = StatsAccumulator(
             shape.layers, shape.width, self.device, shape.experts, products=downs is not None
         )
-        for batch in _batches(exchanges):
+        for batch in batches(exchanges):
             ids, mask = self._pad([exchange.tokens for exchange in batch], left=False)
             counted = torch.zeros_like(ids, dtype=torch.bool)
             for row, exchange in enumerate(batch):
@@ -209,7 +210,7 @@ class TransformersRuntime:
         import torch
 
         result = []
-        for batch in _batches([Exchange(tuple(prompt), ()) for prompt in prompts]):
+        for batch in batches([Exchange(tuple(prompt), ()) for prompt in prompts]):
             ids, mask = self._pad([exchange.prompt for exchange in batch], left=True)
             places = (mask.cumsum(-1) - 1).clamp(min=0)
             with torch.inference_mode():
@@ -224,16 +225,23 @@ class TransformersRuntime:
         import torch
 
         result: list[float] = []
-        for batch in _batches(exchanges):
+        for batch in batches(exchanges, logits=_LOGITS_BYTES // (4 * self._vocabulary)):
             ids, mask = self._pad([exchange.tokens for exchange in batch], left=False)
-            with torch.inference_mode():
-                hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+            first = min(len(exchange.prompt) for exchange in batch)
+            with torch.inference_mode():  # the model's own logits: some families scale or cap them
+                logits = self.model(
+                    input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ids.shape[1] - first + 1
+                ).logits
                 for row, exchange in enumerate(batch):
                     start, end = len(exchange.prompt), len(exchange.tokens)
-                    logits = self.model.get_output_embeddings()(hidden[row, start - 1 : end - 1]).float()
-                    chosen = logits.gather(-1, ids[row, start:end, None])[:, 0]
-                    result.append(float((chosen - logits.logsumexp(-1)).mean()))
+                    own = logits[row, start - first : end - first].float()
+                    chosen = own.gather(-1, ids[row, start:end, None])[:, 0]
+                    result.append(float((chosen - own.logsumexp(-1)).mean()))
         return result
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
 
     def stream_means(
         self, exchanges: Sequence[Exchange], added: npt.NDArray[np.float64] | None = None
@@ -242,7 +250,7 @@ class TransformersRuntime:
         from npti_export.runtimes.streams import StreamMeans, adding
 
         means = StreamMeans(self.layers, self.source.shape.hidden)
-        for batch in _batches(exchanges):
+        for batch in batches(exchanges):
             ids, mask, counted = self._response_positions(batch)
             with adding(self._own_downs, added) if added is not None else nullcontext(), means.listen(counted):
                 self._read(ids, mask)
@@ -253,7 +261,7 @@ class TransformersRuntime:
         from npti_export.runtimes.streams import StreamFollower
 
         follower = StreamFollower(self.layers, wanted)
-        for batch in _batches(exchanges):
+        for batch in batches(exchanges):
             ids, mask, counted = self._response_positions(batch)
             for hooked in (follower.looking, follower.moving):
                 with hooked(counted):
@@ -346,15 +354,24 @@ def parse_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def _batches(exchanges: Sequence[Exchange]) -> Iterator[list[Exchange]]:
-    """Exchanges in their order, as many at once as fit in ``_TOKENS_PER_PASS`` padded tokens."""
+def batches(
+    exchanges: Sequence[Exchange], tokens: int = _TOKENS_PER_PASS, logits: int | None = None
+) -> Iterator[list[Exchange]]:
+    """Exchanges in their order, as many at once as fit, padding included.
+
+    Args:
+        exchanges: each makes a batch in any case.
+        tokens: most in a batch.
+        logits: most rows of them, from the first response on; None for no limit.
+    """
     batch: list[Exchange] = []
-    longest = 0
     for exchange in exchanges:
-        longest = max(longest, len(exchange.tokens))
-        if batch and longest * (len(batch) + 1) > _TOKENS_PER_PASS:
+        grown = [*batch, exchange]
+        longest, first = max(len(one.tokens) for one in grown), min(len(one.prompt) for one in grown)
+        rows = (longest - first + 1) * len(grown)
+        if batch and (longest * len(grown) > tokens or (logits is not None and rows > logits)):
             yield batch
-            batch, longest = [], len(exchange.tokens)
-        batch.append(exchange)
+            grown = [exchange]
+        batch = grown
     if batch:
         yield batch

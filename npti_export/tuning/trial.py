@@ -96,16 +96,16 @@ class Measure:
     def answered(self, way: Way) -> Answered:
         """The answers of any way, scored."""
         with way.open() as runtime:
-            answers, seconds = ask(way, runtime, self.test)
-        return scored(way, answers, seconds, self._engine.base, self.test)
+            told = ask(way, runtime, self.test)
+        return scored([told], self._engine.base, self.test)[0]
 
     def steered(self, rule: SteeringRule) -> tuple[Answered, Doubles]:
         """Scored answers under a rule, and its KL by passage."""
         way = Way("steered", "Steered", "steered", lambda: self._engine.steered(rule))
         with way.open() as runtime:
-            answers, seconds = ask(way, runtime, self.test)
+            told = ask(way, runtime, self.test)
             damage = self._neutral.kl(runtime)
-        return scored(way, answers, seconds, self._engine.base, self.test), damage
+        return scored([told], self._engine.base, self.test)[0], damage
 
     def rule(self, rule: SteeringRule) -> Figures:
         """The figures of a rule.

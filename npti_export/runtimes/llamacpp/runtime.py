@@ -26,7 +26,7 @@ from npti_export.runtimes.llamacpp.decoding import Beginnings, Choose, Decoder, 
 from npti_export.runtimes.llamacpp.experts import ExpertCounter, ExpertNodes, SeeExperts
 from npti_export.runtimes.llamacpp.last import last_logits
 from npti_export.runtimes.llamacpp.likelihood import log_likelihoods, plan
-from npti_export.runtimes.llamacpp.streams import StreamFollower, StreamMeans, whole_chunks
+from npti_export.runtimes.llamacpp.streams import StreamFollower, StreamMeans
 from npti_export.runtimes.llamacpp.taps import See
 from npti_export.stats import ActivationStats, AnswerCounts
 
@@ -216,7 +216,7 @@ class LlamaCppRuntime:
     def stream_follows(self, exchanges: Sequence[Exchange], wanted: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """See :class:`npti_export.runtimes.base.Runtime`."""
         follower = StreamFollower(wanted)
-        for chunk in whole_chunks(exchanges, self.model.vocabulary_size, self.settings.batch):
+        for chunk in chunks(exchanges, lambda one: len(one.tokens), self.model.vocabulary_size, self.settings.batch):
             fed = follower.begin(chunk)
             self._decode_all(fed, follower.looking)
             self._decode_all(fed, follower.moving)

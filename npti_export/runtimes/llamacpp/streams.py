@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.errors import ModelError
 from npti_export.runtimes.base import Exchange
-from npti_export.runtimes.llamacpp.context import chunks
 from npti_export.runtimes.llamacpp.taps import Floats, See
 
 _BEHIND = "l_out"  # what a layer hands on, in every family (``cb`` in src/models)
@@ -60,6 +58,8 @@ class StreamMeans:
 class StreamFollower:
     """Moves the stream of a pass behind each layer to where it is wanted, and adds up what that took.
 
+    Where a pass is computed in several pieces, each is moved by itself.
+
     Args:
         wanted: ``[layers, hidden]``, the change of the mean.
     """
@@ -68,8 +68,9 @@ class StreamFollower:
         self._wanted = wanted
         self._sums = np.zeros_like(wanted)
         self._count = 0
-        self._plain = np.zeros_like(wanted)
         self._counted = np.zeros(0, np.bool_)
+        self._seen = [0] * len(wanted)
+        self._plain: list[list[npt.NDArray[np.float64]]] = [[] for _ in wanted]  # means of each layer's pieces
         layers = range(len(wanted))
         self.looking: dict[bytes, See] = {f"{_BEHIND}-{at}".encode(): self._look(at) for at in layers}
         self.moving: dict[bytes, See] = {f"{_BEHIND}-{at}".encode(): self._move(at) for at in layers}
@@ -80,18 +81,30 @@ class StreamFollower:
         self._count += int(self._counted.sum())
         return [one.tokens[:-1] for one in exchanges]
 
+    def _rows(self, layer: int, values: Floats) -> npt.NDArray[np.bool_]:
+        """Which rows of the piece at hand are counted."""
+        start = self._seen[layer]
+        end = start + len(values)
+        self._seen[layer] = end % len(self._counted)  # the next pass begins anew
+        return self._counted[start:end]
+
     def _look(self, layer: int) -> See:
         def see(values: Floats) -> bool:
-            self._plain[layer] = values[self._counted].mean(0, dtype=np.float64)
+            counted = self._rows(layer, values)
+            if counted.any():
+                self._plain[layer].append(values[counted].mean(0, dtype=np.float64))
             return False
 
         return see
 
     def _move(self, layer: int) -> See:
         def see(values: Floats) -> bool:
-            moved = values[self._counted].mean(0, dtype=np.float64) - self._plain[layer]
+            counted = self._rows(layer, values)
+            if not counted.any():
+                return False
+            moved = values[counted].mean(0, dtype=np.float64) - self._plain[layer].pop(0)
             share = self._wanted[layer] - moved
-            self._sums[layer] += share * self._counted.sum()
+            self._sums[layer] += share * counted.sum()
             values += share.astype(np.float32)
             return True
 
@@ -100,18 +113,6 @@ class StreamFollower:
     def result(self) -> npt.NDArray[np.float64]:
         """The mean of what was added, ``[layers, hidden]``."""
         return self._sums / max(self._count, 1)
-
-
-def whole_chunks(exchanges: Sequence[Exchange], vocabulary: int, batch: int) -> Iterator[list[Exchange]]:
-    """Groups of exchanges that are computed in one go each, so that all their rows meet at every node.
-
-    Raises:
-        ModelError: one is longer than a batch.
-    """
-    longest = max(len(one.tokens) for one in exchanges)
-    if longest > batch:
-        raise ModelError(f"--prompt-batch {batch} is too small: a question and its answer take {longest} tokens")
-    return chunks(exchanges, lambda one: len(one.tokens), vocabulary, batch)
 
 
 def counted_rows(exchanges: Sequence[Exchange]) -> npt.NDArray[np.bool_]:
