@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
     source = resolve_model(None)
-    recipe = select_recipe(None, source.fingerprint, tuple(arguments.overrides))
+    recipe = select_recipe(None, source.fingerprint, tuple(arguments.overrides), neurons=True)
     runtime = LlamaCppRuntime(source.path, sequences=recipe.identify.batch_size, source=source)
     size = recipe.identify.batch_size // 2
     say("trait, questions, tokens, predicted overlap, overlap with all: + and -")

@@ -88,7 +88,7 @@ def main():
     parser.add_argument("--bases", nargs="+", default=["F32", "shipped"])
     arguments = parser.parse_args()
     shipped, settings = default_model_path(), Settings(threads=arguments.threads)
-    recipe = load_recipe("smollm2-135m", [f"verify.answer_tokens={arguments.tokens}"])
+    recipe = load_recipe("smollm2-135m-npti", [f"verify.answer_tokens={arguments.tokens}"])
     loaded = [load_profile(path, gguf_source(shipped).shape) for path in arguments.profile]
     profiles = {one.trait: one for one in loaded}
     poles = [TraitSpec(trait, sign) for trait in profiles for sign in "+-"]

@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=4)
     arguments = parser.parse_args()
     source, fast = load_model()
-    recipe = load_recipe("smollm2-135m")
+    recipe = load_recipe("smollm2-135m-npti")
     profile = profile_of(arguments.trait, source, fast, recipe)
     runtime = TransformersRuntime(source, dtype="float32")
     prompts = plain_prompts(runtime, load_bench(arguments.trait).test(arguments.prompts), recipe)
@@ -73,7 +73,7 @@ def main():
             for gamma in arguments.gammas or [recipe.rule.gamma]:
                 for units in arguments.units:
                     for sign in "+-":
-                        chosen = load_recipe("smollm2-135m", [f"rule.gamma={gamma}"])
+                        chosen = load_recipe("smollm2-135m-npti", [f"rule.gamma={gamma}"])
                         rule = build_rule(profile, TraitSpec(arguments.trait, sign), chosen)
                         plan = plan_bake(read_gguf(path), compile_exact(rule, units), {}, "0" * 64)
                         write_bake(plan, Path(folder) / "steered.gguf")

@@ -57,7 +57,7 @@ def run(arguments):
 
 
 def run_pole(pole, programs, scorer, arguments):
-    recipe = load_recipe("smollm2-135m", ["verify.prompts=6"])
+    recipe = load_recipe("smollm2-135m-npti", ["verify.prompts=6"])
     spec, path = parse_trait(pole), default_model_path()
     source, bench = gguf_source(path), load_bench(spec.trait)
     rule = build_rule(profile_of(spec.trait, source, recipe), spec, recipe)

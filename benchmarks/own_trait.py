@@ -27,7 +27,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pole")
     parser.add_argument("profile", type=Path)
-    parser.add_argument("--recipe", default="smollm2-135m")
+    parser.add_argument("--recipe", default="smollm2-135m-npti")
     parser.add_argument("--tokens", type=int, default=64)
     arguments = parser.parse_args()
     spec = parse_trait(arguments.pole)

@@ -117,7 +117,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=2)
     arguments = parser.parse_args()
     source, fast = load_model()
-    recipe = load_recipe("smollm2-135m")
+    recipe = load_recipe("smollm2-135m-npti")
     profile = profile_of(arguments.trait, source, fast, recipe)
     rule = build_rule(profile, TraitSpec(arguments.trait, arguments.sign), recipe)
     program = compile_exact(rule, recipe.compile.basis_units)

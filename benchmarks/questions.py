@@ -37,7 +37,7 @@ SIZES = (30, 60, 120, 240, 400)
 BATCH = 16  # questions, each as both poles
 SPLITS = 40
 TEST_QUESTIONS = 24
-RECIPE = "smollm2-135m"
+RECIPE = "smollm2-135m-npti"
 
 
 def ask(runtime, bench, recipe, source):

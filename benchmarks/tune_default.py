@@ -1,9 +1,13 @@
-"""Choose strength and neuron count for the default model, on search questions only.
+"""The default model's recipe: how strong `matched` is to be, by the tuner's own trials on search questions.
 
-    python benchmarks/tune_default.py [--questions 24] [--counts 500 2000] [--gammas 0.7 1.4] [--traits extraversion …]
+    python benchmarks/tune_default.py [--poles extraversion+ …] [--questions 32]
+    python benchmarks/tune_default.py --table
 
-For each pole and setting: how far the steered answers' contrast moves towards the pole, and what that costs in fluency,
-beside the unsteered model and the persona prompt. Results go to benchmarks/out/tune.jsonl and are not measured twice.
+For each pole `npti-export tune --methods matched` makes its first trials: the matched constant at four strengths in all
+layers. One strength is picked for all poles: the one that gains most on average while the fluency of all answers
+together falls by no more than 5% and KL on neutral text stays under 0.1 for every pole. (A pick for one pole by itself
+rests on 32 answers; such a one, the best of 70 trials of all methods for extraversion-, gained +0.055 on the search
+questions that it was picked by and +0.031 on test questions.) Results go to benchmarks/out/tuned/.
 """
 
 import argparse
@@ -11,90 +15,91 @@ import time
 from collections import defaultdict
 
 import numpy as np
-from common import OUT, answer_as, append_line, load_model, poles, read_lines, say
+from common import OUT, say
+from rich.console import Console
 
-from npti_export.bench import load_bench
-from npti_export.evaluate.contrast import score
-from npti_export.recipe import load_recipe
+from npti_export.errors import EvaluationError
+from npti_export.evaluate.supplements import read_tuning
+from npti_export.identify.collect import cache_folder
+from npti_export.progress import Silent
+from npti_export.traits import FACETS, TraitSpec
+from npti_export.tuning.budget import Budget
+from npti_export.tuning.delivery import deliver_tuning
+from npti_export.tuning.opening import ModelJob
+from npti_export.tuning.tune import TuneJob
 
-RESULTS = OUT / "tune.jsonl"
+RESULTS, STRENGTHS = OUT / "tuned", 4
+POLES = [trait + sign for trait in FACETS for sign in "+-"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=24)
-    parser.add_argument("--tokens", type=int, default=56)
-    parser.add_argument("--personas", type=int, default=2)
-    parser.add_argument("--counts", type=int, nargs="+", default=[500, 1000, 2000, 4000])
-    parser.add_argument("--gammas", type=float, nargs="+", default=[0.7, 1.0, 1.4])
-    parser.add_argument("--traits", nargs="+")
-    parser.add_argument("--summary", action="store_true", help="only print what was measured")
+    parser.add_argument("--poles", nargs="+", default=POLES)
+    parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--personas", type=int, default=1)
+    parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
-    if not arguments.summary:
-        run(arguments)
-    summarise()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for pole in [] if arguments.table else arguments.poles:
+        one_pole(pole, arguments)
+    table([pole for pole in arguments.poles if place(pole).is_file()])
 
 
-def run(arguments):
-    source, runtime = load_model()
-    done = {(r["trait"], r["setting"]) for r in read_lines(RESULTS)}
-    settings = [f"{count}/{gamma}" for count in arguments.counts for gamma in arguments.gammas]
-    base_recipe = load_recipe("smollm2-135m")
-    for setting in ["base", "persona", *settings]:
-        for trait, sign in poles(arguments.traits):
-            if (trait + sign, setting) in done:
-                continue
-            bench = load_bench(trait)
-            questions = bench.search(arguments.questions)
-            started = time.time()
-            condition, recipe = setting, base_recipe
-            if setting not in ("base", "persona"):
-                count, gamma = setting.split("/")
-                condition, recipe = (
-                    "steered",
-                    load_recipe(
-                        "smollm2-135m", [f"select.at_least={count}", f"select.at_most={count}", f"rule.gamma={gamma}"]
-                    ),
-                )
-            answers = answer_as(condition, runtime, source, trait + sign, questions, recipe, arguments.tokens)
-            scores = score(runtime, bench, questions, answers, base_recipe, personas=arguments.personas)
-            towards = 1 if sign == "+" else -1
-            append_line(
-                RESULTS,
-                {
-                    "trait": trait + sign,
-                    "setting": setting,
-                    "contrast": (towards * scores.contrast).tolist(),
-                    "fluency": scores.fluency.tolist(),
-                    "sample": runtime.decode(answers[0]),
-                },
-            )
-            mean = towards * scores.contrast.mean()
-            say(
-                f"{trait + sign:20} {setting:10} {mean:+.3f} fluency {scores.fluency.mean():.2f}",
-                f"{time.time() - started:.0f}s",
-            )
+def place(pole):
+    return RESULTS / f"{pole}.json"
 
 
-def summarise():
-    """One line a setting: gain of the contrast over the base, by pole, and its mean; mean fluency."""
-    rows = defaultdict(dict)
-    for record in read_lines(RESULTS):
-        rows[record["setting"]][record["trait"]] = record
-    base = rows["base"]
-    names = sorted(base)
-    say("gain over base".ljust(14), *(name[:6] + name[-1] for name in names), "  mean   worst  fluency")
-    for setting, by_pole in rows.items():
-        if setting == "base" or set(by_pole) != set(names):
-            continue
-        gains = [np.mean(np.subtract(by_pole[name]["contrast"], base[name]["contrast"])) for name in names]
-        fluency = np.mean([np.mean(by_pole[name]["fluency"]) for name in names])
-        say(
-            setting.ljust(14),
-            *(f"{gain:+.3f} " for gain in gains),
-            f"{np.mean(gains):+.4f} {min(gains):+.3f} {fluency:.3f}",
-        )
-    say("base fluency", f"{np.mean([np.mean(one['fluency']) for one in base.values()]):.3f}")
+def one_pole(pole, arguments):
+    if place(pole).is_file():
+        return
+    started = time.time()
+    job = TuneJob(
+        ModelJob(
+            TraitSpec(pole[:-1], pole[-1]),
+            recipe="matched",
+            overrides=("identify.max_new_tokens=64", "identify.questions=120"),
+            cache=cache_folder(),
+        ),
+        trials=STRENGTHS,
+        questions=arguments.questions,
+        confirm=False,  # benchmarks/poles.py does
+        personas=arguments.personas,
+        methods=("matched",),
+        storage=RESULTS / "trials.sqlite",
+    )
+    try:
+        deliver_tuning(job, Console(width=140), Silent(), json_path=place(pole))
+    except EvaluationError as error:  # no strength keeps the budget here: the figures are there all the same
+        say(error)
+    say(pole, f"{time.time() - started:.0f}s")
+
+
+def table(poles):
+    """Gain, loss of fluency and KL by strength: pole by pole, and all together."""
+    found, base = defaultdict(dict), {}
+    for pole in poles:
+        record = read_tuning(place(pole))
+        base[pole] = record.base_fluency
+        for trial in record.trials:
+            if trial.rule["first_layer"] == 0 and trial.rule["last_layer"] == 1:
+                found[round(trial.rule["gamma"] * trial.rule["matched"], 3)][pole] = trial
+    strengths = sorted(found)
+    say("| pole | unsteered | " + " | ".join(f"{one:g}: gain, fluency, KL" for one in strengths) + " |")
+    say("|---" * (2 + len(strengths)) + "|")
+    for pole in poles:
+        trials = [found[strength][pole] for strength in strengths]
+        cells = [f"{one.gain.mean:+.3f}, {one.fluency.mean:.2f}, {one.damage.mean:.3f}" for one in trials]
+        say(f"| {pole} | {base[pole]:.2f} | " + " | ".join(cells) + " |")
+    picked, best, budget = None, 0.0, Budget()
+    for strength in strengths:
+        trials = [found[strength][pole] for pole in poles]
+        gain, fluency = (np.mean([getattr(one, name).mean for one in trials]) for name in ("gain", "fluency"))
+        unsteered, damage = np.mean([base[pole] for pole in poles]), max(one.damage.mean for one in trials)
+        keeps = budget.holds(damage, fluency, unsteered)
+        say(f"{strength:g}: gain {gain:+.4f}, fluency {fluency:.3f} of {unsteered:.3f}, KL at most {damage:.3f}", keeps)
+        if keeps and gain > best:
+            picked, best = strength, gain
+    say("picked:", picked)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from npti_export.traits import parse_trait
 
 def main(profile_path, folder="."):
     source = resolve_model(None)
-    recipe = select_recipe(None, source.fingerprint)
+    recipe = select_recipe(None, source.fingerprint, neurons=True)  # the one that steers what a profile found
     profile = load_profile(Path(profile_path), source.shape, "neuroticism")
     profile.check_model(source)
     base = read_gguf(source.path)

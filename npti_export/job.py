@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,6 +50,7 @@ class Job:
         checkpoint_dtype: of the weights of a GGUF's steered checkpoint.
         push_to: hub repository for the result.
         private: whether a new repository is private.
+        evaluation: of the same rule, for the card of ``push_to``.
         recipe: name or path; None picks by model.
         overrides: ``section.key=value`` strings.
         profiles: saved profiles to re-use.
@@ -76,6 +77,7 @@ class Job:
     checkpoint_dtype: str | None = None
     push_to: str | None = None
     private: bool = False
+    evaluation: Path | None = None
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
     profiles: tuple[Path, ...] = ()
@@ -150,14 +152,14 @@ def _prepare(job: Job, saved: SavedRule | None, source: ModelSource, matrix: Imp
         others = [path for path in outputs if path != job.out]
         job = replace(job, out=paths[0])
         _refuse_shared_paths(job, source, [*others, *paths])
-    recipe = _recipe(job, saved, source)
+    profiles = {} if saved else _load_profiles(job, source)
+    recipe = _recipe(job, saved, source, neurons=job.format == "dial" or _lack_matched(traits, profiles))
     if _bakes(job):
         check_layout(source, base, recipe.compile.layout)
     if saved is not None and saved.where == "response" and job.format != "peft" and job.where is None:
         raise OutputError(
             f"{job.rule_from}: steers the response only, and weights steer every position; pass --where all for that"
         )
-    profiles = {} if saved else _load_profiles(job, source)
     benches = load_benches(traits, job.bench, job.trait_dirs)
     if saved is None:
         for name, bench in benches.items():
@@ -260,8 +262,20 @@ def check_same_model(saved: SavedRule, source: ModelSource, *, any_model: bool) 
         )
 
 
-def _recipe(job: Job, saved: SavedRule | None, source: ModelSource) -> Recipe:
-    """The requested recipe, the earlier artifact's own, or the one for the model."""
+def _lack_matched(traits: Sequence[TraitSpec], profiles: Mapping[str, NeuronProfile]) -> bool:
+    """Whether a given profile knows of neurons only, as the published ones do."""
+    return any(spec.trait in profiles and profiles[spec.trait].matched(spec.sign) is None for spec in traits)
+
+
+def _recipe(job: Job, saved: SavedRule | None, source: ModelSource, *, neurons: bool) -> Recipe:
+    """The requested recipe, the earlier artifact's own, or the one for the model.
+
+    Args:
+        job: what was asked for.
+        saved: the earlier artifact.
+        source: the model.
+        neurons: nothing but neurons will do.
+    """
     if saved is not None:
         for override in job.overrides:
             if not override.strip().startswith(_AFTER_THE_RULE):
@@ -274,7 +288,7 @@ def _recipe(job: Job, saved: SavedRule | None, source: ModelSource) -> Recipe:
         except RecipeError:
             if job.overrides:
                 raise
-    return select_recipe(job.recipe, source.fingerprint, job.overrides)
+    return select_recipe(job.recipe, source.fingerprint, job.overrides, neurons=neurons)
 
 
 def _refuse_idle_options(job: Job, source: ModelSource) -> None:
@@ -297,6 +311,9 @@ def _refuse_idle_options(job: Job, source: ModelSource) -> None:
             any(one.startswith("compile.layout=") for one in job.overrides) and job.format not in BAKED
         ),
         "--private goes with --push-to-hub": job.private and job.push_to is None,
+        "--evaluation is for the card of --push-to-hub; into another one, evaluate --card puts it": (
+            job.evaluation is not None and job.push_to is None
+        ),
         "--where response: weights steer every position; it goes with --format peft": (
             job.where == "response" and job.format != "peft"
         ),

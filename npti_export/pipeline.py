@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from npti_export.benches import held_out, searched
 from npti_export.endings.base import SINGLE_FILES, Ending, Written
 from npti_export.errors import FidelityError, ModelError, NptiError
-from npti_export.files import set_aside
+from npti_export.evaluate.card import check_same_rule, results, section
+from npti_export.evaluate.document import read_document
+from npti_export.files import atomic_output, set_aside
 from npti_export.identify.profiles import Place, profile_for
 from npti_export.job import QUESTION_TOKENS, Job, Prepared, prepared, with_base
 from npti_export.loader import Models, Timings
@@ -49,6 +51,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     if job.out is None:
         raise ModelError("the main job needs an output")
     with prepared(job) as asked:
+        if job.evaluation is not None:
+            document = read_document(job.evaluation)
+            check_same_rule(job.evaluation, document, asked.traits, asked.source.fingerprint, asked.recipe)
         if job.push_to is not None:
             from npti_export.export.hub import check_repository
 
@@ -342,7 +347,14 @@ def push(job: Job, report: dict[str, Any], progress: Progress) -> str:
     assert job.out is not None
     assert job.push_to is not None
     progress.start(f"push to {job.push_to}", 1)
-    url = upload(Path(report["artifact"]["path"]), job.push_to, model_card(report), private=job.private)
+    path, card = Path(report["artifact"]["path"]), model_card(report)
+    if job.evaluation is not None:
+        document = read_document(job.evaluation)
+        card = model_card(report, section(document), results(document))
+        if path.is_dir():  # which is uploaded with the card inside it
+            with atomic_output(path / "README.md", force=True) as temporary:
+                temporary.write_text(card, encoding="utf-8")
+    url = upload(path, job.push_to, card, private=job.private)
     progress.advance(1)
     return url
 

@@ -240,18 +240,22 @@ def recipe_from_json(text: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(_explain("inside the artifact", error) + "; give one by --recipe") from error
 
 
-def select_recipe(requested: str | None, fingerprint: str, overrides: Sequence[str] = ()) -> Recipe:
+def select_recipe(
+    requested: str | None, fingerprint: str, overrides: Sequence[str] = (), *, neurons: bool = False
+) -> Recipe:
     """The requested recipe, or else the shipped one tuned for the model, or else ``npti``.
 
     Args:
         requested: a name or path; None decides by ``fingerprint``.
         fingerprint: the model's fingerprint, see :mod:`npti_export.models`.
         overrides: ``section.key=value`` strings.
+        neurons: None decides among those that shift or clamp neurons.
     """
     if requested is not None:
         return load_recipe(requested, overrides)
     for name in shipped_recipes():
-        if load_recipe(name).tuned_for == fingerprint:
+        recipe = load_recipe(name)
+        if recipe.tuned_for == fingerprint and (not neurons or recipe.rule.shift or recipe.rule.clamp):
             return load_recipe(name, overrides)
     return load_recipe("npti", overrides)
 

@@ -9,15 +9,17 @@ from test_constants import ConstantLlama, constant_rule
 from tolerances import KL_TINY_FLOAT, KL_TWO_ENGINES, LOGITS_FLOAT32, LOGITS_LLAMACPP
 
 from npti_export.errors import ArchitectureError, ProfileError
-from npti_export.evaluate.baselines import level, null_rule, scaled
+from npti_export.evaluate.baselines import level, method_rule, null_rule, scaled
 from npti_export.evaluate.capability.neutral import NeutralText
 from npti_export.evaluate.capability.tasks import neutral_passages
 from npti_export.evaluate.engine import LlamaEngine, TorchEngine
 from npti_export.models import gguf_source
+from npti_export.profile import NeuronProfile
 from npti_export.recipe import load_recipe
 from npti_export.rule import SteeringRule
 from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
+from npti_export.traits import TraitSpec
 
 TOKENS = (1, 300, 45, 77, 512, 900, 31, 8, 650, 222, 19, 404, 3, 1000, 99, 250)
 RECIPE = load_recipe("npti", ["identify.batch_size=4", "compile.clamp_units=5"])
@@ -191,3 +193,20 @@ def test_random_signs_of_constants_are_as_often_minus_as_plus(rule):
     found = null_rule(SteeringRule(np.zeros_like(constant), np.zeros(constant.shape, bool), constant), 0)
     assert abs(found.constant.mean()) < 0.05  # four standard errors
     np.testing.assert_array_equal(np.abs(found.constant), constant)
+
+
+@pytest.mark.parametrize("spread", [1.0, 100.0])
+def test_dpn_le_without_an_effect_that_is_large_enough(spread):
+    rng = np.random.default_rng(2)
+    shape = (3, 400)
+    rates, means = rng.random((4, *shape)).astype(np.float32), rng.normal(size=(2, *shape)).astype(np.float32)
+    deviation = np.full(shape, spread, np.float32)
+    profile = NeuronProfile("openness", *rates, None, {}, *means, deviation)
+    name, found = method_rule("dpn-le", profile, TraitSpec("openness", "-", 0.5))
+    difference = means[1].astype(np.float64) - means[0]
+    kept = np.abs(difference) >= np.sort(np.abs(difference), axis=None)[-6]  # half a percent of 1,200
+    np.testing.assert_allclose(found.constant, np.where(kept, difference, 0), rtol=1e-6)
+    assert name == ("DPN-LE" if spread == 1 else "DPN-LE, with no limit on the effect size")
+    without = NeuronProfile("openness", *rates, None, {})
+    with pytest.raises(ProfileError, match="does not hold"):
+        method_rule("dpn-le", without, TraitSpec("openness", "-"))

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ from npti_export.evaluate.capability.tasks import Passage, neutral_passages
 from npti_export.evaluate.contrast import contrasts, score
 from npti_export.evaluate.document import Document, read_document
 from npti_export.evaluate.prompts import scoring_personas
+from npti_export.evaluate.run import EvaluationJob
+from npti_export.evaluate.subject import SubjectJob
 from npti_export.export.control_vector import write_control_vector
 from npti_export.export.metadata import steering_metadata
 from npti_export.export.peft import write_adapter
@@ -263,6 +266,15 @@ def test_the_formats_of_one_rule_do_the_same_damage(whole, artifacts, trait_dir,
         document, _ = evaluated(monkeypatch, job(artifacts[kind], trait_dir, questions=2))
         damage.append(document.capability.kl_neutral.mean)
     assert damage == pytest.approx(damage[:1] * 3, rel=KL_TWO_ENGINES)
+
+
+def test_how_many_questions_there_are(bench):
+    own = load_bench("openness")
+    for given, shipped, few in ((None, evaluate_run.QUESTIONS, 4), (0, len(own.test()), 4), (3, 3, 3)):
+        asked = EvaluationJob(SubjectJob(Path("model.gguf")), questions=given)
+        assert evaluate_run._questions(asked, own) == own.test(shipped)
+        assert len(evaluate_run._questions(asked, bench)) == few
+    assert len(own.test()) > evaluate_run.QUESTIONS
 
 
 def comparable(document):

@@ -6,7 +6,9 @@ import pytest
 from evaluations import bake, saved_rule, small_trait, strong_rule
 from jobs import npti
 
+from npti_export.evaluate.card import section
 from npti_export.evaluate.document import read_document
+from npti_export.files import sha256_file
 
 QUICK = ["--questions", "2", "--answer-tokens", "4", "--personas", "1", "--baselines", "none", "--no-prompts"]
 QUICK += ["--threads", "1"]
@@ -25,6 +27,18 @@ def folder(tiny, tmp_path_factory):
 def evaluate(*arguments, environment, folder, skips=SKIPS):
     options = [*QUICK, *skips, "--trait-dir", "pirate"]
     return npti("evaluate", *options, *arguments, environment=environment, cwd=folder)
+
+
+def test_the_figures_go_into_a_card(folder, cli_environment):
+    card = folder / "card.md"
+    card.write_text("# Mine\n")
+    done = evaluate("m.gguf", "--card", "card.md", "--json", "c.json", environment=cli_environment, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert card.read_text(encoding="utf-8") == f"# Mine\n\n{section(read_document(folder / 'c.json'))}\n"
+    assert "wrote card.md" in done.stdout
+    for name, words in (("card.txt", "ends in .md"), ("c.md", "is named for something else")):
+        done = evaluate("m.gguf", "--card", name, "--html", "c.md", environment=cli_environment, folder=folder)
+        assert refused(done, "--card", words)
 
 
 def refused(done, *words):
@@ -50,6 +64,7 @@ def test_it_writes_what_it_prints(folder, cli_environment):
     assert page.lower().startswith("<!doctype html>")
     assert "Steered" in page
     assert "wrote r.json" in done.stdout
+    assert document.artifact["sha256"] == sha256_file(folder / "m.gguf")
     written = [(folder / name).read_bytes() for name in ("r.json", "r.html")]
     again = evaluate("m.gguf", "--json", "new.json", "--html", "r.html", environment=cli_environment, folder=folder)
     assert refused(again, "r.html", "--force")

@@ -37,7 +37,7 @@ def run(name, *arguments, cwd):
 def test_compose(composed):
     folder, printed = composed
     assert [path.name for path in sorted(folder.glob("*.gguf"))] == ["calm-0.5.gguf", "calm-1.5.gguf", "calm-1.gguf"]
-    count = load_recipe("smollm2-135m").select.at_most
+    count = load_recipe("smollm2-135m-npti").select.at_most
     assert printed.count(f"{count} shifts, {count} clamps") == 3
     assert (folder / "calm-0.5.gguf").read_bytes() != (folder / "calm-1.gguf").read_bytes()
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from documents import sample_document
 from hub_stub import HubStub
 from jobs import npti, npti_process
 from peft import PeftModel
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from npti_export.endings.checkpoint import CheckpointEnding
 from npti_export.errors import AdapterError, ArchitectureError, FidelityError, ModelError, OutputError, RecipeError
+from npti_export.evaluate.card import section
 from npti_export.gguf.reader import read_gguf
 from npti_export.inspection import inspect_file
 from npti_export.job import Job
@@ -366,6 +368,9 @@ def test_pushed_to_the_hub(tiny, tiny_checkpoint, profile, tmp_path, cli_environ
             ("calm", tiny_checkpoint, ["--format", "peft"]),
             ("calm.gguf", tiny, []),
         ):
+            document = evaluation_of(model)
+            (tmp_path / "r.json").write_text(document.to_json(), encoding="utf-8")
+            more += ["--evaluation", "r.json"]
             done = npti_process(
                 *common, "--model", model, "--out", out, *more, "--push-to-hub", f"alice/{out}",
                 environment=environment, cwd=tmp_path,
@@ -373,6 +378,12 @@ def test_pushed_to_the_hub(tiny, tiny_checkpoint, profile, tmp_path, cli_environ
             assert done.returncode == 0, done.stderr
             assert "pushed" in done.stdout
         stored = {name: hub.files(f"alice/{name}") for name in ("calm", "calm.gguf")}
+        done = npti_process(
+            *common, "--model", tiny, "--out", "b.gguf", "--push-to-hub", "alice/b", "--evaluation", "r.json",
+            "--gamma", "0.9", environment=environment, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "'recipe' is not that of this job" in done.stderr
         done = npti_process(
             *common, "--model", tiny, "--out", "b.gguf", "--push-to-hub", "someone-else/b",
             environment=environment, cwd=tmp_path,
@@ -383,6 +394,18 @@ def test_pushed_to_the_hub(tiny, tiny_checkpoint, profile, tmp_path, cli_environ
         assert stored["calm"][path.name] == path.read_bytes()
     assert stored["calm.gguf"]["calm.gguf"] == (tmp_path / "calm.gguf").read_bytes()
     assert b"llama" in stored["calm.gguf"]["README.md"]
+    for files in stored.values():
+        assert section(document).encode() in files["README.md"]
+        assert b"model-index" in files["README.md"]
+
+
+def evaluation_of(model):
+    """As `evaluate` would have written it for the job above."""
+    return sample_document(
+        "extraversion+",
+        model={"name": "tiny", "fingerprint": resolve_model(str(model)).fingerprint, "id": None, "license": None},
+        recipe=json.loads(load_recipe("npti", SETTINGS).to_json()),
+    )
 
 
 def test_the_verify_command(made, cli_environment):

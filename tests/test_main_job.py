@@ -33,11 +33,12 @@ def test_it_moves_the_model_and_is_faithful(job):
     fidelity = report["fidelity"]
     assert report["trait"] == "extraversion-"
     assert report["recipe"]["name"] == "smollm2-135m"
-    assert fidelity["kl_rule_artifact"] <= fidelity["limit"] == 0.5 * fidelity["kl_rule_base_file"]
+    assert fidelity["kl_rule_artifact"] <= fidelity["limit"] == max(5e-3, 2 * fidelity["kl_runtime_floor"])
     # two answers are few: which tokens are nearly tied there is up to the processor's rounding
-    assert fidelity["kl_rule_base"] > 5 * fidelity["kl_rule_artifact"]
-    assert report["program"]["kind"] == "budget:5%"
-    assert report["neurons"]["extra_width"] == 64  # of 1,536
+    assert fidelity["kl_rule_base"] > 3 * fidelity["kl_rule_artifact"]
+    neurons = report["neurons"]
+    assert (neurons["shift"], neurons["clamp"], neurons["extra_width"]) == (0, 0, 0)  # biases, and nothing else
+    assert neurons["constant"] > 10_000
     assert fidelity["top1"] > 0.8  # measured 0.88 on one core, over 0.9 on two
 
 

@@ -15,14 +15,16 @@ def test_npti_has_the_papers_numbers():
 
 
 def test_every_shipped_recipe_loads():
-    assert {"npti", "smollm2-135m"} <= set(shipped_recipes())
+    assert {"best", "npti", "smollm2-135m", "smollm2-135m-npti"} <= set(shipped_recipes())
     for name in shipped_recipes():
         assert load_recipe(name).name == name
 
 
 def test_the_default_model_gets_its_tuned_recipe_and_others_the_papers():
-    assert select_recipe(None, resolve_model(None).fingerprint).name == "smollm2-135m"
-    assert select_recipe(None, "0" * 64).name == "npti"
+    default = resolve_model(None).fingerprint
+    assert select_recipe(None, default).name == "smollm2-135m"
+    assert select_recipe(None, default, neurons=True).name == "smollm2-135m-npti"
+    assert {select_recipe(None, "0" * 64, neurons=flag).name for flag in (False, True)} == {"npti"}
     assert select_recipe("npti", resolve_model(None).fingerprint).name == "npti"
 
 
@@ -60,8 +62,8 @@ def test_bad_overrides_are_named(override, says):
 
 def test_a_cap_below_the_floor_is_refused_and_can_be_lifted():
     with pytest.raises(RecipeError, match="at_least = 5000 is more than at_most = 1000"):
-        load_recipe("smollm2-135m", ["select.at_least=5000"])
-    assert load_recipe("smollm2-135m", ["select.at_least=5000", "select.at_most=none"]).select.at_most is None
+        load_recipe("smollm2-135m-npti", ["select.at_least=5000"])
+    assert load_recipe("smollm2-135m-npti", ["select.at_least=5000", "select.at_most=none"]).select.at_most is None
 
 
 def test_all_faults_are_listed_at_once(tmp_path):
@@ -109,5 +111,7 @@ def test_a_circle_is_refused(tmp_path):
 
 
 def test_missing_recipe_names_the_shipped_ones():
-    with pytest.raises(RecipeError, match="dpn-le, matched, mean-shift, npti, npti-code, smollm2-135m"):
+    with pytest.raises(
+        RecipeError, match="best, dpn-le, matched, mean-shift, npti, npti-code, smollm2-135m, smollm2-135m-npti"
+    ):
         load_recipe("nptii")

@@ -125,7 +125,7 @@ def test_what_is_missing_is_left_out_and_said(bare):
     assert names == {"figure-conditions", "figure-tradeoff"}
     for words in (
         "No picture “Where the rule steers”: the evaluation names no layers",
-        "No picture “Activations of the steered neurons”: the evaluation has no histogram",
+        "No picture “Activations of the pole's neurons”: the evaluation has no histogram",
         "No judge model rated these answers.",
         "No inventory was answered.",
         "No test of skill was run.",

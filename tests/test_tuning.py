@@ -35,7 +35,7 @@ from npti_export.tuning import strength, tune
 from npti_export.tuning.ablate import STRENGTHS, AblationJob, ablate, variations
 from npti_export.tuning.budget import Budget
 from npti_export.tuning.delivery import deliver_ablation, deliver_tuning
-from npti_export.tuning.opening import ModelJob, opened
+from npti_export.tuning.opening import METHODS, ModelJob, opened
 from npti_export.tuning.trial import Measure, other_passages, search_questions, trial_passages
 
 SPEC = TraitSpec("extraversion", "-")
@@ -158,7 +158,7 @@ def test_a_tuned_recipe_gives_the_rule_that_was_picked(subject, tmp_path):
     assert gains[chosen] == max(gains)
     assert [(one.gain, one.damage) for one in record.pareto] == list(zip(gains, damages, strict=True))
     with opened(subject, Silent()) as at:
-        profile, trial = at.whole_profile(), record.trials[chosen]
+        profile, trial = at.whole_profile(METHODS), record.trials[chosen]
         values = [f"rule.{key}={str(value).lower()}" for key, value in trial.rule.items()]
         values += [f"select.{key}={value}" for key, value in trial.select.items()]
         want, got = (
@@ -201,6 +201,30 @@ def test_no_trial_within_the_budget(subject, tmp_path):
     assert list((subject.cache / "tune").glob("extraversion--*.sqlite"))
 
 
+def test_methods_that_are_left_out_are_neither_identified_nor_tried(subject, tmp_path, monkeypatch):
+    def identifies(*_, **__):
+        raise AssertionError("a neuron is identified")
+
+    asked = job(subject, tmp_path, trials=4, methods=("matched",))
+    with monkeypatch.context() as patch:
+        patch.setattr(profiles, "collect", identifies)
+        record = tune.tune(asked, Silent()).record
+    assert [one.label.split()[0] for one in record.trials] == ["matched"] * 4
+    assert record.confirmation is not None
+    unconfirmed = tune.tune(dataclasses.replace(asked, confirm=False), Silent()).record
+    assert (unconfirmed.confirmation, unconfirmed.pareto) == (None, record.pareto)
+    assert {(one.rule["shift"], one.rule["clamp"], one.rule["constant"]) for one in record.trials} == {
+        (False, False, 0.0)
+    }
+    assert max(one.gain.mean for one in record.trials) != 0
+    neurons = tune.tune(job(subject, tmp_path, trials=3, methods=("neurons",)), Silent()).record
+    assert all(one.rule["matched"] == one.rule["constant"] == 0 for one in neurons.trials)
+    assert neurons.settings["study"] != record.settings["study"]
+    for bad in ((), ("neurons", "prompts")):
+        with pytest.raises(EvaluationError, match=r"--methods .*: give one or more of neurons, mean, matched"):
+            tune.tune(job(subject, tmp_path, methods=bad), Silent())
+
+
 def test_models_without_means_or_matched_constants(subject, monkeypatch):
     notes = []
 
@@ -214,13 +238,13 @@ def test_models_without_means_or_matched_constants(subject, monkeypatch):
     with opened(subject, Noting()) as at:
         monkeypatch.setattr(profiles, "match", fails)
         monkeypatch.setattr(profiles, "_read", lambda _: None)
-        profile = at.whole_profile()
+        profile = at.whole_profile(METHODS)
         assert profile.matched_minus is None
         assert profile.mean_minus is not None
         assert any("tuned without matched constants" in one for one in notes)
         mixture = dataclasses.replace(at.source, architecture=type("Mixture", (), {"mixture": True}))
         monkeypatch.setattr(profiles, "_matched", fails)
-        assert dataclasses.replace(at, source=mixture).whole_profile().matched_minus is None
+        assert dataclasses.replace(at, source=mixture).whole_profile(METHODS).matched_minus is None
 
 
 def test_sweeps_are_of_the_rules_that_they_say(subject, tmp_path):

@@ -57,6 +57,8 @@ def equal(one, other):
         SPACE,
         Space(LAYERS, LAYERS * WIDTH, matched=False),
         Space(LAYERS, LAYERS * WIDTH, constants=False, matched=False),
+        Space(LAYERS, LAYERS * WIDTH, selects=False),
+        Space(LAYERS, LAYERS * WIDTH, constants=False, selects=False),
         Space(1, 3),
     ],
 )
@@ -76,6 +78,7 @@ def test_every_point_is_a_recipe(space, profile):
         )
         assert not (rule.matched and not space.matched)
         assert not (rule.constant and not space.constants)
+        assert not ((rule.shift or rule.clamp) and not space.selects)
         assert space.label(point)
         if space is not SPACE:
             continue
@@ -88,7 +91,8 @@ def test_every_point_is_a_recipe(space, profile):
         if point.count and (point.first, point.last) == (0, LAYERS):
             assert made.shifted == (point.count if rule.shift else 0)
             assert made.clamped == (point.count if rule.clamp else 0)
-    assert len(kinds) == ((15 if space.matched else 7) if space.constants else 3)
+    constants = 2 ** (space.constants + space.matched)
+    assert len(kinds) == (4 if space.selects else 1) * constants - 1
 
 
 def test_starts_are_the_shipped_methods(profile):
@@ -96,11 +100,13 @@ def test_starts_are_the_shipped_methods(profile):
     found = [with_section(base, "openness+", SPACE.section(point)) for point in SPACE.starts(base)]
     ours = [build_rule(profile, SPEC, recipe) for recipe in found]
     theirs = [base, load_recipe("npti")]
-    theirs += [load_recipe("matched", [f"rule.gamma={strength}"]) for strength in (1, 1.5, 2)]
+    theirs += [load_recipe("matched", [f"rule.gamma={strength}"]) for strength in (1.5, 2, 1, 2.5)]
     theirs += [load_recipe("dpn-le"), load_recipe("mean-shift")]
     assert len(ours) == len(theirs)
     for one, recipe in zip(ours, theirs, strict=True):
         equal(one, build_rule(profile, SPEC, recipe))
+    matched = Space(LAYERS, LAYERS * WIDTH, constants=False, selects=False)
+    assert [one.matched for one in matched.starts(base)] == [1.5, 2, 1, 2.5]
     plain = Space(LAYERS, LAYERS * WIDTH, constants=False, matched=False)
     assert len(plain.starts(base)) == 2
     assert plain.nearest(load_recipe("matched")) is None

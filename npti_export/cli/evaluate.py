@@ -17,8 +17,13 @@ _BASELINES = "npti,dpn-le,mean-shift,null"
 @click.option("--base", "model", metavar="FILE|DIR|ID", help="The unsteered model [default: the artifact's own]")
 @click.option("--trait", "trait", metavar="POLE", help="The pole to judge by, where the artifact has several")
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write everything for machines")
+@click.option(
+    "--card", "card_path", type=FILE, metavar="FILE.md", help="Put the figures into a model card, or make one"
+)
 @click.option("--html", "html_path", type=FILE, metavar="FILE", help="Write a page that needs nothing else")
-@click.option("--questions", type=click.IntRange(min=0), default=0, help="Test questions [default: all]")
+@click.option(
+    "--questions", type=click.IntRange(min=0), help="Test questions, 0 for all [default: 48, or all of fewer]"
+)
 @click.option("--answer-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Longest answer")
 @click.option("--personas", type=click.IntRange(min=1), default=2, show_default=True, help="Pairs that score an answer")
 @click.option(
@@ -49,6 +54,7 @@ def evaluate(
     artifact: Path,
     json_path: Path | None,
     html_path: Path | None,
+    card_path: Path | None,
     pareto_path: Path | None,
     sweeps_path: Path | None,
     force: bool,
@@ -62,6 +68,7 @@ def evaluate(
     \b
       npti-export evaluate model.gguf
       npti-export evaluate model.gguf --json r.json --html r.html
+      npti-export evaluate calm/ --card calm/README.md
       npti-export evaluate calm/ --judge http://127.0.0.1:8080/v1=qwen3-8b
     """
     from rich.console import Console
@@ -77,6 +84,7 @@ def evaluate(
             progress,
             json_path=json_path,
             html_path=html_path,
+            card_path=card_path,
             pareto_path=pareto_path,
             sweeps_path=sweeps_path,
             force=force,

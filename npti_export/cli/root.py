@@ -80,6 +80,7 @@ from npti_export.version import __version__
     help="Weights of a checkpoint made of a GGUF [default: float32]; a directory keeps its own",
 )
 @click.option("--push-to-hub", "push_to", metavar="REPO", help="Upload the result, with a model card, to owner/name")
+@click.option("--evaluation", type=FILE, metavar="R.JSON", help="What evaluate --json wrote of it, for the model card")
 @click.option("--private", is_flag=True, help="A new repository is private")
 @click.option("--report", type=FILE, metavar="FILE", help="Write the report as JSON")
 @model_options

@@ -23,6 +23,13 @@ from npti_export.cli.options import FILE, RichProgress, trial_options
     show_default=True,
     help="Most loss of the answers' log-likelihood per token, as a share of its size",
 )
+@click.option(
+    "--methods",
+    default="neurons,mean,matched",
+    show_default=True,
+    metavar="LIST",
+    help="What rules may be made of; without the first two, no neuron is identified",
+)
 @click.option("--out", type=FILE, metavar="FILE.toml", help="Write a recipe with the pole's settings")
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="Write all trials")
 @click.option("--storage", type=FILE, metavar="FILE", help="SQLite file to go on from [default: one in the cache]")
@@ -49,6 +56,7 @@ def tune(out: Path | None, json_path: Path | None, force: bool, **options: Any) 
     from npti_export.tuning.tune import TuneJob
 
     budget = Budget(options.pop("max_kl"), options.pop("max_fluency_loss"))
-    job = TuneJob(subject, budget=budget, **options)
+    methods = tuple(dict.fromkeys(name.strip() for name in options.pop("methods").split(",")))
+    job = TuneJob(subject, budget=budget, methods=methods, **options)
     with RichProgress(Console(stderr=True)) as progress:
         deliver_tuning(job, Console(), progress, out=out, json_path=json_path, force=force)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from npti_export.evaluate.document import (
     Change,
     Condition,
     ContrastPart,
+    Distribution,
     Document,
     Estimate,
     FluencyPart,
@@ -25,6 +27,8 @@ from npti_export.evaluate.document import (
 )
 from npti_export.evaluate.estimate import estimate, transformed
 from npti_export.evaluate.subject import Subject
+from npti_export.files import sha256_file
+from npti_export.gguf.shards import named_shards
 from npti_export.loader import Timings
 from npti_export.rule import SteeringRule
 from npti_export.version import __version__
@@ -43,6 +47,7 @@ class Found:
         judged: all conditions.
         cross_talk: gain towards the + pole of each trait, ``[questions]``.
         strengths: of the baselines, with the damage that they do.
+        distribution: activations of the trait's neurons; None where no baseline needed them.
     """
 
     answered: list[Answered]
@@ -51,6 +56,7 @@ class Found:
     judged: JudgePart | None
     cross_talk: dict[str, Doubles]
     strengths: dict[str, dict[str, float]]
+    distribution: Distribution | None = None
 
 
 def assemble(found: Found, subject: Subject, test: Test, settings: dict[str, object], timings: Timings) -> Document:
@@ -60,7 +66,12 @@ def assemble(found: Found, subject: Subject, test: Test, settings: dict[str, obj
     seed = test.seed
     return Document(
         version=__version__,
-        artifact={"path": subject.artifact.name, "format": subject.format, "bytes": _size(subject)},
+        artifact={
+            "path": subject.artifact.name,
+            "format": subject.format,
+            "bytes": _size(subject),
+            "sha256": _digest(subject.artifact),
+        },
         model=_model(subject),
         traits=_traits(subject),
         poles=_poles(subject),
@@ -78,6 +89,7 @@ def assemble(found: Found, subject: Subject, test: Test, settings: dict[str, obj
         conditions=conditions,
         answers=_answers(found.answered, test),
         layers=[] if subject.saved is None else _layers(subject.saved.rule),
+        distribution=found.distribution,
     )
 
 
@@ -188,6 +200,13 @@ def _poles(subject: Subject) -> list[dict[str, str]]:
         pole = subject.benches[spec.trait].definition.pole(spec.sign)
         found.append({"pole": spec.pole, "name": pole.name, "description": pole.description})
     return found
+
+
+def _digest(path: Path) -> str | dict[str, str]:
+    """Of a file; of each part of a split one, or file with weights of a folder."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else named_shards(path)
+    digests = {file.name: sha256_file(file) for file in files}
+    return digests if path.is_dir() or len(files) > 1 else digests[path.name]
 
 
 def _size(subject: Subject) -> int:

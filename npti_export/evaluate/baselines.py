@@ -20,6 +20,7 @@ METHODS = {
     "dpn-le": "DPN-LE",
     "mean-shift": "Mean-difference control vector",
 }
+_RELAXED = {"dpn-le": (["rule.effect_size=0"], "with no limit on the effect size")}
 NULL = "null"
 LORA = "fine-tuned"  # of :mod:`npti_export.evaluate.finetune`; it has no strength to be levelled by
 _STEPS = 5  # of the search for a strength
@@ -83,13 +84,23 @@ def level(
     return best
 
 
-def method_rule(name: str, profile: NeuronProfile, spec: TraitSpec) -> SteeringRule:
-    """The rule of a shipped method at its recipe's own strength.
+def method_rule(name: str, profile: NeuronProfile, spec: TraitSpec) -> tuple[str, SteeringRule]:
+    """The rule of a shipped method at its recipe's own strength, and what to call it.
+
+    Where no neuron reaches DPN-LE's limit on the effect size, as on the embedded default model, the method is taken
+    without it, and the name says so.
 
     Raises:
         ProfileError: the profile lacks what the method reads, or the method selects no neuron.
     """
-    return build_rule(profile, TraitSpec(spec.trait, spec.sign), load_recipe(name))
+    plain = TraitSpec(spec.trait, spec.sign)
+    try:
+        return METHODS[name], build_rule(profile, plain, load_recipe(name))
+    except ProfileError:
+        if name not in _RELAXED:
+            raise
+    overrides, how = _RELAXED[name]
+    return f"{METHODS[name]}, {how}", build_rule(profile, plain, load_recipe(name, overrides))
 
 
 def null_rule(rule: SteeringRule, seed: int) -> SteeringRule:

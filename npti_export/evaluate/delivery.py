@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npti_export.errors import AdapterError, OutputError
-from npti_export.evaluate.document import Condition, Document, Estimate
+from npti_export.evaluate.card import check_card, update_card
+from npti_export.evaluate.document import Condition, Document
+from npti_export.evaluate.estimate import interval
 from npti_export.evaluate.judge.spec import parse_judge
 from npti_export.evaluate.run import EvaluationJob, evaluate
 from npti_export.evaluate.subject import SubjectJob
@@ -74,6 +76,7 @@ def deliver(
     *,
     json_path: Path | None = None,
     html_path: Path | None = None,
+    card_path: Path | None = None,
     pareto_path: Path | None = None,
     sweeps_path: Path | None = None,
     force: bool = False,
@@ -86,6 +89,7 @@ def deliver(
         progress: told of each stage.
         json_path: to write.
         html_path: likewise.
+        card_path: a model card that gets a section with the figures; made where there is none.
         pareto_path: trials of ``tune --json`` that become part of it.
         sweeps_path: sweeps of ``ablate --json``, likewise.
         force: replace what is there.
@@ -97,6 +101,8 @@ def deliver(
     """
     outputs = [path for path in (json_path, html_path) if path is not None]
     _check_outputs(job, outputs, [pareto_path, sweeps_path], force=force)
+    if card_path is not None:
+        _check_card(card_path, [*outputs, pareto_path, sweeps_path, job.subject.artifact])
     tuning, ablation = _supplements(job, pareto_path, sweeps_path)
     document = supplemented(evaluate(job, progress), tuning, ablation)
     if json_path is not None:
@@ -107,8 +113,10 @@ def deliver(
 
         with atomic_output(html_path, force=force) as temporary:
             temporary.write_text(render_page(document), encoding="utf-8")
+    if card_path is not None:
+        update_card(card_path, document)
     render(document, console)
-    for path in (json_path, html_path):
+    for path in (json_path, html_path, card_path):
         if path is not None:
             console.print(f"wrote {path}", highlight=False, markup=False)
     return document
@@ -151,6 +159,15 @@ def _check_outputs(job: EvaluationJob, paths: list[Path], supplements: list[Path
             raise OutputError(f"{path}: is an input of this very job, or inside one; choose another name")
 
 
+def _check_card(path: Path, others: list[Path | None]) -> None:
+    if path.suffix.lower() != ".md" or path.is_dir():
+        raise OutputError(f"--card {path}: a model card is a Markdown file; give a name that ends in .md")
+    if path.resolve() in {one.resolve() for one in others if one is not None}:
+        raise OutputError(f"--card {path}: is named for something else, too; choose another name")
+    check_card(path)
+    check_writable(path, force=True)
+
+
 def render(document: Document, console: Console) -> None:
     """Print conditions and the main figures."""
     from rich.table import Table
@@ -172,11 +189,6 @@ def _row(one: Condition) -> list[Any]:
     gain = "" if one.gain is None else interval(one.gain)
     cells = [f"{one.contrast.mean:+.3f}", gain, f"{one.fluency.mean:.2f}", f"{one.repetition.mean:.0%}"]
     return [Text(one.label), *cells, f"{one.length.mean:.0f}"]
-
-
-def interval(value: Estimate, digits: int = 3) -> str:
-    """A mean with its interval, signed."""
-    return f"{value.mean:+.{digits}f} ({value.low:+.{digits}f} to {value.high:+.{digits}f})"
 
 
 def _lines(document: Document) -> list[str]:

@@ -140,7 +140,7 @@ class LayerShape(_Part):
 
 
 class Distribution(_Part):
-    """Activations of the steered neurons under personas of both poles: a histogram."""
+    """Activations of the pole's neurons under personas of both poles: a histogram."""
 
     edges: list[float]
     wanted: list[float] = Field(description="Share of activations in each bin, under the wanted pole")
@@ -179,7 +179,7 @@ class Document(_Part):
 
     format: Literal[1] = FORMAT
     version: str
-    artifact: dict[str, Any] = Field(description="path, format, bytes, sha256")
+    artifact: dict[str, Any] = Field(description="path, format, bytes, sha256 (of several files: by name)")
     model: dict[str, Any] = Field(description="name, fingerprint, id, license of the unsteered model")
     traits: list[str] = Field(description="Poles with strengths, as in the artifact")
     poles: list[dict[str, str]] = Field(description="pole, name, description of each")

@@ -56,3 +56,8 @@ def _percentile(array: npt.NDArray[np.float64], seed: int) -> tuple[float, float
     picks = np.random.default_rng(seed).integers(0, array.size, (RESAMPLES, array.size))
     low, high = np.quantile(array[picks].mean(1), [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
     return float(low), float(high)
+
+
+def interval(value: Estimate, digits: int = 3) -> str:
+    """A mean with its interval, signed."""
+    return f"{value.mean:+.{digits}f} ({value.low:+.{digits}f} to {value.high:+.{digits}f})"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from npti_export.bench import TraitBench, load_bench
+from npti_export.bench import Question, TraitBench, load_bench
 from npti_export.errors import EvaluationError, ProfileError
 from npti_export.evaluate import baselines
 from npti_export.evaluate.assemble import Found, assemble
@@ -17,14 +18,15 @@ from npti_export.evaluate.capability.part import BaseSkill, base_skill, compare_
 from npti_export.evaluate.capability.tasks import neutral_passages, read_tasks, shipped_tasks
 from npti_export.evaluate.conditions import Answered, Doubles, Kind, Test, Told, Way, ask, scored
 from npti_export.evaluate.contrast import contrasts
-from npti_export.evaluate.document import CapabilityPart, Document, JudgePart
+from npti_export.evaluate.distribution import distribution, trait_neurons
+from npti_export.evaluate.document import CapabilityPart, Distribution, Document, JudgePart
 from npti_export.evaluate.estimate import estimate
 from npti_export.evaluate.inventory.answers import InventoryAnswers, answer_inventory, inventory_part
 from npti_export.evaluate.inventory.items import Item, read_inventory, source_name
 from npti_export.evaluate.judge.spec import JudgeSpec
 from npti_export.evaluate.prompts import Prompting
 from npti_export.evaluate.subject import Subject, SubjectJob, opened, unsteered
-from npti_export.identify.profiles import profile_for
+from npti_export.identify.profiles import identified
 from npti_export.loader import Timings
 from npti_export.profile import NeuronProfile
 from npti_export.progress import Progress
@@ -36,6 +38,7 @@ from npti_export.traits import FACETS
 if TYPE_CHECKING:
     from npti_export.runtimes.transformers import TransformersRuntime
 
+QUESTIONS = 48  # unless so many are asked for: with these, all of it takes under ten minutes on the default model
 PASSAGES = 16  # neutral ones at which baselines are brought to the artifact's damage
 KEPT_BYTES = 4 << 30  # of what the base predicts, where it cannot be asked again while it is steered
 BASELINE_QUESTIONS = 96  # that neurons are identified on for the other methods, if nobody did so before
@@ -54,7 +57,7 @@ class EvaluationJob:
 
     Attributes:
         subject: the artifact, and where it runs.
-        questions: test questions, 0 for all.
+        questions: test questions, 0 for all; None for :data:`QUESTIONS`, or all where there are fewer.
         answer_tokens: longest answer.
         personas: pairs of personas that score each answer.
         baselines: names of :data:`KNOWN_BASELINES`.
@@ -68,7 +71,7 @@ class EvaluationJob:
     """
 
     subject: SubjectJob
-    questions: int = 0
+    questions: int | None = None
     answer_tokens: int = 64
     personas: int = 2
     baselines: tuple[str, ...] = BASELINES
@@ -94,12 +97,12 @@ def evaluate(job: EvaluationJob, progress: Progress) -> Document:
     items = read_inventory(job.inventory) if "inventory" not in job.skips else ()
     tasks = [*shipped_tasks(), *map(read_tasks, job.tasks)] if "capability" not in job.skips else []
     timings, started = Timings(), time.perf_counter()
-    with opened(job.subject, timings, progress, job.questions) as subject:
+    with opened(job.subject, timings, progress, job.questions or 0) as subject:
         _check_fine_tuning(job, subject)
         test = Test(
             subject.bench,
             subject.spec.sign,
-            subject.bench.test(job.questions),
+            _questions(job, subject.bench),
             subject.recipe,
             job.answer_tokens,
             job.personas,
@@ -127,7 +130,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> Document:
                 cross_talk = work.cross_talk(answered[0], answered[1])
         judged = work.judge(answered)
         timings.seconds["total"] = time.perf_counter() - started
-        found = Found(answered, capability, inventory, judged, cross_talk, work.strengths)
+        found = Found(answered, capability, inventory, judged, cross_talk, work.strengths, work.distribution)
         return assemble(found, subject, test, _settings(job, subject, test), timings)
 
 
@@ -160,6 +163,11 @@ def _check_fine_tuning(job: EvaluationJob, subject: Subject) -> None:
     subject.source.check_readable_by_transformers()
 
 
+def _questions(job: EvaluationJob, bench: TraitBench) -> tuple[Question, ...]:
+    count = min(QUESTIONS, len(bench.test())) if job.questions is None else job.questions
+    return bench.test(count)
+
+
 def _settings(job: EvaluationJob, subject: Subject, test: Test) -> dict[str, object]:
     return {
         "questions": len(test.questions),
@@ -183,6 +191,7 @@ class _Work:
     timings: Timings
     progress: Progress
     strengths: dict[str, dict[str, float]] = field(default_factory=dict)
+    distribution: Distribution | None = None
     damage: float = 0.0
 
     def own(self, skill: BaseSkill, items: Sequence[Item]) -> Own:
@@ -241,7 +250,7 @@ class _Work:
         for name in methods:
             assert profile is not None
             try:
-                rules[name] = (baselines.METHODS[name], baselines.method_rule(name, profile, self.subject.spec))
+                rules[name] = baselines.method_rule(name, profile, self.subject.spec)
             except ProfileError as error:  # it selects no neuron of this model
                 self.strengths[name] = {"neurons": 0}
                 self.progress.note(f"baseline {name} is left out: {error}")
@@ -289,19 +298,23 @@ class _Work:
         return told
 
     def _profile(self) -> NeuronProfile:
-        """Neurons of the trait, for the other methods."""
-        available = len(self.subject.bench.split("search"))
+        """Neurons of the trait, for the other methods, and what they do under both poles."""
+        subject = self.subject
+        available = len(subject.bench.split("search"))
         recipe = load_recipe(
             "npti",
             [
                 f"identify.questions={min(BASELINE_QUESTIONS, available)}",
                 f"identify.max_new_tokens={self.job.answer_tokens}",
-                f"identify.batch_size={self.subject.recipe.identify.batch_size}",
+                f"identify.batch_size={subject.recipe.identify.batch_size}",
             ],
         )
-        return profile_for(
-            self.subject.place, self.subject.bench, [self.subject.spec.sign], recipe, self.progress, whole=True
-        )
+        stats, profile = identified(subject.place, subject.bench, recipe, self.progress)
+        sign = subject.spec.sign
+        with suppress(ProfileError):  # none selected: a baseline says so
+            neurons = trait_neurons(None if subject.saved is None else subject.saved.rule, profile, sign, recipe)
+            self.distribution = distribution(stats, neurons, sign)
+        return profile
 
     def cross_talk(self, base: Answered, steered: Answered) -> dict[str, Doubles]:
         """How far the same answers move towards the + pole of every one of the Big Five, ``[questions]`` each."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from npti_export.traits import EVERYDAY, FACETS, TraitSpec, parse_recorded
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 # How the Hub files a model under its base. It takes every GGUF for a mere quantisation, which promises the base's
 # behaviour in fewer bits; this one behaves differently and changes no type, so it is a fine-tune to whoever looks.
@@ -42,21 +46,28 @@ unknown unlicense wtfpl zlib
 """
 
 
-def model_card(report: dict[str, Any]) -> str:
-    """The text of README.md for the export that a report describes: front matter and body."""
+def model_card(report: dict[str, Any], evaluation: str = "", results: Sequence[EvalResult] = ()) -> str:
+    """The text of README.md for the export that a report describes: front matter and body.
+
+    Args:
+        report: of the main job.
+        evaluation: a section on what the export does, see :mod:`npti_export.evaluate.card`.
+        results: its figures for the front matter.
+    """
     traits = [parse_recorded(text) for text in report["traits"]]
     sections = [
         _what(report, traits),
         _loading(report),
         _example(report["sample"]),
-        _fidelity(report),
+        _fidelity(report, evaluated=bool(evaluation)),
+        evaluation,
         _limits(report, traits),
         _making(report),
     ]
-    return f"---\n{_front_matter(report, traits)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+    return f"---\n{_front_matter(report, traits, results)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _front_matter(report: dict[str, Any], traits: list[TraitSpec]) -> str:
+def _front_matter(report: dict[str, Any], traits: list[TraitSpec], results: Sequence[EvalResult]) -> str:
     from huggingface_hub import ModelCardData
 
     kind, base = report["artifact"]["format"], report["model"]["id"]
@@ -71,6 +82,8 @@ def _front_matter(report: dict[str, Any], traits: list[TraitSpec]) -> str:
         library_name=_LIBRARY[kind],
         pipeline_tag="text-generation",
         tags=tags,
+        model_name=report["model"]["name"] if results else None,  # the Hub wants a name for what has results
+        eval_results=list(results) or None,
         **_license(report["model"]["license"]),
     )
     return str(data.to_yaml(line_break="\n"))
@@ -123,6 +136,11 @@ def _method(report: dict[str, Any]) -> str:
     neurons, recipe = report["neurons"], f"by the recipe {_code(report['recipe']['name'])}"
     constant = neurons.get("constant", 0)
     if not neurons["shift"] and not neurons["clamp"]:
+        if _matched(report):
+            return (
+                "Each layer gets a constant that moves the residual stream, on average, as personas of the pole\n"
+                f"move it (strength γ = {_gamma(report)}), {recipe}."
+            )
         return (
             f"Each MLP's down projection gets a constant added to its input ({constant} neurons in all, strength\n"
             f"γ = {_gamma(report)}), {recipe}."
@@ -248,8 +266,9 @@ This one:
 {_quote(sample["steered"])}"""
 
 
-def _fidelity(report: dict[str, Any]) -> str:
+def _fidelity(report: dict[str, Any], *, evaluated: bool) -> str:
     fidelity, noun = report["fidelity"], _NOUN[report["artifact"]["format"]]
+    shows = "The next section says" if evaluated else "It does not say"
     if fidelity is None:
         return f"""\
 ## Is it faithful?
@@ -271,12 +290,12 @@ next-token distributions, in nats per token.
 | top-1 agreement | {fidelity["top1"]:.1%} | how often rule and export find the same token likeliest |
 | worst logit | {fidelity["max_logit_diff"]:.2g} | the largest difference of any logit |
 
-This says that the export does what the rule says. It does not say how well the personality shows."""
+This says that the export does what the rule says. {shows} how well the personality shows."""
 
 
 def _limits(report: dict[str, Any], traits: list[TraitSpec]) -> str:
     own = sorted({spec.trait for spec in traits} - FACETS.keys())
-    texts = "The personas and questions that found the neurons are English. Other languages are untested."
+    texts = "The personas and questions that it was made with are English. Other languages are untested."
     if own:
         texts = (
             f"The personas and questions of {', '.join(own)} do not come with npti-export, and how good they are was "
@@ -302,16 +321,33 @@ For research on personality in language models, for fiction, games and dialogue 
 - The base model's licence applies to this model, too. {terms}"""
 
 
+def _matched(report: dict[str, Any]) -> bool:
+    recipe = report["recipe"]
+    rules = [recipe.get("rule", {}), *(pole.get("rule", {}) for pole in recipe.get("poles", {}).values())]
+    return any(rule.get("matched") for rule in rules)
+
+
+_NPTI = """by the method NPTI (Neuron-based Personality Trait Induction,
+[arXiv 2410.12327](https://arxiv.org/abs/2410.12327)): the base model answers questions under personas of both poles,
+the neurons that fire more under one of them are its neurons, and a fixed rule shifts or clamps these."""
+_MATCHING = """by matching: the base model answers questions under personas of the wanted pole
+and reads these answers under personas of both poles and under the plain questions. What the personas change in the
+residual stream is given to the plain model as a constant for each layer."""
+_MEANS = """from the means of what each down projection reads while the base model answers
+questions under personas of both poles: their difference is added (as DPN-LE,
+[arXiv 2604.27929](https://arxiv.org/abs/2604.27929), does)."""
+
+
 def _making(report: dict[str, Any]) -> str:
-    model = report["model"]
+    model, neurons = report["model"], report["neurons"]
+    how = [_NPTI] if neurons["shift"] or neurons["clamp"] else []
+    if neurons.get("constant"):
+        how.append(_MATCHING if _matched(report) else _MEANS)
     base = _code(model["id"] or model["name"])
     return f"""\
 ## How it was made
 
-With npti-export {report["version"]}, by the method NPTI (Neuron-based Personality Trait Induction,
-[arXiv 2410.12327](https://arxiv.org/abs/2410.12327)): the base model answers questions under personas of both poles,
-the neurons that fire more under one of them are its neurons, and a fixed rule shifts or clamps these. Nothing was
-trained.
+With npti-export {report["version"]}, {" And ".join(how)} Nothing was trained.
 
 - Base model: {base}
 - Its fingerprint (SHA-256 over its norm weights): {_code(model["fingerprint"])}

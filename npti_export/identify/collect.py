@@ -43,7 +43,38 @@ def identify(
     device: str,
     cache: Path | None,
 ) -> NeuronProfile:
-    """Find how each neuron behaves under both poles of a trait.
+    """Find how each neuron behaves under both poles of a trait: the profile of :func:`collect`.
+
+    Args:
+        load_runtime: as there, like all that follow.
+        source: see there.
+        bench: see there.
+        recipe: see there; also its ``rule.percentile``.
+        progress: see there.
+        dtype: see there.
+        device: see there.
+        cache: see there.
+
+    Raises:
+        BenchError: fewer questions than asked for.
+        ProfileError: the model answered nothing.
+    """
+    stats, origin = collect(load_runtime, source, bench, recipe, progress, dtype=dtype, device=device, cache=cache)
+    return profile_from_stats(bench.trait, stats.plus, stats.minus, source, recipe.rule.percentile, origin)
+
+
+def collect(
+    load_runtime: Callable[[], Runtime],
+    source: ModelSource,
+    bench: TraitBench,
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    dtype: str,
+    device: str,
+    cache: Path | None,
+) -> tuple[ContrastStats, dict[str, Any]]:
+    """Let the model answer as both poles and count what every neuron does.
 
     Search questions are answered once as each pole, in batches, until the neurons have settled or all are asked;
     after each batch the statistics are saved under a key of everything that they depend on, so that a killed run goes
@@ -54,11 +85,14 @@ def identify(
         load_runtime: gives the model; not called where nothing is left to do.
         source: the model's identity.
         bench: personas and questions.
-        recipe: its ``prompt``, ``identify`` and ``rule.percentile`` settings.
+        recipe: its ``prompt``, ``identify`` and ``select`` settings.
         progress: told of each batch.
         dtype: what the runtime computes in, part of the cache key.
         device: the kind of device that it computes on, likewise.
         cache: folder of the saved state; None keeps nothing.
+
+    Returns:
+        The statistics, and a record of where they come from.
 
     Raises:
         BenchError: fewer questions than asked for.
@@ -87,8 +121,7 @@ def identify(
         overlap = _overlap(stats, recipe, asked, len(questions))
     if asked < len(questions):
         progress.note(_stopped(asked, len(questions), overlap))
-    origin = _origin(recipe, bench, asked, len(questions), overlap) | {"dtype": dtype, "key": key}
-    return profile_from_stats(bench.trait, stats.plus, stats.minus, source, recipe.rule.percentile, origin)
+    return stats, _origin(recipe, bench, asked, len(questions), overlap) | {"dtype": dtype, "key": key}
 
 
 def _origin(recipe: Recipe, bench: TraitBench, asked: int, total: int, overlap: float) -> dict[str, Any]:

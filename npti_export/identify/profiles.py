@@ -14,13 +14,14 @@ import numpy as np
 from npti_export.bench import TraitBench
 from npti_export.errors import ArchitectureError
 from npti_export.files import atomic_output, translate_os_errors
-from npti_export.identify.collect import cache_key, identify
+from npti_export.identify.collect import cache_key, collect
 from npti_export.identify.matched import match
 from npti_export.models import ModelSource
-from npti_export.profile import Matrix, NeuronProfile
+from npti_export.profile import Matrix, NeuronProfile, profile_from_stats
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Runtime
+from npti_export.stats import ContrastStats
 from npti_export.traits import Sign
 
 _KEY = "constant"
@@ -46,6 +47,28 @@ class Place:
     cache: Path | None
 
 
+def identified(
+    place: Place, bench: TraitBench, recipe: Recipe, progress: Progress
+) -> tuple[ContrastStats, NeuronProfile]:
+    """What was counted of a trait's neurons, and the profile that it gives.
+
+    Raises:
+        NptiError: see :func:`npti_export.identify.collect.collect`.
+    """
+    stats, origin = collect(
+        place.load,
+        place.source,
+        bench,
+        recipe,
+        progress,
+        dtype=place.dtype,
+        device=place.device,
+        cache=place.cache,
+    )
+    profile = profile_from_stats(bench.trait, stats.plus, stats.minus, place.source, recipe.rule.percentile, origin)
+    return stats, profile
+
+
 def profile_for(
     place: Place, bench: TraitBench, signs: Sequence[Sign], recipe: Recipe, progress: Progress, *, whole: bool = False
 ) -> NeuronProfile:
@@ -60,20 +83,11 @@ def profile_for(
         whole: identify the neurons in any case, for a profile that is kept.
 
     Raises:
-        NptiError: see :func:`npti_export.identify.collect.identify` and :func:`npti_export.identify.matched.match`.
+        NptiError: see :func:`identified` and :func:`npti_export.identify.matched.match`.
     """
     rules = {sign: recipe.for_pole(f"{bench.trait}{sign}").rule for sign in signs}
     if whole or any(rule.by_neurons for rule in rules.values()):
-        profile = identify(
-            place.load,
-            place.source,
-            bench,
-            recipe,
-            progress,
-            dtype=place.dtype,
-            device=place.device,
-            cache=place.cache,
-        )
+        _, profile = identified(place, bench, recipe, progress)
     else:
         shape = place.source.shape
         nothing = np.zeros((shape.layers, shape.width), np.float32)

@@ -72,7 +72,7 @@ def _neurons(axes: Axes, layers: Sequence[LayerShape], look: Look) -> None:
 
 
 def distribution_figure(distribution: Distribution, look: Look | None = None) -> Figure:
-    """Activations of the steered neurons under both poles; the outlines have the gids ``wanted`` and ``opposite``.
+    """Activations of the pole's neurons under both poles; the outlines have the gids ``wanted`` and ``opposite``.
 
     Raises:
         EvaluationError: not one edge more than bins, or no bin.

@@ -151,8 +151,9 @@ def _of_rule(document: Document) -> list[Picture]:
         ),
         Picture(
             "distribution",
-            "Activations of the steered neurons",
-            "Under personas of both poles, before any steering: the further apart, the better the neurons tell.",
+            "Activations of the pole's neurons",
+            "Those that the rule shifts, or, where it is of constants, those that NPTI would; under personas of both "
+            "poles, before any steering. The further apart, the better they tell.",
             "Histograms of activations under the wanted and the opposite pole.",
             lambda look: _distribution(document, look),
         ),

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npti_export.errors import EvaluationError, OutputError
-from npti_export.evaluate.delivery import interval
 from npti_export.evaluate.document import Condition
+from npti_export.evaluate.estimate import interval
 from npti_export.evaluate.supplements import AblationRecord, Confirmation, TrialRecord, TuningRecord
 from npti_export.files import atomic_output, check_writable
 from npti_export.progress import Progress
@@ -45,8 +45,8 @@ def deliver_tuning(
     _print_front(record, console)
     wrote = [] if json_path is None else [str(json_path)]
     if tuned.point is not None:
-        assert record.confirmation is not None
-        _print_confirmation(record.confirmation, console)
+        if record.confirmation is not None:
+            _print_confirmation(record.confirmation, console)
         if out is not None:
             kept = _write(job, tuned, out, force=force)
             wrote.append(f"{out}" + (f", where {' '.join(kept)} stayed" if kept else ""))

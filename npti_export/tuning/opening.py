@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from npti_export.bench import TraitBench
 from npti_export.benches import load_benches
@@ -18,6 +19,9 @@ from npti_export.profile import NeuronProfile
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe, select_recipe
 from npti_export.traits import TraitSpec
+
+Method = Literal["neurons", "mean", "matched"]
+METHODS: tuple[Method, ...] = ("neurons", "mean", "matched")  # what a rule may be made of
 
 
 @dataclass(frozen=True)
@@ -84,18 +88,27 @@ class Opened:
         """What a recipe needs to know."""
         return profile_for(self.place, self.bench, [self.spec.sign], recipe, self._progress)
 
-    def whole_profile(self) -> NeuronProfile:
-        """Everything that any rule for the pole needs to know, as far as the model has it."""
-        recipe = self.recipe
-        if not self.source.architecture.mixture:
-            matching = recipe.model_copy(update={"rule": recipe.rule.model_copy(update={"matched": 1.0}), "poles": {}})
+    def whole_profile(self, methods: Collection[Method]) -> NeuronProfile:
+        """Everything that rules by some methods need to know of the pole, as far as the model has it.
+
+        Raises:
+            NptiError: see :func:`npti_export.identify.profiles.profile_for`; where nothing but ``matched`` is asked
+                for, also that the model has none.
+        """
+        counts = bool({"neurons", "mean"}.intersection(methods))
+        if "matched" in methods and not (counts and self.source.architecture.mixture):
             try:
-                return profile_for(self.place, self.bench, [self.spec.sign], matching, self._progress, whole=True)
+                return self._profile(matched=1.0, whole=counts)
             except ProfileError as error:  # the stream does not follow; where nothing was answered, it is raised again
+                if not counts:
+                    raise
                 self._progress.note(f"tuned without matched constants: {error}")
-        plain = recipe.rule.model_copy(update={"matched": 0.0, "shift": True})
-        without = recipe.model_copy(update={"rule": plain, "poles": {}})
-        return profile_for(self.place, self.bench, [self.spec.sign], without, self._progress, whole=True)
+        return self._profile(matched=0.0, whole=True)
+
+    def _profile(self, *, matched: float, whole: bool) -> NeuronProfile:
+        rule = self.recipe.rule.model_copy(update={"matched": matched, "shift": whole, "clamp": False, "constant": 0.0})
+        recipe = self.recipe.model_copy(update={"rule": rule, "poles": {}})
+        return profile_for(self.place, self.bench, [self.spec.sign], recipe, self._progress, whole=whole)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ _EFFECT_SIZES = (0.0, 0.2, 0.5, 0.8)  # DPN-LE's is 0.8
 _MAGNITUDES = (0.0, 0.9, 0.95, 0.98, 0.99, 0.995)  # DPN-LE's is 0.995
 _FEWEST, _SHARE = 32, 4  # neurons a pole: so many to a quarter of all
 _SHIPPED = ("npti", "matched", "dpn-le", "mean-shift")
-_MATCHED_STARTS = (1.0, 1.5, 2.0)
+_MATCHED_STARTS = (1.5, 2.0, 1.0, 2.5)
 
 
 class Suggests(Protocol):
@@ -73,12 +73,14 @@ class Space:
         neurons: of all layers together.
         constants: whether the profile holds means; a mixture of experts has none.
         matched: whether it holds a matched constant.
+        selects: whether neurons may be shifted or clamped.
     """
 
     layers: int
     neurons: int
     constants: bool = True
     matched: bool = True
+    selects: bool = True
 
     @property
     def _counts(self) -> tuple[int, int]:
@@ -89,20 +91,22 @@ class Space:
         """Draw a point; any is a valid one, something is always on."""
         drawn: dict[str, Any] = {}
         others = self.constants or self.matched
-        drawn["neurons"] = trial.suggest_categorical("neurons", _NEURONS if others else _NEURONS[1:])
-        if drawn["neurons"] in ("shift", "both"):
+        if self.selects:
+            drawn["neurons"] = trial.suggest_categorical("neurons", _NEURONS if others else _NEURONS[1:])
+        neurons = drawn.get("neurons", "off")
+        if neurons in ("shift", "both"):
             drawn["gamma"] = trial.suggest_float("gamma", *_GAMMA, log=True)
-        if drawn["neurons"] != "off":
+        if neurons != "off":
             drawn["by"] = trial.suggest_categorical("by", ("count", "threshold"))
             if drawn["by"] == "count":
                 drawn["count"] = trial.suggest_int("count", *self._counts, log=True)
             else:
                 drawn["threshold"] = trial.suggest_float("threshold", *_THRESHOLD)
-        if self._switch(trial, "mean", self.constants, needed=drawn["neurons"] == "off" and not self.matched):
+        if self._switch(trial, "mean", self.constants, needed=neurons == "off" and not self.matched):
             drawn["constant"] = trial.suggest_float("constant", *_CONSTANT, log=True)
             drawn["effect_size"] = trial.suggest_categorical("effect_size", _EFFECT_SIZES)
             drawn["magnitude"] = trial.suggest_categorical("magnitude", _MAGNITUDES)
-        nothing = drawn["neurons"] == "off" and "constant" not in drawn
+        nothing = neurons == "off" and "constant" not in drawn
         if self._switch(trial, "match", self.matched, needed=nothing):
             drawn["matched"] = trial.suggest_float("matched", *_MATCHED)
         drawn["first"] = trial.suggest_int("first", 0, self.layers // 2)
@@ -120,7 +124,7 @@ class Space:
             KeyError, TypeError, ValueError: values of another space.
         """
         return Point(
-            neurons=_NEURONS[_NEURONS.index(parameters["neurons"])],
+            neurons=_NEURONS[_NEURONS.index(parameters["neurons"] if self.selects else "off")],
             gamma=_rounded(parameters.get("gamma", 0.0)),
             count=int(parameters.get("count", 0)),
             threshold=_rounded(parameters.get("threshold", 0.0)),
@@ -134,7 +138,9 @@ class Space:
 
     def parameters(self, point: Point) -> dict[str, Any]:
         """The values that give a point."""
-        found: dict[str, Any] = {"neurons": point.neurons, "first": point.first}
+        found: dict[str, Any] = {"first": point.first}
+        if self.selects:
+            found["neurons"] = point.neurons
         if self.layers > 1:
             found["last"] = point.last
         if point.neurons in ("shift", "both"):
@@ -173,7 +179,7 @@ class Space:
         constant = _within(rule.gamma * rule.constant, *_CONSTANT) if self.constants and rule.constant else 0.0
         matched = _within(rule.gamma * rule.matched, *_MATCHED) if self.matched and rule.matched else 0.0
         neurons: Neurons = "off"
-        if rule.shift or rule.clamp:
+        if self.selects and (rule.shift or rule.clamp):
             neurons = "both" if rule.shift and rule.clamp else "shift" if rule.shift else "clamp"
         if neurons == "off" and not (constant or matched):
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule, build_rule
 from npti_export.tuning.budget import Budget, largest_gain, pareto_front
-from npti_export.tuning.opening import ModelJob, Opened, opened, plain_pole
+from npti_export.tuning.opening import METHODS, Method, ModelJob, Opened, opened, plain_pole
 from npti_export.tuning.search import Finished, Limits, Study, opened_study
 from npti_export.tuning.space import Point, Space, with_section
 from npti_export.tuning.trial import PASSAGES, Figures, Measure, other_passages, search_questions, trial_passages
@@ -42,9 +42,12 @@ class TuneJob:
         trials: most that have figures, earlier ones of the same study included; None for what there is time for.
         questions: search questions that trials are judged on.
         test_questions: that confirm the pick, 0 for all.
+        confirm: whether they do: not where a whole evaluation of the pick follows.
         answer_tokens: longest answer.
         personas: pairs that score an answer.
         budget: what steering may cost.
+        methods: what rules may be made of: shifts and clamps of ``neurons``, the poles' ``mean`` difference, the
+            ``matched`` constant.
         storage: SQLite file to go on from; None takes one in the cache, or keeps nothing without one.
         seed: of the sampler and of intervals.
     """
@@ -54,9 +57,11 @@ class TuneJob:
     trials: int | None = None
     questions: int = 32
     test_questions: int = 0
+    confirm: bool = True
     answer_tokens: int = 64
     personas: int = 2
     budget: Budget = field(default_factory=Budget)
+    methods: tuple[Method, ...] = METHODS
     storage: Path | None = None
     seed: int = 0
 
@@ -85,17 +90,19 @@ def tune(job: TuneJob, progress: Progress, clock: Callable[[], float] = time.mon
         NptiError: something is wrong with the job, or no trial gave a rule.
     """
     started = clock()
+    if not job.methods or set(job.methods) - set(METHODS):
+        raise EvaluationError(f"--methods {','.join(job.methods)}: give one or more of {', '.join(METHODS)}")
     if not 0 < job.minutes < float("inf"):
         raise EvaluationError(f"--minutes {job.minutes}: give a number above 0")
     with opened(replace(job.subject, trait=plain_pole(job.subject.trait)), progress) as at:
         questions = search_questions(at.bench, at.recipe, job.questions)
         held_out = _held_out(job, at)
-        profile = at.whole_profile()
+        profile = at.whole_profile(job.methods)
         engine = at.engine()
         test = Test(at.bench, at.spec.sign, questions, at.recipe, job.answer_tokens, job.personas, job.seed)
         measure = Measure(engine, test, trial_passages())
-        tuner = _Tuner(job, at, engine, profile, measure, _space(at, profile))
-        after = _CONFIRMED * held_out / len(questions)
+        tuner = _Tuner(job, at, engine, profile, measure, _space(at, profile, job.methods))
+        after = _CONFIRMED * held_out / len(questions) if job.confirm else 0.0
         limits = Limits(job.trials, 60 * job.minutes - (clock() - started), after, clock)
         name = f"{at.spec.pole} {tuner.key}"
         with opened_study(_storage(job, at, tuner.key), name, tuner.space, tuner.excess, seed=job.seed) as study:
@@ -120,10 +127,15 @@ def _storage(job: TuneJob, at: Opened, key: str) -> Path | None:
     return folder / f"{at.spec.pole}-{key}.sqlite"
 
 
-def _space(at: Opened, profile: NeuronProfile) -> Space:
+def _space(at: Opened, profile: NeuronProfile, methods: Sequence[Method]) -> Space:
     shape = at.source.shape
-    means, matched = profile.mean_plus is not None, profile.matched(at.spec.sign) is not None
-    return Space(shape.layers, shape.layers * shape.width, constants=means, matched=matched)
+    return Space(
+        shape.layers,
+        shape.layers * shape.width,
+        constants="mean" in methods and profile.mean_plus is not None,
+        matched="matched" in methods and profile.matched(at.spec.sign) is not None,
+        selects="neurons" in methods,
+    )
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ class _Tuner:
             [settings.rule.percentile, settings.rule.slope, settings.rule.center],
             self.profile.origin.get("questions"),
             at.recipe.identify.matched_questions,
-            [self.space.layers, self.space.neurons, self.space.constants, self.space.matched],
+            [self.space.layers, self.space.neurons, self.space.constants, self.space.matched, self.space.selects],
             [job.questions, job.answer_tokens, job.personas, PASSAGES],
         ]
         return hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]
@@ -188,7 +200,8 @@ class _Tuner:
         if chosen is not None:
             if trials[chosen].gain.mean <= 0:
                 progress.note("no trial within the budget moves the answers towards the pole")
-            confirmation = self._confirm(self.rule(found[chosen].point), study, progress)
+            if self.job.confirm:
+                confirmation = self._confirm(self.rule(found[chosen].point), study, progress)
         at, job = self.at, self.job
         record = TuningRecord(
             model={"name": at.source.name, "fingerprint": at.source.fingerprint},

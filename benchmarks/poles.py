@@ -1,0 +1,201 @@
+"""All ten poles on the default model: each made by the main job's default recipe, then evaluated on test questions.
+
+    python benchmarks/poles.py [--poles extraversion+ …] [--questions 32] [--whole extraversion+]
+    python benchmarks/poles.py --table | --samples
+    python benchmarks/poles.py --figures docs
+
+An evaluation is that of `npti-export evaluate`, in llama.cpp, beside prompts, other methods at the same damage and
+random directions; it goes to benchmarks/out/poles/POLE.json, and a pole that is there is not evaluated again.
+`npti-export report benchmarks/out/poles/*.json --html all.html` shows all of them.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from common import OUT, say
+
+from npti_export.evaluate.document import read_document
+from npti_export.evaluate.run import BASELINES, KNOWN_BASELINES, EvaluationJob, evaluate
+from npti_export.evaluate.subject import SubjectJob
+from npti_export.identify.collect import cache_folder
+from npti_export.job import Job
+from npti_export.pipeline import run as run_job
+from npti_export.progress import Silent
+from npti_export.traits import FACETS, TraitSpec
+
+RESULTS = OUT / "poles"
+POLES = [trait + sign for trait in FACETS for sign in "+-"]
+COLUMNS = {
+    "prompt-adjective": "adjective prompt",
+    "prompt-persona": "persona prompt",
+    "steered": "steered",
+    "steered-prompt-persona": "steered and persona",
+    "npti": "NPTI",
+    "dpn-le": "DPN-LE",
+    "mean-shift": "mean difference",
+    "null": "random",
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--poles", nargs="+", default=POLES)
+    parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--whole", nargs="*", default=[], help="poles that also take the inventory and the LoRA row")
+    parser.add_argument("--samples", action="store_true", help="print the first two answers of each pole")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--figures", type=Path)
+    arguments = parser.parse_args()
+    if not (arguments.table or arguments.samples or arguments.figures):
+        for pole in arguments.poles:
+            one_pole(pole, arguments)
+    documents = {pole: read_document(place(pole)) for pole in arguments.poles if place(pole).is_file()}
+    if arguments.samples:
+        samples(documents)
+    else:
+        table(documents)
+    if arguments.figures is not None:
+        figures(documents, arguments.figures)
+
+
+def place(pole):
+    return RESULTS / f"{pole}.json"
+
+
+def one_pole(pole, arguments):
+    if place(pole).is_file():
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "model.gguf"
+        run_job(Job(traits=(TraitSpec(pole[:-1], pole[-1]),), out=made, cache=cache_folder()), Silent())
+        middle = time.time()
+        whole = pole in arguments.whole
+        job = EvaluationJob(
+            SubjectJob(made, cache=cache_folder()),
+            questions=arguments.questions,
+            skips=frozenset() if whole else frozenset({"inventory"}),
+            baselines=KNOWN_BASELINES if whole else BASELINES,
+        )
+        document = evaluate(job, Silent())
+    place(pole).write_text(document.to_json(), encoding="utf-8")
+    gain = document.trait_contrast.gain
+    say(
+        f"{pole}: {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}), KL {document.capability.kl_neutral.mean:.3f},"
+    )
+    say(f"  made in {middle - started:.0f} s, evaluated in {time.time() - middle:.0f} s: {document.seconds}")
+
+
+def table(documents):
+    """Gains with their intervals by pole, then means over the poles."""
+    conditions = {pole: {one.name: one for one in document.conditions} for pole, document in documents.items()}
+    names = [name for name in COLUMNS if all(name in one for one in conditions.values())]
+    shown = [name for name in ("prompt-persona", "steered", "npti", "null") if name in names]
+    say("| pole | " + " | ".join(f"{COLUMNS[name]}: gain (95%)" for name in shown), end=" | ")
+    say("fluency: unsteered, prompt, steered | KL, neutral |")
+    say("|---" * (3 + len(shown)) + "|")
+    for pole, document in documents.items():
+        there = conditions[pole]
+        cells = [gain_of(there[name]) for name in shown]
+        fluency = ", ".join(f"{there[name].fluency.mean:.2f}" for name in ("unsteered", "prompt-persona", "steered"))
+        say(f"| {pole} | " + " | ".join(cells) + f" | {fluency} | {document.capability.kl_neutral.mean:.3f} |")
+    say("\n| mean over the poles | gain (95%) | clear of zero | fluency |\n|---|---|---|---|")
+    say(f"| unsteered | | | {mean_fluency(conditions, 'unsteered'):.3f} |")
+    for name in names:
+        gains = [one[name].gain for one in conditions.values()]
+        middle, around = pooled(documents, name)
+        clear = sum(one.low > 0 for one in gains)
+        interval = f"{middle:+.3f} ({middle - around:+.3f} to {middle + around:+.3f})"
+        say(f"| {COLUMNS[name]} | {interval} | {clear} of {len(gains)} | {mean_fluency(conditions, name):.3f} |")
+    skills(documents)
+
+
+def gain_of(condition):
+    gain = condition.gain
+    return f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+
+
+def mean_fluency(conditions, name):
+    return np.mean([one[name].fluency.mean for one in conditions.values()])
+
+
+def pooled(documents, name):
+    """The mean of the poles' mean gains, and half of its 95% interval: questions are drawn anew, poles are not."""
+    gains = [
+        np.array([answer.contrast[name] - answer.contrast["unsteered"] for answer in document.answers])
+        for document in documents.values()
+    ]
+    error = np.sqrt(sum(one.var(ddof=1) / len(one) for one in gains)) / len(gains)
+    return np.mean([one.mean() for one in gains]), 1.96 * error
+
+
+def skills(documents):
+    names = [task.name for task in next(iter(documents.values())).capability.tasks]
+    for at, name in enumerate(names):
+        scores = [document.capability.tasks[at].score for document in documents.values()]
+        worse = [pole for pole, score in zip(documents, scores, strict=True) if score.change.high < 0]
+        before, after = (np.mean([getattr(one, side).mean for one in scores]) for side in ("base", "steered"))
+        say(f"{name}: {before:.1%} -> {after:.1%}; clearly worse for {', '.join(worse) or 'no pole'}")
+    damage = [document.capability.kl_neutral.mean for document in documents.values()]
+    say(f"KL on neutral text: mean {np.mean(damage):.3f}, most {max(damage):.3f}")
+    seconds = [document.seconds["total"] for document in documents.values()]
+    say(f"seconds an evaluation: {min(seconds):.0f} to {max(seconds):.0f}")
+
+
+def samples(documents):
+    for pole, document in documents.items():
+        say(f"\n**{pole}**\n")
+        for answer in document.answers[:2]:
+            say(f"- *{answer.question}*\n  {' '.join(answer.answers['steered'].split())}")
+
+
+def figures(documents, folder):
+    from npti_export.report_page.figures_effect import cross_talk_matrix
+    from npti_export.report_page.svg import write_figure
+    from npti_export.report_page.theme import WIDE
+
+    several = list(documents.values())
+    drawn = {
+        "poles": ("Gain and fluency by pole", lambda look: gains_figure(documents, look)),
+        "cross-talk": ("How far each pole moves each trait", lambda look: cross_talk_matrix(several, look)),
+    }
+    for name, (label, draw) in drawn.items():
+        for path in write_figure(draw, folder, name, label, WIDE):
+            say(path)
+
+
+def gains_figure(documents, look):
+    """Gains of the persona prompt, the steered model, NPTI and chance, pole by pole, and their fluency."""
+    from npti_export.report_page.canvas import drawing, rows, zero_line
+
+    theme = look.theme
+    kinds = {"prompt-persona": (theme.prompt, "s"), "steered": (theme.wanted, "o"), "npti": (theme.baseline, "^"),
+             "null": (theme.base, "X")}  # fmt: skip
+    with drawing(look, 0.42 * len(documents) + 1.1) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for row, document in enumerate(documents.values()):
+            there = {one.name: one for one in document.conditions}
+            for step, (name, (colour, marker)) in enumerate(kinds.items()):
+                if name not in there:
+                    continue
+                gain, high = there[name].gain, row + 0.16 * (step - 1.5)
+                left.plot([gain.low, gain.high], [high, high], color=colour, linewidth=1.4)
+                label = COLUMNS[name] if row == 0 else None
+                left.plot(gain.mean, high, marker, color=colour, markersize=5, label=label)
+                right.plot(there[name].fluency.mean, high, marker, color=colour, markersize=5)
+            base = there["unsteered"].fluency.mean
+            right.plot([base, base], [row - 0.4, row + 0.4], color=theme.muted, linewidth=1.2)
+        rows(left, list(documents), look)
+        zero_line(left, look)
+        left.set_xlabel("gain of the contrast, nats a token")
+        right.set_xlabel("fluency, nats a token; the line is the unsteered model")
+        figure.legend(loc="outside upper center", ncols=4)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

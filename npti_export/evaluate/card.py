@@ -1,0 +1,171 @@
+"""The figures of an evaluation in a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npti_export.errors import EvaluationError
+from npti_export.evaluate.document import Condition, Document
+from npti_export.evaluate.estimate import interval
+from npti_export.files import atomic_output
+from npti_export.recipe import Recipe
+from npti_export.traits import TraitSpec, parse_recorded
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+BEGIN, END = "<!-- npti-export evaluation: begin -->", "<!-- npti-export evaluation: end -->"
+_SPECIAL = str.maketrans({one: f"\\{one}" for one in "\\`*_{}[]<>()#+-.!|&~"})
+_RULE = ("select", "rule", "poles")  # sections of a recipe that a rule depends on
+
+
+def section(document: Document) -> str:
+    """What a card says of an evaluation, between two marks by which it is found again."""
+    contrast = document.trait_contrast
+    parts = [
+        "## Does the personality show, and what does it cost?",
+        f"Measured by npti-export {_plain(document.version)} on {contrast.gain.n} held-out test questions, which chose "
+        f"nothing. The contrast is the mean log-likelihood per token of an answer under personas of the wanted pole "
+        f"minus that under personas of the opposite one, computed by the unsteered model, over {contrast.personas} "
+        "pairs of personas; the gain is how far it is above the unsteered answers'. Fluency is the log-likelihood per "
+        "token under the plain question, by the unsteered model, too. Intervals are 95% bootstraps over questions.",
+        _conditions(document),
+        "\n".join(f"- {line}" for line in _lines(document)),
+    ]
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+def _conditions(document: Document) -> str:
+    rows = ["| | gain (95%) | fluency | |", "|---|---|---|---|"]
+    levels: dict[str, Any] = document.settings.get("baselines", {})
+    for one in document.conditions:
+        gain = "" if one.gain is None else interval(one.gain)
+        rows.append(f"| {_plain(one.label)} | {gain} | {one.fluency.mean:.2f} | {_remark(one, levels)} |")
+    return "\n".join(rows)
+
+
+def _remark(one: Condition, levels: dict[str, Any]) -> str:
+    remarks = []
+    if one.gain is not None and one.gain.low <= 0 <= one.gain.high:
+        remarks.append("not clear of zero")
+    damage = levels.get(one.name, {}).get("damage")
+    if damage is not None:
+        remarks.append(f"KL {damage:.3f} on neutral text")
+    return ", ".join(remarks)
+
+
+def _lines(document: Document) -> Iterable[str]:
+    contrast, capability = document.trait_contrast, document.capability
+    if contrast.share_of_prompt is not None:
+        yield f"The gain is {contrast.share_of_prompt:.0%} of the better prompt's."
+    kl = capability.kl_neutral
+    yield (
+        f"On neutral text it is {kl.mean:.3f} nats per token from the unsteered model (KL, {kl.low:.3f} to "
+        f"{kl.high:.3f}, {kl.n} passages)."
+    )
+    for task in capability.tasks:
+        score = task.score
+        yield (
+            f"Skill, {_plain(task.name)} ({_plain(task.metric)}): {score.base.mean:.0%} before, "
+            f"{score.steered.mean:.0%} after; change {interval(score.change, 2)}."
+        )
+    if document.cross_talk is not None:
+        moved = ", ".join(f"{_plain(name)} {interval(one)}" for name, one in document.cross_talk.items())
+        yield f"Moves towards the + pole of each trait: {moved}."
+    if document.inventory is not None:
+        traits = document.inventory.traits.items()
+        rated = ", ".join(f"{_plain(name)} {interval(one.change, 2)}" for name, one in traits)
+        yield f"Self-report items ({_plain(document.inventory.source)}), change on a scale of 1 to 5: {rated}."
+    for judge in document.judge.judges if document.judge else ():
+        before, after = judge.trait.get("unsteered"), judge.trait.get("steered")
+        if before is not None and after is not None:
+            figures = f"{before.mean:.2f} before, {after.mean:.2f} after"
+            yield f"Judge {_plain(judge.judge)}, 1 to 5 for the trait: {figures}."
+
+
+def update_card(path: Path, document: Document) -> None:
+    """Put the section into a card, in the place of an earlier one; every other byte stays. Without a card, make one.
+
+    Raises:
+        EvaluationError: see :func:`check_card`.
+        OutputError: it cannot be written.
+    """
+    text = check_card(path)
+    before, begin, rest = text.partition(BEGIN)
+    if begin:
+        rest = rest.partition(END)[2]
+    elif before.strip():
+        before = before.rstrip("\n") + "\n\n"
+    with atomic_output(path, force=True) as temporary:
+        # bytes: line endings of other parts are not ours to change
+        temporary.write_bytes((before + section(document) + (rest or "\n")).encode())
+
+
+def check_card(path: Path) -> str:
+    """The text of a card that can be updated; nothing where there is none.
+
+    Raises:
+        EvaluationError: it cannot be read, or the marks in it are damaged.
+    """
+    if not path.exists():
+        return ""
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"--card {path}: cannot be read as text ({error}); name another file") from error
+    begins, ends = text.count(BEGIN), text.count(END)
+    if (begins, ends) not in ((0, 0), (1, 1)) or text.find(BEGIN) > text.find(END):
+        raise EvaluationError(f"--card {path}: the marks around the evaluation in it are damaged; delete both")
+    return text
+
+
+def check_same_rule(
+    path: Path, document: Document, traits: Sequence[TraitSpec], fingerprint: str, recipe: Recipe
+) -> None:
+    """Raise unless an evaluation is of the rule that a job makes.
+
+    Raises:
+        EvaluationError: another model, other poles or strengths, or another recipe.
+    """
+    wanted = json.loads(recipe.to_json())
+    evaluated = sorted(str(parse_recorded(text)) for text in document.traits)
+    differs = {
+        "model": document.model.get("fingerprint") != fingerprint,
+        "traits": evaluated != sorted(map(str, traits)),
+        "recipe": document.recipe is None or any(document.recipe.get(name) != wanted[name] for name in _RULE),
+    }
+    for field, other in differs.items():
+        if other:
+            raise EvaluationError(
+                f"--evaluation {path}: '{field}' is not that of this job; evaluate what is uploaded, or leave it out"
+            )
+
+
+def results(document: Document) -> list[EvalResult]:
+    """The gain and the distance on neutral text, as the Hub's front matter lists results."""
+    from huggingface_hub import EvalResult
+
+    contrast, kl = document.trait_contrast, document.capability.kl_neutral
+    figures = (
+        ("questions", "likelihood-contrast-gain", "gain of the likelihood contrast, nats per token", contrast.gain),
+        ("neutral text", "kl-neutral", "KL to the unsteered model on neutral text, nats per token", kl),
+    )
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=f"npti-export-{asked.replace(' ', '-')}",  # by which the Hub tells data sets apart
+            dataset_name=f"npti-export's {asked}",
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(one.mean, 4),
+        )
+        for asked, kind, name, one in figures
+    ]
+
+
+def _plain(text: str) -> str:
+    """Foreign text, on one line, in which no markup counts."""
+    return " ".join(text.split()).translate(_SPECIAL)

@@ -1,0 +1,152 @@
+"""An evaluation in a model card: its figures, its place among what else is there, and whose it is."""
+
+import json
+import re
+
+import pytest
+from documents import hostile_document, sample_document
+from test_card import report, split
+
+from npti_export.errors import EvaluationError
+from npti_export.evaluate.card import BEGIN, END, check_same_rule, results, section, update_card
+from npti_export.export.card import model_card
+from npti_export.recipe import load_recipe
+from npti_export.traits import TraitSpec
+
+
+def rows(text):
+    """Cells of the table's rows; an escaped bar is no border."""
+    lines = [line for line in text.split("\n") if line.startswith("| ")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_every_condition_with_its_figures():
+    document = sample_document(settings={"baselines": {"npti": {"strength": 0.5, "damage": 0.0312}}})
+    head, *body = rows(section(document))
+    assert head == ["", "gain (95%)", "fluency", ""]
+    assert len(body) == len(document.conditions) > 5
+    for cells, one in zip(body, document.conditions, strict=True):
+        gain = one.gain
+        want = "" if gain is None else f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+        assert cells[1:3] == [want, f"{one.fluency.mean:.2f}"]
+        assert ("not clear of zero" in cells[3]) == (gain is not None and gain.low * gain.high <= 0)
+        assert ("KL 0.031" in cells[3]) == (one.name == "npti")
+    assert any("not clear of zero" in cells[3] for cells in body)
+    text = section(document)
+    share = document.trait_contrast.share_of_prompt
+    for figure in (f"{share:.0%} of the better prompt's", "0.061 nats", "90 held-out"):
+        assert figure in text
+    assert text.count("before,") == len(document.capability.tasks) + len(document.judge.judges)
+    for name in document.cross_talk:
+        assert f"{name} " in text
+
+
+def test_foreign_text_is_no_markup():
+    text = section(hostile_document())
+    for cells in rows(text):
+        assert len(cells) == 4
+    bare = re.sub(r"\\.", "", text.removeprefix(BEGIN).removesuffix(END))
+    assert not re.search(r"[<>`\[\]]", bare)
+    assert text.count(END) == text.count(BEGIN) == 1
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_only_the_section_changes(tmp_path, ending):
+    path = tmp_path / "README.md"
+    first, second = sample_document(), sample_document("openness+")
+    update_card(path, first)
+    assert path.read_text(encoding="utf-8") == section(first) + "\n"
+    before, after = (
+        f"---{ending}license: mit{ending}---{ending}# Ünser model{ending}",
+        f"{ending}## More{ending}{ending}",
+    )
+    path.write_bytes((before + section(first) + after).encode())
+    update_card(path, second)
+    assert path.read_bytes().decode() == before + section(second) + after
+    assert section(first) != section(second)
+    path.write_bytes(before.encode())
+    update_card(path, second)
+    text = path.read_bytes().decode()
+    assert text.startswith(before.rstrip("\n"))
+    assert text.endswith(section(second) + "\n")
+    update_card(path, second)
+    assert path.read_bytes().decode() == text
+
+
+@pytest.mark.parametrize("text", [BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}\n{END}\n{BEGIN}\n{END}", "\udcff"])
+def test_damaged_cards_are_left_alone(tmp_path, text):
+    path = tmp_path / "README.md"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(EvaluationError, match=r"--card .*README\.md: (the marks .* delete both|cannot be read)"):
+        update_card(path, sample_document())
+    assert path.read_bytes() == text.encode(errors="surrogateescape")
+
+
+def test_it_must_be_of_the_same_rule(tmp_path):
+    recipe = load_recipe("matched", ["rule.gamma=1.2"])
+    known = {"model": {"fingerprint": "ab" * 32}, "traits": ["calm:0.5", "openness+"]}
+    document = sample_document(recipe=json.loads(recipe.to_json()), **known)
+    traits = (TraitSpec("openness", "+"), TraitSpec("neuroticism", "-", 0.5))
+    path = tmp_path / "r.json"
+    check_same_rule(path, document, traits, "ab" * 32, recipe)
+    check_same_rule(path, document, traits, "ab" * 32, load_recipe("matched", ["rule.gamma=1.2", "verify.prompts=2"]))
+    for field, given in {
+        "model": (traits, "cd" * 32, recipe),
+        "traits": (traits[:1], "ab" * 32, recipe),
+        "recipe": (traits, "ab" * 32, load_recipe("matched")),
+    }.items():
+        with pytest.raises(EvaluationError, match=rf"--evaluation .*r\.json: '{field}' is not that of this job"):
+            check_same_rule(path, document, *given)
+    stronger = (traits[0], TraitSpec("neuroticism", "-", 0.6))
+    with pytest.raises(EvaluationError, match="'traits'"):
+        check_same_rule(path, document, stronger, "ab" * 32, recipe)
+    with pytest.raises(EvaluationError, match="'recipe'"):
+        check_same_rule(path, sample_document(recipe=None, **known), traits, "ab" * 32, recipe)
+
+
+def test_the_whole_card():
+    document = sample_document()
+    data, body = split(model_card(report(), section(document), results(document)))
+    plain, text = split(model_card(report()))
+    (model,) = data.pop("model-index")
+    assert data == plain
+    values = {metric["type"]: metric["value"] for one in model["results"] for metric in one["metrics"]}
+    assert len(model["results"]) == 2
+    assert values == {
+        "likelihood-contrast-gain": round(document.trait_contrast.gain.mean, 4),
+        "kl-neutral": round(document.capability.kl_neutral.mean, 4),
+    }
+    assert section(document) in body
+    assert body.index("Is it faithful") < body.index("Does the personality show") < body.index("Intended use")
+    assert "The next section says how well" in body
+    assert "It does not say how well" in text
+    assert BEGIN not in text
+
+
+@pytest.mark.parametrize(
+    ("neurons", "recipe", "says", "not_said"),
+    [
+        ({"shift": 9, "clamp": 3}, {}, ["shifted up (9", "NPTI (Neuron"], ["by matching", "means of what"]),
+        ({"constant": 8}, {"rule": {"matched": 1.0}}, ["moves the residual stream", "by matching"], ["NPTI (Neuron"]),
+        (
+            {"constant": 8},
+            {"poles": {"openness+": {"rule": {"matched": 0.5}}}},
+            ["moves the residual stream", "by matching"],
+            ["NPTI (Neuron"],
+        ),
+        ({"constant": 8}, {"rule": {"constant": 1.0}}, ["down projection gets a constant", "DPN-LE"], ["NPTI (Neuron"]),
+        (
+            {"shift": 9, "constant": 8},
+            {"rule": {"matched": 1.0}},
+            ["shifted up (9", "A constant is added", "NPTI (Neuron", "by matching"],
+            [],
+        ),
+    ],
+)
+def test_how_it_was_made(neurons, recipe, says, not_said):
+    counts = {"shift": 0, "clamp": 0, "width": 1536, "extra_width": 0, "extra_width_mean": 0.0}
+    _, body = split(model_card(report(neurons=counts | neurons, recipe={"name": "mine", "rule": {}} | recipe)))
+    for words in says:
+        assert words in body
+    for words in not_said:
+        assert words not in body
