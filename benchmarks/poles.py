@@ -103,14 +103,15 @@ def table(documents):
         cells = [gain_of(there[name]) for name in shown]
         fluency = ", ".join(f"{there[name].fluency.mean:.2f}" for name in ("unsteered", "prompt-persona", "steered"))
         say(f"| {pole} | " + " | ".join(cells) + f" | {fluency} | {document.capability.kl_neutral.mean:.3f} |")
-    say("\n| mean over the poles | gain (95%) | clear of zero | fluency |\n|---|---|---|---|")
-    say(f"| unsteered | | | {mean_fluency(conditions, 'unsteered'):.3f} |")
+    say("\n| mean over the poles | gain (95%) | clear of zero | steered beyond it (95%) | fluency |")
+    say("|---" * 5 + "|")
+    say(f"| unsteered | | | | {mean_fluency(conditions, 'unsteered'):.3f} |")
     for name in names:
         gains = [one[name].gain for one in conditions.values()]
-        middle, around = pooled(documents, name)
         clear = sum(one.low > 0 for one in gains)
-        interval = f"{middle:+.3f} ({middle - around:+.3f} to {middle + around:+.3f})"
-        say(f"| {COLUMNS[name]} | {interval} | {clear} of {len(gains)} | {mean_fluency(conditions, name):.3f} |")
+        beyond = "" if name == "steered" else pooled(documents, "steered", name)
+        cells = [COLUMNS[name], pooled(documents, name, "unsteered"), f"{clear} of {len(gains)}", beyond]
+        say(f"| {' | '.join(cells)} | {mean_fluency(conditions, name):.3f} |")
     skills(documents)
 
 
@@ -123,14 +124,18 @@ def mean_fluency(conditions, name):
     return np.mean([one[name].fluency.mean for one in conditions.values()])
 
 
-def pooled(documents, name):
-    """The mean of the poles' mean gains, and half of its 95% interval: questions are drawn anew, poles are not."""
+def pooled(documents, name, other):
+    """The mean over the poles of what a way gains beyond another, with its 95% interval.
+
+    The pairs are answers to one question. Questions are drawn anew, poles are not.
+    """
     gains = [
-        np.array([answer.contrast[name] - answer.contrast["unsteered"] for answer in document.answers])
+        np.array([answer.contrast[name] - answer.contrast[other] for answer in document.answers])
         for document in documents.values()
     ]
-    error = np.sqrt(sum(one.var(ddof=1) / len(one) for one in gains)) / len(gains)
-    return np.mean([one.mean() for one in gains]), 1.96 * error
+    middle = np.mean([one.mean() for one in gains])
+    around = 1.96 * np.sqrt(sum(one.var(ddof=1) / len(one) for one in gains)) / len(gains)
+    return f"{middle:+.3f} ({middle - around:+.3f} to {middle + around:+.3f})"
 
 
 def skills(documents):

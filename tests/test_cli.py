@@ -51,7 +51,7 @@ BAD = [
     (["--trait", "calm", "--out", "o.gguf", "--gamma", "-1"], "'rule.gamma'"),
     (["--trait", "calm", "--out", "o.gguf", "--gamma", "x"], "--gamma"),
     (["--trait", "calm", "--out", "o.gguf", "--set", "rule.gama=1"], "unknown key 'rule.gama'"),
-    (["--trait", "calm", "--out", "o.gguf", "--recipe", "nope"], "not shipped; there are dpn-le"),
+    (["--trait", "calm", "--out", "o.gguf", "--recipe", "nope"], "not shipped; there are best, dpn-le"),
     (["--trait", "calm", "--out", "o.gguf", "--model", "none.gguf"], "none.gguf"),
     (["--trait", "calm", "--out", "o.gguf", "--model", "cut.gguf"], "truncated"),
     (["--trait", "calm", "--out", "o.gguf", "--model", "text.gguf"], "not a GGUF file"),
