@@ -349,7 +349,7 @@ def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path])
     """No output may replace an input, or another output, whatever --force says."""
     resolved = [path.resolve() for path in outputs]
     places = (job.base, job.rule_from, job.bench, job.converter, job.imatrix, *(spec.folder for spec in job.traits))
-    given = [path for path in (*places, *job.trait_dirs) if path is not None]
+    given = [path for path in (*places, job.evaluation, *job.trait_dirs) if path is not None]
     parts = [part for path in given for part in named_shards(path)]
     inputs = {path.resolve() for path in [source.path, *source.shards, *job.profiles, *parts]}
     for path, place in zip(outputs, resolved, strict=True):

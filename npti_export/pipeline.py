@@ -53,7 +53,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     with prepared(job) as asked:
         if job.evaluation is not None:
             document = read_document(job.evaluation)
-            check_same_rule(job.evaluation, document, asked.traits, asked.source.fingerprint, asked.recipe)
+            check_same_rule(job.evaluation, document, asked.traits, asked.source.fingerprint, asked.recipe, job.format)
         if job.push_to is not None:
             from npti_export.export.hub import check_repository
 

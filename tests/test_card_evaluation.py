@@ -67,7 +67,7 @@ def test_only_the_section_changes(tmp_path, ending):
     path.write_bytes(before.encode())
     update_card(path, second)
     text = path.read_bytes().decode()
-    assert text.startswith(before.rstrip("\n"))
+    assert text.startswith(before + ending + BEGIN)
     assert text.endswith(section(second) + "\n")
     update_card(path, second)
     assert path.read_bytes().decode() == text
@@ -88,20 +88,25 @@ def test_it_must_be_of_the_same_rule(tmp_path):
     document = sample_document(recipe=json.loads(recipe.to_json()), **known)
     traits = (TraitSpec("openness", "+"), TraitSpec("neuroticism", "-", 0.5))
     path = tmp_path / "r.json"
-    check_same_rule(path, document, traits, "ab" * 32, recipe)
-    check_same_rule(path, document, traits, "ab" * 32, load_recipe("matched", ["rule.gamma=1.2", "verify.prompts=2"]))
+    check_same_rule(path, document, traits, "ab" * 32, recipe, "gguf")
+    other = load_recipe("matched", ["rule.gamma=1.2", "verify.prompts=2"])
+    check_same_rule(path, document, traits, "ab" * 32, other, "gguf")
     for field, given in {
         "model": (traits, "cd" * 32, recipe),
         "traits": (traits[:1], "ab" * 32, recipe),
         "recipe": (traits, "ab" * 32, load_recipe("matched")),
     }.items():
         with pytest.raises(EvaluationError, match=rf"--evaluation .*r\.json: '{field}' is not that of this job"):
-            check_same_rule(path, document, *given)
+            check_same_rule(path, document, *given, "gguf")
     stronger = (traits[0], TraitSpec("neuroticism", "-", 0.6))
     with pytest.raises(EvaluationError, match="'traits'"):
-        check_same_rule(path, document, stronger, "ab" * 32, recipe)
+        check_same_rule(path, document, stronger, "ab" * 32, recipe, "gguf")
     with pytest.raises(EvaluationError, match="'recipe'"):
-        check_same_rule(path, sample_document(recipe=None, **known), traits, "ab" * 32, recipe)
+        check_same_rule(path, sample_document(recipe=None, **known), traits, "ab" * 32, recipe, "gguf")
+    with pytest.raises(EvaluationError, match=r"'artifact\.format'"):
+        check_same_rule(path, document, traits, "ab" * 32, recipe, "control-vector")
+    with pytest.raises(EvaluationError, match="holds no rule"):
+        check_same_rule(path, document.model_copy(update={"layers": []}), traits, "ab" * 32, recipe, "gguf")
 
 
 def test_the_whole_card():
@@ -112,6 +117,7 @@ def test_the_whole_card():
     assert data == plain
     values = {metric["type"]: metric["value"] for one in model["results"] for metric in one["metrics"]}
     assert len(model["results"]) == 2
+    assert model["name"] == "calm.gguf"
     assert values == {
         "likelihood-contrast-gain": round(document.trait_contrast.gain.mean, 4),
         "kl-neutral": round(document.capability.kl_neutral.mean, 4),
@@ -134,6 +140,15 @@ def test_the_whole_card():
             ["moves the residual stream", "by matching"],
             ["NPTI (Neuron"],
         ),
+        (  # another pole's words do not count, and those of the exported ones do
+            {"constant": 8},
+            {
+                "rule": {"matched": 1.0},
+                "poles": {one: {"rule": {"matched": 0, "constant": 1.0}} for one in ("openness+", "neuroticism-")},
+            },
+            ["down projection gets a constant", "means of what"],
+            ["by matching"],
+        ),
         ({"constant": 8}, {"rule": {"constant": 1.0}}, ["down projection gets a constant", "DPN-LE"], ["NPTI (Neuron"]),
         (
             {"shift": 9, "constant": 8},
@@ -150,3 +165,11 @@ def test_how_it_was_made(neurons, recipe, says, not_said):
         assert words in body
     for words in not_said:
         assert words not in body
+
+
+def test_it_says_whose_figures_they_are():
+    text = section(sample_document(settings={"pole": "openness-", "baselines": "none"}))
+    assert "for openness\\-, of calm\\.gguf, gguf, on 90" in text
+    assert "for neuroticism\\-, of" in section(sample_document(settings={}))
+    level = {"npti": {"damage": "much"}, "null": 3}
+    assert "KL much" not in section(sample_document(settings={"baselines": level}))

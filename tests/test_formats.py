@@ -368,7 +368,7 @@ def test_pushed_to_the_hub(tiny, tiny_checkpoint, profile, tmp_path, cli_environ
             ("calm", tiny_checkpoint, ["--format", "peft"]),
             ("calm.gguf", tiny, []),
         ):
-            document = evaluation_of(model)
+            document = evaluation_of(model, "peft" if more else "gguf")
             (tmp_path / "r.json").write_text(document.to_json(), encoding="utf-8")
             more += ["--evaluation", "r.json"]
             done = npti_process(
@@ -394,15 +394,17 @@ def test_pushed_to_the_hub(tiny, tiny_checkpoint, profile, tmp_path, cli_environ
         assert stored["calm"][path.name] == path.read_bytes()
     assert stored["calm.gguf"]["calm.gguf"] == (tmp_path / "calm.gguf").read_bytes()
     assert b"llama" in stored["calm.gguf"]["README.md"]
+    assert section(document).encode() in stored["calm.gguf"]["README.md"]
     for files in stored.values():
-        assert section(document).encode() in files["README.md"]
+        assert b"Does the personality show" in files["README.md"]
         assert b"model-index" in files["README.md"]
 
 
-def evaluation_of(model):
+def evaluation_of(model, kind):
     """As `evaluate` would have written it for the job above."""
     return sample_document(
         "extraversion+",
+        artifact={"path": "calm", "format": kind, "bytes": 9, "sha256": "0" * 64},
         model={"name": "tiny", "fingerprint": resolve_model(str(model)).fingerprint, "id": None, "license": None},
         recipe=json.loads(load_recipe("npti", SETTINGS).to_json()),
     )

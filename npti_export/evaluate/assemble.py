@@ -211,4 +211,5 @@ def _digest(path: Path) -> str | dict[str, str]:
 
 def _size(subject: Subject) -> int:
     path = subject.artifact
-    return sum(one.stat().st_size for one in path.rglob("*") if one.is_file()) if path.is_dir() else path.stat().st_size
+    files = [one for one in path.rglob("*") if one.is_file()] if path.is_dir() else named_shards(path)
+    return sum(one.stat().st_size for one in files)

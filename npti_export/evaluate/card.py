@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npti_export.endings.base import Format
 from npti_export.errors import EvaluationError
 from npti_export.evaluate.document import Condition, Document
 from npti_export.evaluate.estimate import interval
@@ -24,14 +25,17 @@ _RULE = ("select", "rule", "poles")  # sections of a recipe that a rule depends 
 
 def section(document: Document) -> str:
     """What a card says of an evaluation, between two marks by which it is found again."""
-    contrast = document.trait_contrast
+    contrast, artifact = document.trait_contrast, document.artifact
+    pole = document.settings.get("pole") or " ".join(document.traits)
+    of = ", ".join(_plain(str(artifact[name])) for name in ("path", "format") if name in artifact)
     parts = [
         "## Does the personality show, and what does it cost?",
-        f"Measured by npti-export {_plain(document.version)} on {contrast.gain.n} held-out test questions, which chose "
-        f"nothing. The contrast is the mean log-likelihood per token of an answer under personas of the wanted pole "
-        f"minus that under personas of the opposite one, computed by the unsteered model, over {contrast.personas} "
-        "pairs of personas; the gain is how far it is above the unsteered answers'. Fluency is the log-likelihood per "
-        "token under the plain question, by the unsteered model, too. Intervals are 95% bootstraps over questions.",
+        f"Measured by npti-export {_plain(document.version)} for {_plain(str(pole))}, of {of}, on {contrast.gain.n} "
+        "held-out test questions, which chose nothing. The contrast is the mean log-likelihood per token of an answer "
+        "under personas of the wanted pole minus that under personas of the opposite one, computed by the unsteered "
+        f"model, over {contrast.personas} pairs of personas; the gain is how far it is above the unsteered answers'. "
+        "Fluency is the log-likelihood per token under the plain question, by the unsteered model, too. Intervals are "
+        "95% bootstraps over questions.",
         _conditions(document),
         "\n".join(f"- {line}" for line in _lines(document)),
     ]
@@ -40,7 +44,8 @@ def section(document: Document) -> str:
 
 def _conditions(document: Document) -> str:
     rows = ["| | gain (95%) | fluency | |", "|---|---|---|---|"]
-    levels: dict[str, Any] = document.settings.get("baselines", {})
+    found = document.settings.get("baselines")
+    levels: dict[str, Any] = found if isinstance(found, dict) else {}
     for one in document.conditions:
         gain = "" if one.gain is None else interval(one.gain)
         rows.append(f"| {_plain(one.label)} | {gain} | {one.fluency.mean:.2f} | {_remark(one, levels)} |")
@@ -51,8 +56,9 @@ def _remark(one: Condition, levels: dict[str, Any]) -> str:
     remarks = []
     if one.gain is not None and one.gain.low <= 0 <= one.gain.high:
         remarks.append("not clear of zero")
-    damage = levels.get(one.name, {}).get("damage")
-    if damage is not None:
+    level = levels.get(one.name)
+    damage = level.get("damage") if isinstance(level, dict) else None
+    if isinstance(damage, int | float):
         remarks.append(f"KL {damage:.3f} on neutral text")
     return ", ".join(remarks)
 
@@ -97,8 +103,9 @@ def update_card(path: Path, document: Document) -> None:
     before, begin, rest = text.partition(BEGIN)
     if begin:
         rest = rest.partition(END)[2]
-    elif before.strip():
-        before = before.rstrip("\n") + "\n\n"
+    elif before:
+        newline = "\r\n" if "\r\n" in before else "\n"
+        before += newline if before.endswith("\n") else 2 * newline
     with atomic_output(path, force=True) as temporary:
         # bytes: line endings of other parts are not ours to change
         temporary.write_bytes((before + section(document) + (rest or "\n")).encode())
@@ -123,16 +130,19 @@ def check_card(path: Path) -> str:
 
 
 def check_same_rule(
-    path: Path, document: Document, traits: Sequence[TraitSpec], fingerprint: str, recipe: Recipe
+    path: Path, document: Document, traits: Sequence[TraitSpec], fingerprint: str, recipe: Recipe, kind: Format
 ) -> None:
     """Raise unless an evaluation is of the rule that a job makes.
 
     Raises:
-        EvaluationError: another model, other poles or strengths, or another recipe.
+        EvaluationError: another format, model or recipe, other poles or strengths, or no rule at all.
     """
+    if not document.layers:
+        raise EvaluationError(f"--evaluation {path}: is of a file that holds no rule; evaluate what is uploaded")
     wanted = json.loads(recipe.to_json())
     evaluated = sorted(str(parse_recorded(text)) for text in document.traits)
     differs = {
+        "artifact.format": document.artifact.get("format") != kind,
         "model": document.model.get("fingerprint") != fingerprint,
         "traits": evaluated != sorted(map(str, traits)),
         "recipe": document.recipe is None or any(document.recipe.get(name) != wanted[name] for name in _RULE),
@@ -168,4 +178,4 @@ def results(document: Document) -> list[EvalResult]:
 
 def _plain(text: str) -> str:
     """Foreign text, on one line, in which no markup counts."""
-    return " ".join(text.split()).translate(_SPECIAL)
+    return " ".join(text.split()).translate(_SPECIAL).encode(errors="replace").decode()

@@ -170,6 +170,7 @@ def _questions(job: EvaluationJob, bench: TraitBench) -> tuple[Question, ...]:
 
 def _settings(job: EvaluationJob, subject: Subject, test: Test) -> dict[str, object]:
     return {
+        "pole": subject.spec.pole,
         "questions": len(test.questions),
         "answer_tokens": job.answer_tokens,
         "personas": job.personas,

@@ -82,7 +82,9 @@ def _front_matter(report: dict[str, Any], traits: list[TraitSpec], results: Sequ
         library_name=_LIBRARY[kind],
         pipeline_tag="text-generation",
         tags=tags,
-        model_name=report["model"]["name"] if results else None,  # the Hub wants a name for what has results
+        model_name=PurePath(report["artifact"]["path"]).name
+        if results
+        else None,  # the Hub wants a name for what has results
         eval_results=list(results) or None,
         **_license(report["model"]["license"]),
     )
@@ -136,7 +138,7 @@ def _method(report: dict[str, Any]) -> str:
     neurons, recipe = report["neurons"], f"by the recipe {_code(report['recipe']['name'])}"
     constant = neurons.get("constant", 0)
     if not neurons["shift"] and not neurons["clamp"]:
-        if _matched(report):
+        if _constants(report) == [_MATCHING]:
             return (
                 "Each layer gets a constant that moves the residual stream, on average, as personas of the pole\n"
                 f"move it (strength γ = {_gamma(report)}), {recipe}."
@@ -321,10 +323,15 @@ For research on personality in language models, for fiction, games and dialogue 
 - The base model's licence applies to this model, too. {terms}"""
 
 
-def _matched(report: dict[str, Any]) -> bool:
+def _constants(report: dict[str, Any]) -> list[str]:
+    """How the constants came about, by the rules of the poles that are exported."""
     recipe = report["recipe"]
-    rules = [recipe.get("rule", {}), *(pole.get("rule", {}) for pole in recipe.get("poles", {}).values())]
-    return any(rule.get("matched") for rule in rules)
+    rules = [
+        recipe.get("rule", {}) | recipe.get("poles", {}).get(parse_recorded(text).pole, {}).get("rule", {})
+        for text in report["traits"]
+    ]
+    ways = {"matched": _MATCHING, "constant": _MEANS}
+    return [how for key, how in ways.items() if any(rule.get(key) for rule in rules)]
 
 
 _NPTI = """by the method NPTI (Neuron-based Personality Trait Induction,
@@ -342,7 +349,7 @@ def _making(report: dict[str, Any]) -> str:
     model, neurons = report["model"], report["neurons"]
     how = [_NPTI] if neurons["shift"] or neurons["clamp"] else []
     if neurons.get("constant"):
-        how.append(_MATCHING if _matched(report) else _MEANS)
+        how += _constants(report)
     base = _code(model["id"] or model["name"])
     return f"""\
 ## How it was made
