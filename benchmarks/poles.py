@@ -127,12 +127,17 @@ def mean_fluency(conditions, name):
 def pooled(documents, name, other):
     """The mean over the poles of what a way gains beyond another, with its 95% interval.
 
-    The pairs are answers to one question. Questions are drawn anew, poles are not.
+    The pairs are answers to one question. Questions are drawn anew, poles are not; the two poles of a trait answer the
+    same ones, so a question's two figures are one.
     """
     gains = [
         np.array([answer.contrast[name] - answer.contrast[other] for answer in document.answers])
         for document in documents.values()
     ]
+    by_trait = {}
+    for pole, one in zip(documents, gains, strict=True):
+        by_trait.setdefault(pole[:-1], []).append(one)
+    gains = [np.mean(both, axis=0) for both in by_trait.values()]
     middle = np.mean([one.mean() for one in gains])
     around = 1.96 * np.sqrt(sum(one.var(ddof=1) / len(one) for one in gains)) / len(gains)
     return f"{middle:+.3f} ({middle - around:+.3f} to {middle + around:+.3f})"

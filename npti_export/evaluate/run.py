@@ -38,7 +38,7 @@ from npti_export.traits import FACETS
 if TYPE_CHECKING:
     from npti_export.runtimes.transformers import TransformersRuntime
 
-QUESTIONS = 48  # unless so many are asked for: with these, all of it takes under ten minutes on the default model
+QUESTIONS = 48  # unless another number is asked for; 32 take 316 to 402 s on the default model (benchmarks/poles.py)
 PASSAGES = 16  # neutral ones at which baselines are brought to the artifact's damage
 KEPT_BYTES = 4 << 30  # of what the base predicts, where it cannot be asked again while it is steered
 BASELINE_QUESTIONS = 96  # that neurons are identified on for the other methods, if nobody did so before

@@ -50,10 +50,12 @@ def with_strengths(job: Job, progress: Progress, how: Auto | None = None) -> Job
         NptiError: something is wrong with the job; said before any work.
     """
     with prepared(job) as ready:
-        profiles = ready.profiles
+        profiles, chosen = ready.profiles, replace(job, recipe=job.recipe or ready.recipe.name)
     how = how or Auto()
     how = replace(how, minutes=how.minutes / len(job.traits))
-    return replace(job, traits=tuple(_tuned(job, spec, profiles.get(spec.trait), how, progress) for spec in job.traits))
+    return replace(
+        job, traits=tuple(_tuned(chosen, spec, profiles.get(spec.trait), how, progress) for spec in job.traits)
+    )
 
 
 def _tuned(
