@@ -24,7 +24,8 @@ from npti_export.compiler.kinds import parse_program
 from npti_export.endings.gguf import GGUFEnding
 from npti_export.evaluate.contrast import score
 from npti_export.gguf.shards import read_model
-from npti_export.identify.collect import cache_folder, identify
+from npti_export.identify.collect import cache_folder
+from npti_export.identify.profiles import Place, identified
 from npti_export.loader import Models, RuntimeSettings, Timings
 from npti_export.models import default_model_path, gguf_source
 from npti_export.progress import Silent
@@ -110,16 +111,8 @@ def profile_of(trait, source, recipe):
         source, RuntimeSettings(), Timings(), Silent(), verifies=False, sequences=recipe.identify.batch_size
     )
     with models:
-        return identify(
-            models.fast,
-            source,
-            load_bench(trait),
-            recipe,
-            Silent(),
-            dtype=models.dtype(),
-            device=models.device(),
-            cache=cache_folder(),
-        )
+        place = Place(models.fast, source, models.dtype(), models.device(), cache_folder())
+        return identified(place, load_bench(trait), recipe, Silent())[1]
 
 
 def speed(arguments):

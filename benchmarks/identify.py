@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from npti_export.bench import load_bench
-from npti_export.identify.collect import contrast_prompts, identify
+from npti_export.identify.collect import contrast_prompts
+from npti_export.identify.profiles import Place, identified
 from npti_export.loader import Models, RuntimeSettings, Timings
 from npti_export.models import default_model_path, gguf_source
 from npti_export.progress import Silent
@@ -92,9 +93,8 @@ def half_billion(folder):
 def stage(runtime, source, recipe):
     """Seconds and response tokens of one whole identification."""
     started = time.perf_counter()
-    profile = identify(
-        lambda: runtime, source, load_bench(TRAIT), recipe, Silent(), dtype="any", device="any", cache=None
-    )
+    place = Place(lambda: runtime, source, "any", "any", None)
+    _, profile = identified(place, load_bench(TRAIT), recipe, Silent())
     return time.perf_counter() - started, sum(profile.origin["tokens"].values())
 
 

@@ -272,7 +272,7 @@ def test_a_base_of_another_model_is_refused(tiny, make_tiny, cli_environment, tm
 def test_progress_is_told_of_every_question_of_its_own_stage(tiny, tiny_runtime):
     """The model is loaded before the bar of the questions begins."""
     from npti_export.bench import load_bench
-    from npti_export.identify.collect import identify
+    from npti_export.identify.profiles import Place, identified
     from npti_export.models import gguf_source
     from npti_export.recipe import load_recipe
 
@@ -298,7 +298,7 @@ def test_progress_is_told_of_every_question_of_its_own_stage(tiny, tiny_runtime)
 
     recipe = load_recipe("npti", ["identify.questions=6", "identify.max_new_tokens=4", "identify.batch_size=4"])
     bench = load_bench("openness")
-    identify(load, gguf_source(tiny), bench, recipe, told, dtype="float32", device="cpu", cache=None)
+    identified(Place(load, gguf_source(tiny), "float32", "cpu", None), bench, recipe, told)
     assert told.stages == [["load", 1, 1], ["identify openness", 6, 6]]
 
 

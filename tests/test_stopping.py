@@ -7,7 +7,7 @@ import pytest
 from tolerances import OVERLAP_FORECAST, OVERLAP_FORECAST_SKEWED
 
 from npti_export.bench import load_bench
-from npti_export.identify.collect import identify
+from npti_export.identify.profiles import Place, identified
 from npti_export.identify.stopping import expected_overlap, jaccard
 from npti_export.models import gguf_source
 from npti_export.profile_io import save_profile
@@ -180,7 +180,7 @@ def asked(runtime, tiny, cache=None, *overrides, notes=None):
     if notes is not None:
         progress.note = notes.append
     source, bench = gguf_source(tiny), load_bench("openness")
-    return identify(lambda: runtime, source, bench, recipe, progress, dtype="ggml", device="cpu", cache=cache)
+    return identified(Place(lambda: runtime, source, "ggml", "cpu", cache), bench, recipe, progress)[1]
 
 
 def bytes_of(profile, folder, name):

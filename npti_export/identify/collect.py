@@ -13,7 +13,6 @@ from npti_export.errors import ProfileError
 from npti_export.files import translate_os_errors
 from npti_export.identify.stopping import expected_overlap
 from npti_export.models import ModelSource
-from npti_export.profile import NeuronProfile, profile_from_stats
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Message, Runtime, chat
@@ -30,37 +29,6 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_path
 
     return Path(os.environ["NPTI_CACHE"]) if os.environ.get("NPTI_CACHE") else user_cache_path("npti-export")
-
-
-def identify(
-    load_runtime: Callable[[], Runtime],
-    source: ModelSource,
-    bench: TraitBench,
-    recipe: Recipe,
-    progress: Progress,
-    *,
-    dtype: str,
-    device: str,
-    cache: Path | None,
-) -> NeuronProfile:
-    """Find how each neuron behaves under both poles of a trait: the profile of :func:`collect`.
-
-    Args:
-        load_runtime: as there, like all that follow.
-        source: see there.
-        bench: see there.
-        recipe: see there; also its ``rule.percentile``.
-        progress: see there.
-        dtype: see there.
-        device: see there.
-        cache: see there.
-
-    Raises:
-        BenchError: fewer questions than asked for.
-        ProfileError: the model answered nothing.
-    """
-    stats, origin = collect(load_runtime, source, bench, recipe, progress, dtype=dtype, device=device, cache=cache)
-    return profile_from_stats(bench.trait, stats.plus, stats.minus, source, recipe.rule.percentile, origin)
 
 
 def collect(
