@@ -1,15 +1,18 @@
 """All ten poles on the default model: each made by the main job's default recipe, then evaluated on test questions.
 
-    python benchmarks/poles.py [--poles extraversion+ …] [--questions 32] [--whole extraversion+]
+    python benchmarks/poles.py [--poles extraversion+ …] [--questions 32] [--whole extraversion+] [--threads 2]
     python benchmarks/poles.py --table | --samples
     python benchmarks/poles.py --figures docs
 
 An evaluation is that of `npti-export evaluate`, in llama.cpp, beside prompts, other methods at the same damage and
-random directions; it goes to benchmarks/out/poles/POLE.json, and a pole that is there is not evaluated again.
+random directions; it goes to benchmarks/out/poles/POLE.json. A second one, of the unsteered and the steered model alone
+on all test questions, says within how much of the budget a pole is, and goes to POLE.all.json. A pole that is there is
+not evaluated again; one that was made by another recipe or asked otherwise is refused.
 `npti-export report benchmarks/out/poles/*.json --html all.html` shows all of them.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +25,7 @@ from npti_export.evaluate.run import BASELINES, KNOWN_BASELINES, EvaluationJob, 
 from npti_export.evaluate.subject import SubjectJob
 from npti_export.identify.collect import cache_folder
 from npti_export.job import Job
+from npti_export.loader import RuntimeSettings
 from npti_export.pipeline import run as run_job
 from npti_export.progress import Silent
 from npti_export.traits import FACETS, TraitSpec
@@ -35,6 +39,7 @@ COLUMNS = {
     "steered-prompt-persona": "steered and persona",
     "npti": "NPTI",
     "dpn-le": "DPN-LE",
+    "dpn-le-any": "DPN-LE, any effect size",
     "mean-shift": "mean difference",
     "null": "random",
 }
@@ -44,6 +49,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--poles", nargs="+", default=POLES)
     parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--whole", nargs="*", default=[], help="poles that also take the inventory and the LoRA row")
     parser.add_argument("--samples", action="store_true", help="print the first two answers of each pole")
     parser.add_argument("--table", action="store_true")
@@ -53,36 +59,53 @@ def main():
         for pole in arguments.poles:
             one_pole(pole, arguments)
     documents = {pole: read_document(place(pole)) for pole in arguments.poles if place(pole).is_file()}
+    everything = {pole: read_document(place(pole, ".all")) for pole in documents if place(pole, ".all").is_file()}
+    same_settings([*documents.values()])
     if arguments.samples:
         samples(documents)
     else:
         table(documents)
+        budget(everything)
     if arguments.figures is not None:
         figures(documents, arguments.figures)
 
 
-def place(pole):
-    return RESULTS / f"{pole}.json"
+def place(pole, which=""):
+    return RESULTS / f"{pole}{which}.json"
+
+
+def same_settings(documents):
+    """One table holds what was measured in one way."""
+    ways = {
+        (one.version, one.recipe["name"], *(one.settings[name] for name in ("questions", "answer_tokens", "personas")))
+        for one in documents
+    }
+    if len(ways) > 1:
+        sys.exit(f"{RESULTS}: evaluations of different kinds lie there, {ways}; remove those that are old")
 
 
 def one_pole(pole, arguments):
-    if place(pole).is_file():
+    if place(pole, ".all").is_file():
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "model.gguf"
-        run_job(Job(traits=(TraitSpec(pole[:-1], pole[-1]),), out=made, cache=cache_folder()), Silent())
+        runtime = RuntimeSettings(threads=arguments.threads)
+        run_job(Job((TraitSpec(pole[:-1], pole[-1]),), made, runtime=runtime, cache=cache_folder()), Silent())
         middle = time.time()
         whole = pole in arguments.whole
         job = EvaluationJob(
-            SubjectJob(made, cache=cache_folder()),
+            SubjectJob(made, runtime=runtime, cache=cache_folder()),
             questions=arguments.questions,
             skips=frozenset() if whole else frozenset({"inventory"}),
             baselines=KNOWN_BASELINES if whole else BASELINES,
         )
         document = evaluate(job, Silent())
-    place(pole).write_text(document.to_json(), encoding="utf-8")
+        place(pole).write_text(document.to_json(), encoding="utf-8")
+        skips = frozenset({"inventory", "capability", "cross-talk"})
+        alone = EvaluationJob(job.subject, questions=0, baselines=(), prompted=False, skips=skips)
+        place(pole, ".all").write_text(evaluate(alone, Silent()).to_json(), encoding="utf-8")
     gain = document.trait_contrast.gain
     say(
         f"{pole}: {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}), KL {document.capability.kl_neutral.mean:.3f},"
@@ -93,7 +116,7 @@ def one_pole(pole, arguments):
 def table(documents):
     """Gains with their intervals by pole, then means over the poles."""
     conditions = {pole: {one.name: one for one in document.conditions} for pole, document in documents.items()}
-    names = [name for name in COLUMNS if all(name in one for one in conditions.values())]
+    names = [name for name in COLUMNS if any(name in one for one in conditions.values())]
     shown = [name for name in ("prompt-persona", "steered", "npti", "null") if name in names]
     say("| pole | " + " | ".join(f"{COLUMNS[name]}: gain (95%)" for name in shown), end=" | ")
     say("fluency: unsteered, prompt, steered | KL, neutral |")
@@ -103,16 +126,39 @@ def table(documents):
         cells = [gain_of(there[name]) for name in shown]
         fluency = ", ".join(f"{there[name].fluency.mean:.2f}" for name in ("unsteered", "prompt-persona", "steered"))
         say(f"| {pole} | " + " | ".join(cells) + f" | {fluency} | {document.capability.kl_neutral.mean:.3f} |")
-    say("\n| mean over the poles | gain (95%) | clear of zero | steered beyond it (95%) | fluency |")
-    say("|---" * 5 + "|")
-    say(f"| unsteered | | | | {mean_fluency(conditions, 'unsteered'):.3f} |")
+    heads = ("mean over the poles", "gain (95%)", "clear of zero", "steered beyond it (95%)", "fluency", "its damage")
+    say(f"\n| {' | '.join(heads)} |")
+    say("|---" * 6 + "|")
+    say(f"| unsteered | | | | {mean_fluency(conditions, 'unsteered'):.3f} | |")
     for name in names:
-        gains = [one[name].gain for one in conditions.values()]
+        there = {pole: one for pole, one in documents.items() if name in conditions[pole]}
+        gains = [conditions[pole][name].gain for pole in there]
         clear = sum(one.low > 0 for one in gains)
-        beyond = "" if name == "steered" else pooled(documents, "steered", name)
-        cells = [COLUMNS[name], pooled(documents, name, "unsteered"), f"{clear} of {len(gains)}", beyond]
-        say(f"| {' | '.join(cells)} | {mean_fluency(conditions, name):.3f} |")
+        beyond = "" if name == "steered" else pooled(there, "steered", name)
+        label = COLUMNS[name] + ("" if len(there) == len(documents) else f" ({', '.join(there)})")
+        cells = [label, pooled(there, name, "unsteered"), f"{clear} of {len(gains)}", beyond]
+        fluency = mean_fluency({pole: conditions[pole] for pole in there}, name)
+        say(f"| {' | '.join(cells)} | {fluency:.3f} | {off_damage(documents, name)} |")
     skills(documents)
+
+
+def off_damage(documents, name):
+    """How far a method is from the artifact's damage, over the poles."""
+    levels = {pole: one.settings["baselines"].get(name) for pole, one in documents.items()}
+    ratios = {pole: one["damage"] / one["wanted"] for pole, one in levels.items() if one and "wanted" in one}
+    return f"{min(ratios.values()):.2f} to {max(ratios.values()):.2f}" if ratios else ""
+
+
+def budget(documents):
+    """Unsteered and steered on all test questions."""
+    say("\n| pole | test questions | strength | gain (95%) | loss of fluency (95%) | KL, neutral |")
+    say("|---" * 6 + "|")
+    for pole, one in documents.items():
+        change, base = one.fluency.log_likelihood.change, abs(one.fluency.log_likelihood.base.mean)
+        loss = f"{-change.mean / base:.1%} ({-change.high / base:.1%} to {-change.low / base:.1%})"
+        strength = (one.recipe["poles"].get(pole, {}).get("rule") or one.recipe["rule"])["gamma"]
+        kl = one.capability.kl_neutral.mean
+        say(f"| {pole} | {change.n} | {strength:g} | {gain_of(one.conditions[1])} | {loss} | {kl:.3f} |")
 
 
 def gain_of(condition):

@@ -3,11 +3,11 @@
 import re
 
 import numpy as np
-from own_trait import DEFINITION, SEARCH, question, write_trait
+from own_trait import DEFINITION, SEARCH, persona, question, write_trait
 from reference import ReferenceLlama
 
+from npti_export.bench import scoring_personas
 from npti_export.compiler.exact import compile_exact
-from npti_export.evaluate.prompts import scoring_personas
 from npti_export.evaluate.run import EvaluationJob, evaluate
 from npti_export.evaluate.subject import SubjectJob
 from npti_export.export.gguf import plan_bake, write_bake
@@ -45,10 +45,20 @@ class Told(Silent):
 
 
 def small_trait(folder):
-    """Six search questions, four test questions of two facets."""
+    """Six search questions, four test questions of two facets, four personas a pole, two of which score."""
     questions = [question("search", text, facet="speech", topic="home") for text in SEARCH]
     questions += [question("test", text, facet=facet, topic="travel") for text, facet in TEST]
-    return write_trait(folder, questions=questions, definition=DEFINITION)
+    told = {"+": "You are {} and shout of {}.", "-": "You are {} and write to {}."}
+    words = {
+        "+": [("a pirate", "storms"), ("a captain", "gold"), ("a gunner", "the sea"), ("a smuggler", "rubies")],
+        "-": [("a clerk", "the bank"), ("a baker", "nobody"), ("a nurse", "a friend"), ("a notary", "the mayor")],
+    }
+    personas = [
+        persona(sign, told[sign].format(*said), facet=("speech", "greed")[at % 2])
+        for sign in "+-"
+        for at, said in enumerate(words[sign])
+    ]
+    return write_trait(folder, personas=personas, questions=questions, definition=DEFINITION)
 
 
 def strong_rule(layers=3, width=96, scale=1.0, clamps=8):
@@ -128,7 +138,7 @@ def plain_contrasts(base, encode, bench, questions, answers, personas):
         for turn in range(personas):
             likely = {}
             for sign in "+-":
-                persona = pool[sign][(place + turn) % len(pool[sign])]
+                persona = pool[sign][(place + turn) % len(pool[sign])].text
                 likely[sign] = plain_log_likelihood(reference, encode(message(persona, asked, RECIPE)), answer)
             turns.append(likely["+"] - likely["-"])
         found.append(np.mean(turns))

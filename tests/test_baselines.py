@@ -9,7 +9,7 @@ from test_constants import ConstantLlama, constant_rule
 from tolerances import KL_TINY_FLOAT, KL_TWO_ENGINES, LOGITS_FLOAT32, LOGITS_LLAMACPP
 
 from npti_export.errors import ArchitectureError, ProfileError
-from npti_export.evaluate.baselines import level, method_rule, null_rule, scaled
+from npti_export.evaluate.baselines import level, method_rule, null_rule, off_level, scaled
 from npti_export.evaluate.capability.neutral import NeutralText
 from npti_export.evaluate.capability.tasks import neutral_passages
 from npti_export.evaluate.engine import LlamaEngine, TorchEngine
@@ -127,7 +127,7 @@ def test_a_method_is_brought_to_the_wanted_damage(engine, neutral, rule):
         assert (found.strength < 1) == (share < 1)
         np.testing.assert_array_equal(found.rule.constant, constants.constant * np.float32(found.strength))
         assert found.strength in tried.strengths
-        assert len(tried.strengths) <= 5
+        assert len(tried.strengths) <= 8
         with engine.steered(found.rule) as runtime:  # measured afresh
             assert float(neutral.kl(runtime).mean()) == pytest.approx(found.damage, rel=KL_TWO_ENGINES)
 
@@ -138,8 +138,8 @@ def test_the_search_stays_within_its_bounds(torch_engine, rule):
     weak = scaled(SteeringRule(rule.shift, np.zeros_like(rule.clamp)), 1e-3)
     tried = Tried(weak)
     found = level(torch_engine, tried, neutral, 1.0)
-    assert max(tried.strengths) <= 8
-    assert found.strength == max(tried.strengths) > 4
+    assert max(tried.strengths) <= 32
+    assert found.strength == max(tried.strengths) > 16
     tried = Tried(scaled(rule, 50))
     found = level(torch_engine, tried, neutral, 1e-7)
     assert min(tried.strengths) >= 1 / 32
@@ -196,17 +196,30 @@ def test_random_signs_of_constants_are_as_often_minus_as_plus(rule):
 
 
 @pytest.mark.parametrize("spread", [1.0, 100.0])
-def test_dpn_le_without_an_effect_that_is_large_enough(spread):
+def test_dpn_le_with_and_without_its_limit_on_the_effect_size(spread):
     rng = np.random.default_rng(2)
     shape = (3, 400)
     rates, means = rng.random((4, *shape)).astype(np.float32), rng.normal(size=(2, *shape)).astype(np.float32)
     deviation = np.full(shape, spread, np.float32)
     profile = NeuronProfile("openness", *rates, None, {}, *means, deviation)
-    name, found = method_rule("dpn-le", profile, TraitSpec("openness", "-", 0.5))
+    pole = TraitSpec("openness", "-", 0.5)
     difference = means[1].astype(np.float64) - means[0]
     kept = np.abs(difference) >= np.sort(np.abs(difference), axis=None)[-6]  # half a percent of 1,200
+    found = method_rule("dpn-le-any", profile, pole)
     np.testing.assert_allclose(found.constant, np.where(kept, difference, 0), rtol=1e-6)
-    assert name == ("DPN-LE" if spread == 1 else "DPN-LE, with no limit on the effect size")
+    if spread == 1:  # all of them are above 0.8 standard deviations
+        np.testing.assert_array_equal(method_rule("dpn-le", profile, pole).constant, found.constant)
+    else:
+        with pytest.raises(ProfileError):
+            method_rule("dpn-le", profile, pole)
     without = NeuronProfile("openness", *rates, None, {})
     with pytest.raises(ProfileError, match="does not hold"):
         method_rule("dpn-le", without, TraitSpec("openness", "-"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"), [(0.086, ""), (0.114, ""), (0.053, "at 0.53 times"), (0.17, "at 1.7 times")]
+)
+def test_a_missed_damage_is_told(damage, told):
+    assert off_level(damage, 0.1).startswith(told)
+    assert bool(off_level(damage, 0.1)) == bool(told)

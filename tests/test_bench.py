@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from npti_export.bench import load_bench, pair_with_personas
+from npti_export.bench import SPLITS, load_bench, pair_with_personas, scoring_personas
 from npti_export.errors import BenchError
 from npti_export.traits import FACETS
 
@@ -91,8 +91,31 @@ def test_any_prefix_of_the_questions_is_balanced_over_facets():
 
 def test_personas_are_used_evenly():
     bench = load_bench("openness")
-    used = Counter(persona.text for persona in pair_with_personas(bench, "+", 168, seed=0))
+    used = Counter(persona.text for persona in pair_with_personas(bench, "+", 156, seed=0))
     assert set(used.values()) == {2}
+
+
+def test_personas_that_score_make_no_answer(tmp_path):
+    for trait in FACETS:
+        bench = load_bench(trait)
+        for sign in "+-":
+            scores = set(scoring_personas(bench, sign, 0))
+            others = set(pair_with_personas(bench, sign, 200, seed=0))
+            assert len(scores) == 6
+            assert not scores & others
+            assert scores | others == set(bench.pole(sign))
+    # few of one's own: half of them score, and an only one does both
+    few = "\n".join(json.dumps({"pole": sign, "facet": "trust", "text": f"You are {sign}."}) for sign in "+-")
+    (tmp_path / "personas.jsonl").write_text(few)
+    asked = [json.dumps({"split": split, "facet": "trust", "topic": "work", "text": "What?"}) for split in SPLITS]
+    (tmp_path / "questions.jsonl").write_text("\n".join(asked))
+    only = load_bench("agreeableness", tmp_path)
+    assert [one.text for one in pair_with_personas(only, "-", 2, seed=0)] == ["You are -."] * 2
+    seven = [{"pole": sign, "text": f"You are {sign}, number {at}."} for sign in "+-" for at in range(7)]
+    (tmp_path / "personas.jsonl").write_text("\n".join(map(json.dumps, seven)))
+    untagged = load_bench("agreeableness", tmp_path)
+    assert len(scoring_personas(untagged, "-", 0)) == 3
+    assert len(set(pair_with_personas(untagged, "-", 20, seed=0)) | set(scoring_personas(untagged, "-", 0))) == 7
 
 
 def test_more_questions_than_there_are():

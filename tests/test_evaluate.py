@@ -24,14 +24,15 @@ from families import write_tiny
 from reference import ReferenceLlama
 from tolerances import KL_TWO_ENGINES, KV_FLOAT16
 
-from npti_export.bench import load_bench
+from npti_export.bench import load_bench, scoring_personas
 from npti_export.errors import AdapterError, BenchError, EvaluationError, ModelError, TraitError
 from npti_export.evaluate import run as evaluate_run
+from npti_export.evaluate.baselines import null_rule, scaled
 from npti_export.evaluate.capability.neutral import NeutralText, kl_by_passage
 from npti_export.evaluate.capability.tasks import Passage, neutral_passages
 from npti_export.evaluate.contrast import contrasts, score
 from npti_export.evaluate.document import Document, read_document
-from npti_export.evaluate.prompts import scoring_personas
+from npti_export.evaluate.engine import LlamaEngine
 from npti_export.evaluate.run import EvaluationJob
 from npti_export.evaluate.subject import SubjectJob
 from npti_export.export.control_vector import write_control_vector
@@ -86,7 +87,7 @@ def whole(artifacts, trait_dir, tmp_path_factory):
     asked = job(
         artifacts["gguf"],
         trait_dir,
-        baselines=("npti", "dpn-le", "mean-shift", "null", "fine-tuned"),
+        baselines=("npti", "dpn-le", "dpn-le-any", "mean-shift", "null", "fine-tuned"),
         prompted=True,
         skips=frozenset(),
         cache=tmp_path_factory.mktemp("cache"),
@@ -111,9 +112,10 @@ def test_everything_is_in_the_document(whole, tmp_path):
     names = [one.name for one in document.conditions]
     assert names[:4] == ["unsteered", "steered", "prompt-adjective", "prompt-persona"]
     assert set(names[4:6]) == {"steered-prompt-adjective", "steered-prompt-persona"}
-    left_out = [name for name, one in document.settings["baselines"].items() if one.get("neurons") == 0]
-    assert set(names[6:]) == {"npti", "dpn-le", "mean-shift", "null", "fine-tuned"} - set(left_out)
-    assert [name for name in left_out if not any(name in note for note in told.notes)] == []
+    assert names[-2:] == ["unsteered-fine-tuned", "fine-tuned"]
+    assert names[6:-2] == ["npti", "dpn-le-any", "mean-shift", "null"]
+    assert document.settings["baselines"]["dpn-le"] == {"neurons": 0}
+    assert [note for note in told.notes if note.startswith("baseline dpn-le is left out")]
     assert {one.kind for one in document.conditions} == {"base", "steered", "prompt", "baseline", "null"}
     assert set(document.baselines) == set(names[2:])
     assert set(document.inventory.traits) == set(document.cross_talk)
@@ -134,7 +136,7 @@ def test_figures_are_those_of_the_answers(whole, tiny, llama, bench):
     questions = [answer.question for answer in document.answers]
     assert sorted(questions) == sorted(text for text, _ in TEST)
     found, reference = {}, ReferenceLlama(tiny)
-    for name in ("unsteered", "steered", "null", "fine-tuned"):
+    for name in ("unsteered", "steered", "npti", "null", "unsteered-fine-tuned", "fine-tuned"):
         figures = next(one for one in document.conditions if one.name == name)
         assert [answer.answers[name] for answer in document.answers] == [llama.decode(one) for one in tokens[name]]
         found[name] = plain_contrasts(tiny, llama.encode, bench, questions, tokens[name], 2)
@@ -142,7 +144,7 @@ def test_figures_are_those_of_the_answers(whole, tiny, llama, bench):
         np.testing.assert_allclose(shown, found[name], atol=LIKELIHOOD)
         assert figures.contrast.mean == pytest.approx(np.mean(shown), abs=1e-4)
         assert figures.contrast.low <= figures.contrast.mean <= figures.contrast.high
-        ends = [len(one) - (one[-1] == 2) for one in tokens[name]]
+        ends = [len(one) - (len(one) < 6) for one in tokens[name]]  # only one of six tokens does not end itself
         assert figures.length.mean == np.mean(ends)
         repeated = [plain_repetition(answer.answers[name]) for answer in document.answers]
         assert figures.repetition.mean == pytest.approx(np.mean(repeated))
@@ -152,8 +154,9 @@ def test_figures_are_those_of_the_answers(whole, tiny, llama, bench):
         ]
         assert figures.fluency.mean == pytest.approx(np.mean(plain), abs=LIKELIHOOD)
         assert figures.perplexity.mean == pytest.approx(np.exp(-figures.fluency.mean))
-        if name != "unsteered":
-            assert figures.gain.mean == pytest.approx((found[name] - found["unsteered"]).mean(), abs=LIKELIHOOD)
+        if name not in ("unsteered", "unsteered-fine-tuned"):
+            before = found["unsteered-fine-tuned" if name == "fine-tuned" else "unsteered"]
+            assert figures.gain.mean == pytest.approx((found[name] - before).mean(), abs=LIKELIHOOD)
     assert np.abs(found["steered"] - found["unsteered"]).max() > 5 * LIKELIHOOD
     part = document.trait_contrast
     assert part.gain == document.conditions[1].gain
@@ -186,7 +189,18 @@ def test_baselines_do_the_artifact_s_damage_and_fine_tuning_its_own(whole, artif
     settings = document.settings["baselines"]
     with LlamaCppRuntime(artifacts["gguf"], Settings(threads=1)) as steered:
         damage = kl_by_passage(llama, steered, neutral_passages()[:16]).mean()
-    assert settings["null"]["damage"] == pytest.approx(damage, rel=0.1)
+    labels = {one.name: one.label for one in document.conditions}
+    damages = {one.name: one.damage for one in document.conditions}
+    assert damages["steered"] == pytest.approx(damage, rel=KL_TWO_ENGINES)
+    for name in ("npti", "dpn-le-any", "mean-shift", "null"):
+        assert settings[name]["wanted"] == pytest.approx(damage, abs=1e-5)
+        assert damages[name] == pytest.approx(settings[name]["damage"], abs=1e-5)
+        near = abs(damages[name] / damage - 1) < 0.15
+        assert near == ("times the damage" not in labels[name])
+        assert settings[name]["neurons"] > 0
+    assert "times the damage" not in labels["mean-shift"]  # it has no clamps: some strength is right
+    assert settings["null"]["draws"] == len(TEST)
+    assert settings["null"]["neurons"] == settings_neurons(strong_rule())
     assert 0.3 < settings["null"]["strength"] < 3
     assert settings["fine-tuned"]["damage"] > 0
     assert "strength" not in settings["fine-tuned"]
@@ -194,6 +208,30 @@ def test_baselines_do_the_artifact_s_damage_and_fine_tuning_its_own(whole, artif
     assert "not at equal damage" in label
     assert tokens["null"] != tokens["steered"]
     assert any("fine-tuned on 6 answers" in note for note in told.notes)
+
+
+def settings_neurons(rule):
+    return int(((rule.shift != 0) | rule.clamp | (rule.constant != 0)).sum())
+
+
+def test_chance_is_drawn_anew_for_every_few_questions(whole, tiny, artifacts, llama):
+    """Each answer is that of its own draw, at the one strength, and the interval is over the draws."""
+    document, tokens, _ = whole
+    strength = document.settings["baselines"]["null"]["strength"]
+    engine = LlamaEngine(gguf_source(tiny), llama, tiny, Settings(threads=1), RECIPE)
+    for place, answer in enumerate(document.answers):
+        drawn = scaled(null_rule(strong_rule(), place), strength)
+        prompt = llama.encode(message(None, answer.question, RECIPE))
+        with engine.steered(drawn) as steered:
+            (alone,) = steered.generate([prompt], max_new_tokens=6, repetition_penalty=1.1)
+        assert alone.response == tokens["null"][place]
+    gains = [one.contrast["null"] - one.contrast["unsteered"] for one in document.answers]
+    beyond = [one.contrast["steered"] - one.contrast["null"] for one in document.answers]
+    for values, found in ((gains, document.trait_contrast.null), (beyond, document.trait_contrast.beyond_null)):
+        reach = 3.182446 * np.std(values, ddof=1) / 2  # Student's t with 3 degrees of freedom; 4 draws of one question
+        assert found.mean == pytest.approx(np.mean(values), abs=1e-4)
+        assert found.high - found.mean == pytest.approx(reach, rel=1e-2)
+        assert found.mean - found.low == pytest.approx(reach, rel=1e-2)
 
 
 def test_an_adapter_for_the_response_only(tiny, tiny_checkpoint, trait_dir, tmp_path, monkeypatch):
@@ -416,12 +454,12 @@ def test_personas_that_score_are_of_the_pole_and_one_of_each_facet(trait_dir, tm
         for sign in "+-":
             known = {persona.text: persona.facet for persona in shipped.pole(sign)}
             chosen = scoring_personas(shipped, sign, 0)
-            assert sorted(known[text] for text in chosen) == sorted(set(known.values()))
+            assert sorted(known[one.text] for one in chosen) == sorted(set(known.values()))
             assert scoring_personas(shipped, sign, 0) == chosen != scoring_personas(shipped, sign, 1)
     from own_trait import persona, write_trait
 
-    untagged = [persona(sign, f"You are number {at} of side {sign}.") for sign in "+-" for at in range(9)]
+    untagged = [persona(sign, f"You are number {at} of side {sign}.") for sign in "+-" for at in range(13)]
     tags = write_trait(tmp_path / "untagged", personas=untagged)
     chosen = scoring_personas(load_bench("pirate", tags), "-", 0)
     assert len(set(chosen)) == 6
-    assert all(text.endswith("of side -.") for text in chosen)
+    assert all(one.text.endswith("of side -.") for one in chosen)

@@ -105,9 +105,9 @@ def test_figures_of_a_trial_against_plain_passes(tiny_runtime):
 
 
 def tune_personas(bench, sign, recipe):
-    from npti_export.evaluate.prompts import scoring_personas
+    from npti_export.bench import scoring_personas
 
-    return [recipe.prompt.system.replace("{persona}", text) for text in scoring_personas(bench, sign, 0)]
+    return [recipe.prompt.system.replace("{persona}", one.text) for one in scoring_personas(bench, sign, 0)]
 
 
 def test_questions_are_apart():

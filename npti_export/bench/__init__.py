@@ -22,6 +22,7 @@ from npti_export.traits import FACETS, SIGNS, Sign
 PERSONAS, QUESTIONS = "personas.jsonl", "questions.jsonl"
 SPLITS = ("search", "test")
 PERSONS = ("first", "second", "third")
+_SCORING = 6  # personas a pole that score answers: one a facet, in the shipped bench
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,32 @@ def read_bench(definition: TraitDefinition, folder: Path) -> tuple[TraitBench, l
 
 
 def pair_with_personas(bench: TraitBench, sign: Sign, count: int, seed: int) -> tuple[Persona, ...]:
-    """Personas for ``count`` questions: a seeded shuffle, gone round as often as needed, so all are used evenly."""
-    personas = list(bench.pole(sign))
-    random.Random(f"{bench.trait}{sign}/{seed}").shuffle(personas)
+    """Personas for ``count`` questions: a seeded shuffle, gone round as often as needed, so all are used evenly.
+
+    Those of :func:`scoring_personas` stay out of it, so that no answer is scored under what it was made by; an only
+    persona has to do both.
+    """
+    scores = {persona.text for persona in scoring_personas(bench, sign, seed)}
+    order = _persona_order(bench, sign, seed)
+    personas = [persona for persona in order if persona.text not in scores] or order
     return tuple(personas[index % len(personas)] for index in range(count))
+
+
+def scoring_personas(bench: TraitBench, sign: Sign, seed: int) -> tuple[Persona, ...]:
+    """The personas of a pole that answers are scored under: one of each facet, the last in a seeded order.
+
+    Few, so that what they add to a prompt is computed once for all questions, and no more than half of all.
+    """
+    order, facets = _persona_order(bench, sign, seed)[::-1], set[str]()
+    chosen = []
+    for persona in order:
+        if persona.facet is None or persona.facet not in facets:
+            chosen.append(persona)
+            facets |= {persona.facet} if persona.facet else set()
+    return tuple(chosen[: max(1, min(_SCORING, len(order) // 2))])
+
+
+def _persona_order(bench: TraitBench, sign: Sign, seed: int) -> list[Persona]:
+    order = list(bench.pole(sign))
+    random.Random(f"{bench.trait}{sign}/{seed}").shuffle(order)
+    return order

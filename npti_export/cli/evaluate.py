@@ -9,7 +9,7 @@ import click
 
 from npti_export.cli.options import FILE, RichProgress, runtime_options, runtime_settings, trait_dir_option
 
-_BASELINES = "npti,dpn-le,mean-shift,null"
+_BASELINES = "npti,dpn-le,dpn-le-any,mean-shift,null"
 
 
 @click.command()

@@ -62,7 +62,8 @@ class Found:
 def assemble(found: Found, subject: Subject, test: Test, settings: dict[str, object], timings: Timings) -> Document:
     """The document of an evaluation."""
     base, steered = found.answered[:2]
-    conditions = [condition(one, base, test) for one in found.answered]
+    named = {one.way.name: one for one in found.answered}
+    conditions = [condition(one, named[one.way.against], test) for one in found.answered]
     seed = test.seed
     return Document(
         version=__version__,
@@ -79,7 +80,7 @@ def assemble(found: Found, subject: Subject, test: Test, settings: dict[str, obj
         fidelity=_fidelity(subject),
         settings=settings | ({"baselines": found.strengths} if found.strengths else {}),
         seconds={key: round(value, 2) for key, value in timings.seconds.items()},
-        trait_contrast=_contrast(conditions, base, steered, test),
+        trait_contrast=_contrast(conditions, found.answered, test),
         judge=found.judged,
         inventory=found.inventory,
         fluency=_fluency(base, steered, seed),
@@ -114,11 +115,15 @@ def _traits(subject: Subject) -> list[str]:
     return [subject.spec.pole] if subject.saved is None else subject.saved.about.trait.split()
 
 
-def _contrast(conditions: list[Condition], base: Answered, steered: Answered, test: Test) -> ContrastPart:
+def _contrast(conditions: list[Condition], answered: list[Answered], test: Test) -> ContrastPart:
+    base, steered = answered[:2]
     gains = steered.towards(test.sign) - base.towards(test.sign)
     prompts = [one.gain.mean for one in conditions if one.name.startswith("prompt-") and one.gain is not None]
     best = max(prompts, default=0.0)
-    null = next((one.gain for one in conditions if one.kind == "null"), None)
+    null = next((one for one in answered if one.way.kind == "null"), None)
+    beyond = None
+    if null is not None:
+        beyond = estimate(steered.towards(test.sign) - null.towards(test.sign), seed=test.seed, groups=null.groups)
     facets = dict.fromkeys(question.facet for question in test.questions if question.facet is not None)
     own = {facet: np.array([question.facet == facet for question in test.questions]) for facet in facets}
     return ContrastPart(
@@ -126,7 +131,8 @@ def _contrast(conditions: list[Condition], base: Answered, steered: Answered, te
         base=conditions[0].contrast,
         steered=conditions[1].contrast,
         gain=estimate(gains, seed=test.seed),
-        null=null,
+        null=next((one.gain for one in conditions if one.kind == "null"), None),
+        beyond_null=beyond,
         share_of_prompt=float(gains.mean() / best) if best > 0 else None,
         by_facet={facet: estimate(gains[mask], seed=test.seed) for facet, mask in own.items()},
     )

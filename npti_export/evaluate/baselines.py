@@ -18,14 +18,16 @@ from npti_export.traits import TraitSpec
 METHODS = {
     "npti": "NPTI, the paper's settings",
     "dpn-le": "DPN-LE",
+    "dpn-le-any": "DPN-LE, any effect size",
     "mean-shift": "Mean-difference control vector",
 }
-_RELAXED = {"dpn-le": (["rule.effect_size=0"], "with no limit on the effect size")}
+_RECIPES = {"dpn-le-any": ("dpn-le", ["rule.effect_size=0"])}  # of those that are not a recipe by their own name
 NULL = "null"
 LORA = "fine-tuned"  # of :mod:`npti_export.evaluate.finetune`; it has no strength to be levelled by
-_STEPS = 5  # of the search for a strength
-_LEAST, _MOST = 1 / 32, 8.0
+_STEPS = 8  # of the search for a strength
+_LEAST, _MOST = 1 / 32, 32.0
 _NEAR = 0.1  # of the wanted damage, where the search ends
+_MISS = 0.15  # of the wanted damage: beyond it a method is not at the same damage, and its label says so
 _NOTHING = 1e-9  # nats: rounding may bring a distance of nothing below 0
 
 
@@ -42,6 +44,12 @@ class Levelled:
     rule: SteeringRule
     strength: float
     damage: float
+
+
+def off_level(damage: float, wanted: float) -> str:
+    """How a damage that is not the wanted one is told; empty where it is near enough."""
+    ratio = damage / max(wanted, _NOTHING)
+    return "" if abs(ratio - 1) <= _MISS else f"at {ratio:.2g} times the damage"
 
 
 def scaled(rule: SteeringRule, strength: float) -> SteeringRule:
@@ -84,23 +92,17 @@ def level(
     return best
 
 
-def method_rule(name: str, profile: NeuronProfile, spec: TraitSpec) -> tuple[str, SteeringRule]:
-    """The rule of a shipped method at its recipe's own strength, and what to call it.
+def method_rule(name: str, profile: NeuronProfile, spec: TraitSpec) -> SteeringRule:
+    """The rule of a method of :data:`METHODS` at its recipe's own strength.
 
-    Where no neuron reaches DPN-LE's limit on the effect size, as on the embedded default model, the method is taken
-    without it, and the name says so.
+    DPN-LE's limit on the effect size (Cohen's d of 0.8) is reached by no neuron of some models, the embedded default
+    among them for most traits; ``dpn-le-any`` is the method without it.
 
     Raises:
         ProfileError: the profile lacks what the method reads, or the method selects no neuron.
     """
-    plain = TraitSpec(spec.trait, spec.sign)
-    try:
-        return METHODS[name], build_rule(profile, plain, load_recipe(name))
-    except ProfileError:
-        if name not in _RELAXED:
-            raise
-    overrides, how = _RELAXED[name]
-    return f"{METHODS[name]}, {how}", build_rule(profile, plain, load_recipe(name, overrides))
+    recipe = load_recipe(*_RECIPES.get(name, (name, [])))
+    return build_rule(profile, TraitSpec(spec.trait, spec.sign), recipe)
 
 
 def null_rule(rule: SteeringRule, seed: int) -> SteeringRule:

@@ -64,6 +64,7 @@ class Way:
         kind: of it.
         open: the model that answers, for as long as the block lasts.
         how: it is prompted.
+        against: the way that it gains over: the same weights in the same runtime, unsteered.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Way:
     kind: Kind
     open: Callable[[], AbstractContextManager[Runtime]]
     how: Prompting = "plain"
+    against: str = "unsteered"
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,15 @@ class Told:
         way: which.
         tokens: the answers.
         seconds: that they took.
+        damage: KL to the unsteered model on neutral text, in nats a token; None where it was not measured.
+        groups: of which random draw each answer is; None where there is nothing random.
     """
 
     way: Way
     tokens: list[Tokens]
     seconds: float
+    damage: float | None = None
+    groups: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class Answered:
         scores: of each answer.
         readings: likewise.
         seconds: that it took; of scoring, its share.
+        damage: as in :class:`Told`, like ``groups``.
     """
 
     way: Way
@@ -107,6 +114,8 @@ class Answered:
     scores: ContrastScores
     readings: list[Reading]
     seconds: float
+    damage: float | None = None
+    groups: tuple[int, ...] | None = None
 
     def towards(self, sign: Sign) -> Doubles:
         """Contrasts towards a pole, ``[questions]``."""
@@ -134,25 +143,29 @@ def _answered(told: Told, scores: ContrastScores, seconds: float, scorer: Runtim
     # the token that ends an answer is no part of what is read
     lengths = [len(one) - (len(one) < test.answer_tokens) for one in told.tokens]
     readings = [reading(text, length) for text, length in zip(texts, lengths, strict=True)]
-    return Answered(told.way, told.tokens, texts, scores, readings, told.seconds + seconds)
+    return Answered(told.way, told.tokens, texts, scores, readings, told.seconds + seconds, told.damage, told.groups)
 
 
 def condition(found: Answered, base: Answered, test: Test) -> Condition:
-    """The figures of one way, with their intervals, beside the unsteered model's."""
-    contrast, seed = found.towards(test.sign), test.seed
-    gain = None if found is base else estimate(contrast - base.towards(test.sign), seed=seed)
-    fluency = estimate(found.scores.fluency, seed=seed)
+    """The figures of one way, with their intervals, beside those of the model that it gains over."""
+    contrast = found.towards(test.sign)
+
+    def mean(values: npt.ArrayLike) -> Estimate:
+        return estimate(values, seed=test.seed, groups=found.groups)
+
+    fluency = mean(found.scores.fluency)
     return Condition(
         name=found.way.name,
         label=found.way.label,
         kind=found.way.kind,
-        contrast=estimate(contrast, seed=seed),
-        gain=gain,
+        contrast=mean(contrast),
+        gain=None if found.way.kind == "base" else mean(contrast - base.towards(test.sign)),
+        damage=found.damage,
         fluency=fluency,
         perplexity=perplexity(fluency),
-        repetition=estimate([one.repetition for one in found.readings], seed=seed),
-        distinct=estimate([one.distinct for one in found.readings], seed=seed),
-        length=estimate([one.length for one in found.readings], seed=seed),
+        repetition=mean([one.repetition for one in found.readings]),
+        distinct=mean([one.distinct for one in found.readings]),
+        length=mean([one.length for one in found.readings]),
         seconds=round(found.seconds, 2),
     )
 

@@ -34,6 +34,7 @@ class Condition(_Part):
     kind: Literal["base", "steered", "prompt", "baseline", "null"]
     contrast: Estimate = Field(description="Nats per token, towards the wanted pole")
     gain: Estimate | None = Field(default=None, description="Contrast minus the unsteered one's, question by question")
+    damage: float | None = Field(default=None, description="KL to the unsteered model on neutral text, nats a token")
     fluency: Estimate = Field(description="Log-likelihood per token under the plain question, unsteered model")
     perplexity: Estimate = Field(description="exp(-fluency): of the mean, with its interval")
     repetition: Estimate = Field(description="Share of an answer's word 3-grams that came before in it")
@@ -116,7 +117,10 @@ class ContrastPart(_Part):
     base: Estimate
     steered: Estimate
     gain: Estimate
-    null: Estimate | None = Field(description="Gain of as many random neurons or random directions, the null trait")
+    null: Estimate | None = Field(
+        description="Gain of as many random neurons or of random directions, the null trait; interval over the draws"
+    )
+    beyond_null: Estimate | None = Field(default=None, description="Gain beyond that, question by question, likewise")
     share_of_prompt: float | None = Field(description="Gain as a share of the better persona prompt's")
     by_facet: dict[str, Estimate] = Field(description="Gain by facet")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ RESAMPLES = 2000
 _CONFIDENCE = 0.95
 
 
-def estimate(values: npt.ArrayLike, *, seed: int = 0) -> Estimate:
+def estimate(values: npt.ArrayLike, *, seed: int = 0, groups: Sequence[int] | None = None) -> Estimate:
     """Mean and 95% interval, by a seeded bootstrap over what was asked (BCa; the unit is the question).
 
     Where all values are equal, or there is one, the interval is the mean itself.
@@ -22,12 +22,16 @@ def estimate(values: npt.ArrayLike, *, seed: int = 0) -> Estimate:
     Args:
         values: ``[n]``, one a question; for differences, paired ones.
         seed: of the resampling.
+        groups: ``[n]``, of which group each value is, where values of a group have more in common than the question: a
+            random direction, say. Then the interval is over groups, by Student's t: they are too few for a bootstrap.
     """
     from scipy.stats import bootstrap
 
     array = np.asarray(values, dtype=np.float64)
     if not array.size:
         return Estimate(mean=0.0, low=0.0, high=0.0, n=0)
+    if groups is not None and len(set(groups)) > 1:
+        return _over_groups(array, np.asarray(groups))
     mean = float(array.mean())
     if array.size < 2 or np.ptp(array) == 0:
         return Estimate(mean=mean, low=mean, high=mean, n=array.size)
@@ -44,6 +48,18 @@ def estimate(values: npt.ArrayLike, *, seed: int = 0) -> Estimate:
     if not (np.isfinite(low) and np.isfinite(high)):
         low, high = _percentile(array, seed)
     return Estimate(mean=mean, low=low, high=high, n=array.size)
+
+
+def _over_groups(array: npt.NDArray[np.float64], groups: npt.NDArray[np.int_]) -> Estimate:
+    """The mean of all values; its standard error from the spread of the groups' sums, as survey statistics has it."""
+    from scipy.stats import t
+
+    mean = float(array.mean())
+    sums = np.array([(array[groups == one] - mean).sum() for one in np.unique(groups)])
+    count = len(sums)
+    error = float(np.sqrt((sums**2).sum() * count / (count - 1))) / array.size
+    reach = float(t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * error
+    return Estimate(mean=mean, low=mean - reach, high=mean + reach, n=array.size)
 
 
 def transformed(value: Estimate, function: Callable[[float], float]) -> Estimate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from npti_export.bench import Question, TraitBench, pair_with_personas
+from npti_export.bench import Question, TraitBench, scoring_personas
 from npti_export.identify.collect import contrast_prompts, message
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Runtime
@@ -14,7 +14,6 @@ from npti_export.traits import Sign
 Prompting = Literal["plain", "adjective", "persona"]
 PROMPTINGS: tuple[Prompting, ...] = ("plain", "adjective", "persona")
 _ADJECTIVE = "You are a very {name} person: {description}."
-_SCORING = 6  # personas a pole: one a facet, in the shipped bench
 
 
 def prompts(
@@ -35,19 +34,6 @@ def prompts(
     return [runtime.encode(message(system, question.text, recipe)) for question in questions]
 
 
-def scoring_personas(bench: TraitBench, sign: Sign, seed: int) -> list[str]:
-    """The personas of a pole that answers are scored under: the first of each facet, in a seeded order.
-
-    Few, so that what they add to a prompt is computed once for all questions. They come from the end of the order whose
-    beginning :func:`prompts` pairs with questions.
-    """
-    order = pair_with_personas(bench, sign, len(bench.pole(sign)), seed)[::-1]
-    chosen = [
-        one for at, one in enumerate(order) if one.facet not in {earlier.facet for earlier in order[:at]} - {None}
-    ]
-    return [persona.text for persona in chosen[:_SCORING]]
-
-
 def scoring_prompts(
     runtime: Runtime, bench: TraitBench, questions: Sequence[Question], sign: Sign, recipe: Recipe, turn: int
 ) -> list[tuple[int, ...]]:
@@ -55,6 +41,6 @@ def scoring_prompts(
     personas = scoring_personas(bench, sign, recipe.identify.seed)
     found = []
     for place, question in enumerate(questions):
-        system = recipe.prompt.system.replace("{persona}", personas[(place + turn) % len(personas)])
+        system = recipe.prompt.system.replace("{persona}", personas[(place + turn) % len(personas)].text)
         found.append(runtime.encode(message(system, question.text, recipe)))
     return found

@@ -4,44 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 from npti_export.bench import Question, TraitBench, load_bench
-from npti_export.errors import EvaluationError, ProfileError
+from npti_export.errors import EvaluationError
 from npti_export.evaluate import baselines
 from npti_export.evaluate.assemble import Found, assemble
-from npti_export.evaluate.capability.neutral import NeutralText
 from npti_export.evaluate.capability.part import BaseSkill, base_skill, compare_tasks
 from npti_export.evaluate.capability.tasks import neutral_passages, read_tasks, shipped_tasks
-from npti_export.evaluate.conditions import Answered, Doubles, Kind, Test, Told, Way, ask, scored
+from npti_export.evaluate.conditions import Answered, Doubles, Test, Told, Way, ask, scored
 from npti_export.evaluate.contrast import contrasts
-from npti_export.evaluate.distribution import distribution, trait_neurons
-from npti_export.evaluate.document import CapabilityPart, Distribution, Document, JudgePart
+from npti_export.evaluate.document import CapabilityPart, Document, JudgePart
 from npti_export.evaluate.estimate import estimate
 from npti_export.evaluate.inventory.answers import InventoryAnswers, answer_inventory, inventory_part
 from npti_export.evaluate.inventory.items import Item, read_inventory, source_name
 from npti_export.evaluate.judge.spec import JudgeSpec
+from npti_export.evaluate.others import KEPT_BYTES, PASSAGES, Others
 from npti_export.evaluate.prompts import Prompting
 from npti_export.evaluate.subject import Subject, SubjectJob, opened, unsteered
-from npti_export.identify.profiles import identified
 from npti_export.loader import Timings
-from npti_export.profile import NeuronProfile
 from npti_export.progress import Progress
-from npti_export.recipe import load_recipe
-from npti_export.rule import SteeringRule
 from npti_export.runtimes.base import Runtime
 from npti_export.traits import FACETS
 
-if TYPE_CHECKING:
-    from npti_export.runtimes.transformers import TransformersRuntime
-
 QUESTIONS = 48  # unless another number is asked for; 32 take 316 to 402 s on the default model (benchmarks/poles.py)
-PASSAGES = 16  # neutral ones at which baselines are brought to the artifact's damage
-KEPT_BYTES = 4 << 30  # of what the base predicts, where it cannot be asked again while it is steered
-BASELINE_QUESTIONS = 96  # that neurons are identified on for the other methods, if nobody did so before
 BASELINES = (*baselines.METHODS, baselines.NULL)  # in every evaluation
 KNOWN_BASELINES = (*BASELINES, baselines.LORA)
 PROMPTED: dict[str, tuple[str, Prompting]] = {
@@ -119,8 +106,9 @@ def evaluate(job: EvaluationJob, progress: Progress) -> Document:
         inventory = None
         if before is not None and after is not None:
             inventory = inventory_part(before, after, items, source_name(job.inventory), seed=job.seed)
+        others = Others(subject, test, job.baselines, work.damage, job.seed, progress)
         with timings.measure("baselines"):
-            told += work.others()
+            told += others.told()
         with timings.measure("score"):
             progress.start("score", len(test.questions))
             answered = scored(told, subject.scorer, test, progress)
@@ -130,7 +118,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> Document:
                 cross_talk = work.cross_talk(answered[0], answered[1])
         judged = work.judge(answered)
         timings.seconds["total"] = time.perf_counter() - started
-        found = Found(answered, capability, inventory, judged, cross_talk, work.strengths, work.distribution)
+        found = Found(answered, capability, inventory, judged, cross_talk, others.strengths, others.distribution)
         return assemble(found, subject, test, _settings(job, subject, test), timings)
 
 
@@ -191,8 +179,6 @@ class _Work:
     test: Test
     timings: Timings
     progress: Progress
-    strengths: dict[str, dict[str, float]] = field(default_factory=dict)
-    distribution: Distribution | None = None
     damage: float = 0.0
 
     def own(self, skill: BaseSkill, items: Sequence[Item]) -> Own:
@@ -212,7 +198,8 @@ class _Work:
         if subject.read is not None:
             with subject.read() as runtime:
                 capability, rated = self._cost(skill, items, runtime)
-        order = [told[0], told[len(before)], *told[1 : len(before)], *told[len(before) + 1 :]]
+        steered = replace(told[len(before)], damage=self.damage)
+        order = [told[0], steered, *told[1 : len(before)], *told[len(before) + 1 :]]
         return order, capability, rated
 
     def _cost(
@@ -230,92 +217,6 @@ class _Work:
     def _advance(self) -> bool:
         self.progress.advance(1)
         return True
-
-    def others(self) -> list[Told]:
-        """Other methods on the same questions, at the artifact's damage; fine-tuning as it comes out."""
-        found = self._ruled([name for name in self.job.baselines if name != baselines.LORA])
-        return [*found, self._fine_tuned()] if baselines.LORA in self.job.baselines else found
-
-    def _ruled(self, names: Sequence[str]) -> list[Told]:
-        engine, saved = self.subject.engine, self.subject.saved
-        if not names:
-            return []
-        if engine is None:
-            self.progress.note(f"{self.subject.source.name}: no rule can be baked into it, so there are no baselines")
-            return []
-        neutral = NeutralText(engine.base, neutral_passages()[:PASSAGES], kept_bytes=KEPT_BYTES)
-        neutral.keep()
-        methods = [name for name in names if name in baselines.METHODS]
-        profile = self._profile() if methods else None
-        rules: dict[str, tuple[str, SteeringRule]] = {}
-        for name in methods:
-            assert profile is not None
-            try:
-                rules[name] = baselines.method_rule(name, profile, self.subject.spec)
-            except ProfileError as error:  # it selects no neuron of this model
-                self.strengths[name] = {"neurons": 0}
-                self.progress.note(f"baseline {name} is left out: {error}")
-        if baselines.NULL in names and saved is not None:
-            rules[baselines.NULL] = ("Random neurons", baselines.null_rule(saved.rule, self.job.seed))
-        elif baselines.NULL in names:
-            self.progress.note(f"{self.subject.artifact.name}: holds no rule, so random neurons have nothing to match")
-        self.progress.start("baselines", len(rules))
-        return [self._baseline(name, label, rule, neutral) for name, (label, rule) in rules.items() if self._advance()]
-
-    def _baseline(self, name: str, label: str, rule: SteeringRule, neutral: NeutralText) -> Told:
-        engine = self.subject.engine
-        assert engine is not None
-        level = baselines.level(engine, lambda at: baselines.scaled(rule, at), neutral, max(self.damage, 1e-6))
-        self.strengths[name] = {"strength": round(level.strength, 4), "damage": round(level.damage, 5)}
-        kind: Kind = "null" if name == baselines.NULL else "baseline"
-        way = Way(name, label, kind, lambda: engine.steered(level.rule))
-        with way.open() as runtime:
-            return ask(way, runtime, self.test)
-
-    def _fine_tuned(self) -> Told:
-        """The paper's fine-tuning row. It has no strength, so its damage is what it is, and is told beside it."""
-        from npti_export.evaluate.finetune import FineTuneSettings, fine_tuned, plain_exchanges
-
-        subject, test, models = self.subject, self.test, self.subject.models
-        trains = models.engine == "transformers" and models.dtype() != "float16"  # which overflows
-        runtime = cast("TransformersRuntime", models.fast()) if trains else models.exact()
-        count = min(FineTuneSettings.questions, len(subject.bench.split("search")))
-        settings = FineTuneSettings(questions=count, seed=self.job.seed)
-        exchanges = plain_exchanges(
-            runtime, subject.bench, test.sign, test.recipe, count, max_new_tokens=test.answer_tokens
-        )
-        neutral = NeutralText(runtime, neutral_passages()[:PASSAGES], kept_bytes=KEPT_BYTES)
-        neutral.keep()
-        way = Way(
-            baselines.LORA,
-            "Fine-tuned (LoRA), not at equal damage",
-            "baseline",
-            lambda: fine_tuned(runtime, exchanges, settings, self.progress),
-        )
-        with way.open() as tuned:
-            told = ask(way, tuned, test)
-            damage = float(neutral.kl(tuned).mean())
-        self.strengths[way.name] = {"damage": round(damage, 5), "questions": count, "epochs": settings.epochs}
-        return told
-
-    def _profile(self) -> NeuronProfile:
-        """Neurons of the trait, for the other methods, and what they do under both poles."""
-        subject = self.subject
-        available = len(subject.bench.split("search"))
-        recipe = load_recipe(
-            "npti",
-            [
-                f"identify.questions={min(BASELINE_QUESTIONS, available)}",
-                f"identify.max_new_tokens={self.job.answer_tokens}",
-                f"identify.batch_size={subject.recipe.identify.batch_size}",
-            ],
-        )
-        stats, profile = identified(subject.place, subject.bench, recipe, self.progress)
-        sign = subject.spec.sign
-        with suppress(ProfileError):  # none selected: a baseline says so
-            neurons = trait_neurons(None if subject.saved is None else subject.saved.rule, profile, sign, recipe)
-            self.distribution = distribution(stats, neurons, sign)
-        return profile
 
     def cross_talk(self, base: Answered, steered: Answered) -> dict[str, Doubles]:
         """How far the same answers move towards the + pole of every one of the Big Five, ``[questions]`` each."""
