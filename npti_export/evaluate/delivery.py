@@ -173,7 +173,10 @@ def render(document: Document, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(" ".join(document.traits)), title_justify="left")
+    pole, title = document.settings.get("pole"), " ".join(document.traits)
+    if pole and [text.partition(":")[0] for text in document.traits] != [pole]:
+        title += f", judged by {pole}"
+    table = Table(title=Text(title), title_justify="left")
     for name in ("", "contrast", "gain (95%)", "fluency", "repetition", "tokens"):
         table.add_column(name, justify="left" if not name else "right")
     for one in document.conditions:

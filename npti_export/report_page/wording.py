@@ -93,6 +93,26 @@ def traits_of(document: Document) -> str:
     return " and ".join(map(minus, document.traits)) or "no trait"
 
 
+def judged(document: Document) -> str:
+    """The pole that the answers were judged by; of an evaluation that does not say, all that was steered."""
+    pole = _judged_pole(document)
+    return minus(pole) if pole else traits_of(document)
+
+
+def judged_aside(document: Document) -> str:
+    """In a sentence, how the judged pole and what the artifact steers towards differ; nothing where they do not."""
+    pole, steered = _judged_pole(document), [trait.partition(":")[0] for trait in document.traits]
+    if not pole or steered == [pole]:
+        return ""
+    what = "one of the poles that the file steers towards" if pole in steered else "and the file steers towards"
+    return f"Judged by {minus(pole)}, {what}{':' if pole in steered else ''} {traits_of(document)}."
+
+
+def _judged_pole(document: Document) -> str:
+    pole = document.settings.get("pole")
+    return pole if isinstance(pole, str) else ""
+
+
 def minus(pole: str) -> str:
     """A pole with a real minus sign, which a hyphen is easily overlooked for."""
     return pole[:-1] + "−" if pole.endswith("-") else pole
