@@ -36,7 +36,10 @@ def test_sentences_name_the_judged_pole():
     assert "The wanted pole is neuroticism+." in tables.contrast(opposite).note
     assert aside in tables.overview([same, opposite]).rows[1][0].note
 
-    several = judged_by("openness+", traits=["neuroticism-:0.5", "openness+"])
+    assert summary(judged_by("neuroticism-", traits=["calm:0.5"])).startswith("The personality shows")
+    assert summary(judged_by("neuroticism-", traits=["calm:0.5"], poles=[])).startswith("The personality shows")
+    both = [{"pole": "neuroticism-"}, {"pole": "openness+"}]
+    several = judged_by("openness+", traits=["neuroticism-:0.5", "openness+"], poles=both)
     words = "Judged by openness+, one of the poles that the file steers towards: neuroticism-:0.5 and openness+."
     assert findings(several)[0].detail.startswith(words)
     assert summary(with_gain(several, near(-0.09))) == "The file does not show openness+."

@@ -12,6 +12,7 @@ from npti_export.endings.base import Format
 from npti_export.errors import EvaluationError
 from npti_export.evaluate.document import Condition, Document, Estimate
 from npti_export.evaluate.estimate import interval
+from npti_export.evaluate.poles import judged_otherwise, judged_pole
 from npti_export.files import atomic_output
 from npti_export.recipe import Recipe
 from npti_export.traits import TraitSpec, parse_recorded
@@ -30,16 +31,16 @@ _RULE = ("select", "rule", "poles")  # sections of a recipe that a rule depends 
 def section(document: Document) -> str:
     """What a card says of an evaluation, between two marks by which it is found again."""
     contrast, artifact = document.trait_contrast, document.artifact
-    pole, steered = document.settings.get("pole"), " ".join(document.traits)
+    steered = " ".join(document.traits)
     of = ", ".join(_plain(str(artifact[name])) for name in ("path", "format") if name in artifact)
-    same = not pole or pole == " ".join(text.partition(":")[0] for text in document.traits)
-    other = "" if same else f", which is steered towards {_plain(steered)}"
+    pole = judged_pole(document) or steered
+    other = f", which is steered towards {_plain(steered)}" if judged_otherwise(document) else ""
     parts = [
         "## Does the personality show, and what does it cost?",
-        f"Measured by npti-export {_plain(document.version)} for {_plain(str(pole or steered))}, of {of}{other}, on "
-        f"{contrast.gain.n} held-out test questions, which chose nothing. The contrast is the mean log-likelihood per "
-        "token of an answer under personas of the wanted pole minus that under personas of the opposite one, computed "
-        f"by the unsteered model, over {contrast.personas} pairs of personas; the gain is how far it is above the unsteered answers'. "
+        f"Measured by npti-export {_plain(document.version)} for {_plain(pole)}, of {of}{other}, on {contrast.gain.n} "
+        "held-out test questions, which chose nothing. The contrast is the mean log-likelihood per token of an answer "
+        "under personas of the wanted pole minus that under personas of the opposite one, computed by the unsteered "
+        f"model, over {contrast.personas} pairs of personas; the gain is how far it is above the unsteered answers'. "
         "Fluency is the log-likelihood per token under the plain question, by the unsteered model, too. Intervals are "
         "95% bootstraps over questions.",
         _conditions(document),

@@ -11,6 +11,7 @@ from npti_export.evaluate.card import check_card, update_card
 from npti_export.evaluate.document import Condition, Document
 from npti_export.evaluate.estimate import interval
 from npti_export.evaluate.judge.spec import parse_judge
+from npti_export.evaluate.poles import judged_otherwise, judged_pole
 from npti_export.evaluate.run import EvaluationJob, evaluate
 from npti_export.evaluate.subject import SubjectJob
 from npti_export.evaluate.supplements import (
@@ -173,9 +174,9 @@ def render(document: Document, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    pole, title = document.settings.get("pole"), " ".join(document.traits)
-    if pole and [text.partition(":")[0] for text in document.traits] != [pole]:
-        title += f", judged by {pole}"
+    title = " ".join(document.traits)
+    if judged_otherwise(document):
+        title += f", judged by {judged_pole(document)}"
     table = Table(title=Text(title), title_justify="left")
     for name in ("", "contrast", "gain (95%)", "fluency", "repetition", "tokens"):
         table.add_column(name, justify="left" if not name else "right")

@@ -22,6 +22,12 @@ from npti_export.report_page.wording import (
     traits_of,
 )
 
+# Of self-report; see npti_export.evaluate.inventory.answers.
+BY_ORDER = (
+    "Every item is asked with its options in both orders: a model that goes by their order, not by the item, as small "
+    "ones do, comes out at 3 for every trait."
+)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -141,7 +147,7 @@ def inventory(document: Document) -> Table | None:
     if part is None:
         return None
     rows = {Cell(minus(trait)): (part.traits[trait], 2, False) for trait in in_order(part.traits)}
-    return _changes("Inventory, 1 to 5, with 95% intervals", rows, f"Items: {part.source}.")
+    return _changes("Inventory, 1 to 5, with 95% intervals", rows, f"Items: {part.source}. {BY_ORDER}")
 
 
 def judges(document: Document) -> list[Table]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from npti_export.evaluate.document import Condition, Document, Estimate
+from npti_export.evaluate.poles import judged_otherwise, judged_pole, steered_poles
 from npti_export.traits import FACETS
 
 MISSING = "–"
@@ -95,22 +96,17 @@ def traits_of(document: Document) -> str:
 
 def judged(document: Document) -> str:
     """The pole that the answers were judged by; of an evaluation that does not say, all that was steered."""
-    pole = _judged_pole(document)
+    pole = judged_pole(document)
     return minus(pole) if pole else traits_of(document)
 
 
 def judged_aside(document: Document) -> str:
     """In a sentence, how the judged pole and what the artifact steers towards differ; nothing where they do not."""
-    pole, steered = _judged_pole(document), [trait.partition(":")[0] for trait in document.traits]
-    if not pole or steered == [pole]:
+    if not judged_otherwise(document):
         return ""
-    what = "one of the poles that the file steers towards" if pole in steered else "and the file steers towards"
-    return f"Judged by {minus(pole)}, {what}{':' if pole in steered else ''} {traits_of(document)}."
-
-
-def _judged_pole(document: Document) -> str:
-    pole = document.settings.get("pole")
-    return pole if isinstance(pole, str) else ""
+    if judged_pole(document) in steered_poles(document):
+        return f"Judged by {judged(document)}, one of the poles that the file steers towards: {traits_of(document)}."
+    return f"Judged by {judged(document)}, and the file steers towards {traits_of(document)}."
 
 
 def minus(pole: str) -> str:
