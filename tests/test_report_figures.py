@@ -71,8 +71,19 @@ def test_distribution_shows_both_poles():
 
 def test_sweep_has_the_prompt_as_a_line():
     points = DOCUMENT.sweeps[0].points
-    prompt = best_prompt(DOCUMENT)
-    assert prompt.name == "prompt-descriptive"  # not the steered model's prompt, which does more
+    assert best_prompt(DOCUMENT).name == "prompt-descriptive"  # not the steered model's prompt, which does more
+    prompt = DOCUMENT.sweeps[2].points[1]
+    assert prompt.gain.mean != best_prompt(DOCUMENT).gain.mean  # which was asked something else
+    (picture,) = [one for one in pictures(DOCUMENT) if one.name == "sweep"]
+    assert set(artist(picture.draw(Look()), "prompt-gain").get_ydata()) == {prompt.gain.mean}
+    assert "On the ablation's own questions; the dashed line is the better prompt on the same ones." in picture.caption
+    about = {"sweeps": {"questions": 24, "split": "search", "note": "It is another's."}}
+    without = DOCUMENT.model_copy(update={"sweeps": DOCUMENT.sweeps[:2], "settings": about})
+    (picture,) = [one for one in pictures(without) if one.name == "sweep"]
+    assert not has(picture.draw(Look()), "prompt-gain")
+    assert picture.caption.endswith(
+        "On 24 search questions of the ablation; no prompt was measured on them. It is another's."
+    )
     shuffled = [points[3], SweepPoint(value="none", gain=near(9), fluency=near(9)), *points[:3], *points[4:]]
     figure = rule.sweep_figure(shuffled, prompt)
     for name in ("gain", "fluency"):

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from npti_export.errors import EvaluationError
 from npti_export.evaluate.document import Document, LayerShape
 from npti_export.evaluate.poles import judged_otherwise
+from npti_export.evaluate.supplements import PROMPT
 from npti_export.report_page import figures_effect as effect
 from npti_export.report_page import figures_rule as rule
 from npti_export.report_page import tables
 from npti_export.report_page.svg import inline_svg, write_figure
 from npti_export.report_page.theme import HALF, PHONE, WIDE, Look
-from npti_export.report_page.wording import best_prompt, judged, number, steered_traits, traits_of
+from npti_export.report_page.wording import judged, number, steered_traits, traits_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,6 +126,8 @@ def _of_effect(document: Document) -> list[Picture]:
 
 def _of_rule(document: Document) -> list[Picture]:
     gamma = next((sweep.points for sweep in document.sweeps if sweep.setting in ("gamma", "γ")), [])
+    prompts = next((sweep.points for sweep in document.sweeps if sweep.setting == PROMPT), [])
+    prompt = max(prompts, key=lambda one: one.gain.mean, default=None)
     return [
         Picture(
             "layers",
@@ -137,16 +140,17 @@ def _of_rule(document: Document) -> list[Picture]:
         Picture(
             "sweep",
             "Trait and fluency against the strength",
-            "More strength is not always more personality; it always costs fluency. Bands are 95% intervals, the "
-            "dashed line is the better persona prompt.",
+            "More strength is not always more personality; it always costs fluency. Bands are 95% intervals. "
+            + _of_sweeps(document, prompt is not None),
             "Line charts of gain and fluency against gamma. "
             + "; ".join(f"{one.value}: {number(one.gain.mean, sign=True)}" for one in gamma),
-            lambda look: rule.sweep_figure(gamma, best_prompt(document), look),
+            lambda look: rule.sweep_figure(gamma, prompt, look),
         ),
         Picture(
             "pareto",
             "What the tuner tried",
-            "On search questions, never on the test questions. A mark below and right of another is worse in both.",
+            "On search questions, never on the test questions. A mark below and right of another is worse in both."
+            + _note(document, "trials"),
             f"Scatter plot of {len(document.pareto)} trials, gain against damage.",
             lambda look: rule.pareto_figure(document.pareto, look),
         ),
@@ -159,6 +163,21 @@ def _of_rule(document: Document) -> list[Picture]:
             lambda look: _distribution(document, look),
         ),
     ]
+
+
+def _of_sweeps(document: Document, prompted: bool) -> str:
+    """What the curves were measured on, which is not what the figures above them were, and of which rule."""
+    about = document.settings.get("sweeps")
+    count, split = (about.get(name) for name in ("questions", "split")) if isinstance(about, dict) else (None, None)
+    where = f"On {count} {split} questions of the ablation" if count and split else "On the ablation's own questions"
+    line = "the dashed line is the better prompt on the same ones" if prompted else "no prompt was measured on them"
+    return f"{where}; {line}.{_note(document, 'sweeps')}"
+
+
+def _note(document: Document, name: str) -> str:
+    about = document.settings.get(name)
+    note = about.get("note") if isinstance(about, dict) else None
+    return f" {note}" if note else ""
 
 
 def _what_steers(layers: Sequence[LayerShape]) -> str:
