@@ -128,12 +128,13 @@ def sweep_figure(
             axes.grid(axis="y")
             axes.set_ylabel("nats per token")
             baseline = getattr(prompt, name) if prompt else None
-            if baseline is not None:
+            if prompt is not None and baseline is not None:
                 across = axes.axhline(baseline.mean, color=theme.prompt, linestyle=(0, (5, 2)), linewidth=1.5)
                 across.set_gid(f"prompt-{name}")
                 # At the end that the curve is far from: fluency falls.
                 end, side = (1, "right") if name == "gain" else (0, "left")
-                axes.annotate("prompt", (end, baseline.mean), xycoords=("axes fraction", "data"), va="bottom",
+                label = short(f"{prompt.value} prompt")
+                axes.annotate(label, (end, baseline.mean), xycoords=("axes fraction", "data"), va="bottom",
                               ha=side, xytext=(0, 2), textcoords="offset points", color=theme.prompt,
                               fontsize=FONT - 1)  # fmt: skip
         panels[0].set_title("Gain")
