@@ -68,6 +68,8 @@ def evaluation_job(artifact: Path, settings: RuntimeSettings, options: dict[str,
         inventory=options["inventory"],
         skips=frozenset(options["skips"]),
         tasks=tuple(options["tasks"]),
+        harness=tuple(name.strip() for name in (options["harness"] or "").split(",") if name.strip()),
+        harness_limit=options["harness_limit"],
         seed=options["seed"],
     )
 
