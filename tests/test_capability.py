@@ -54,7 +54,11 @@ def test_shipped_sets():
         assert {len(question.options) for question in task.questions} == {4}
     for question in sets["recall"].questions:
         assert question.answer.lower() in question.passage.lower()
-        assert all(int(option) >= 0 for option in sets["arithmetic"].questions[0].options)
+    for question in (*sets["arithmetic"].questions, *sets["arithmetic"].examples):
+        numbers = [int(option) for option in question.options]
+        assert min(numbers) >= 0
+        assert len(set(numbers)) == 4
+        assert numbers[question.right] == int(question.answer)
 
 
 def test_sums_are_right():
