@@ -167,8 +167,9 @@ def _of_rule(document: Document) -> list[Picture]:
 
 def _of_sweeps(document: Document, prompted: bool) -> str:
     """What the curves were measured on, which is not what the figures above them were, and of which rule."""
-    about = document.settings.get("sweeps")
-    count, split = (about.get(name) for name in ("questions", "split")) if isinstance(about, dict) else (None, None)
+    found = document.settings.get("sweeps")
+    about = found if isinstance(found, dict) else {}
+    count, split = about.get("questions"), about.get("split")
     where = f"On {count} {split} questions of the ablation" if count and split else "On the ablation's own questions"
     line = "the dashed line is the better prompt on the same ones" if prompted else "no prompt was measured on them"
     return f"{where}; {line}.{_note(document, 'sweeps')}"
