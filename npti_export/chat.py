@@ -133,37 +133,37 @@ class Conversation:
     def ask(self, text: str) -> Iterator[Piece]:
         """The answers in pieces, all models in turn, a token each.
 
-        What was said when it is stopped (closed, or interrupted) stays in the history.
+        What was said when it is stopped (closed, or interrupted) stays in the history; where nothing was, the question
+        leaves it again.
 
         Raises:
             ModelError: a message that does not fit (then nothing is asked), or llama.cpp fails.
         """
-        seed, said = self.sampling.seed + self._asked, [""] * len(self.partners)
+        seed, said, kept = self.sampling.seed + self._asked, [""] * len(self.partners), False
         for partner in self.partners:
             partner.turns.append({"role": "user", "content": text})
         try:
             prompts = [partner.prompt(self.system, self.sampling) for partner in self.partners]
-        except ModelError:
-            for partner in self.partners:
-                partner.turns.pop()
-            raise
-        self._asked += 1
-        streams = {
-            index: partner.voice.speak(prompts[index], self.sampling, seed)
-            for index, partner in enumerate(self.partners)
-        }
-        try:
+            streams = {
+                index: partner.voice.speak(prompts[index], self.sampling, seed)
+                for index, partner in enumerate(self.partners)
+            }
             while streams:
                 for index in list(streams):
                     piece = next(streams[index], None)
                     if piece is None:
                         del streams[index]
                     elif piece:
-                        said[index] += piece
+                        said[index], kept = said[index] + piece, True
                         yield Piece(index, printable(piece))
+            kept = True  # also of models that have nothing to say
         finally:
+            self._asked += kept
             for partner, answer in zip(self.partners, said, strict=True):
-                partner.turns.append({"role": "assistant", "content": answer})
+                if kept:
+                    partner.turns.append({"role": "assistant", "content": answer})
+                else:
+                    partner.turns.pop()
 
     def reset(self, system: str | None) -> None:
         """Begin anew, with this instruction."""

@@ -152,7 +152,12 @@ def sweeps():
         SweepPoint(value=name, gain=near(gain), fluency=near(fluency, 0.03))
         for name, gain, fluency in (("both", 0.071, -1.31), ("shift only", 0.044, -1.27), ("clamp only", 0.031, -1.22))
     ]
-    return [Sweep(setting="gamma", points=gamma), Sweep(setting="parts", points=parts)]
+    prompts = [
+        SweepPoint(value=name, gain=near(gain), fluency=near(fluency, 0.03))
+        for name, gain, fluency in (("adjective", 0.049, -1.4), ("persona", 0.081, -1.55))
+    ]
+    found = {"gamma": gamma, "parts": parts, "prompt": prompts}
+    return [Sweep(setting=setting, points=points) for setting, points in found.items()]
 
 
 def bump(center, width):

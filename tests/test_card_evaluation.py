@@ -73,6 +73,60 @@ def test_only_the_section_changes(tmp_path, ending):
     assert path.read_bytes().decode() == text
 
 
+QUOTED = [
+    f"Cards hold `{BEGIN}` and {END}.\n",
+    f"{BEGIN} is where it begins\n",
+    f"```html\n{BEGIN}\n```\n",
+    f"~~~~\n{END}\n~~~\n{BEGIN}\n~~~~\n",
+    f"````text\n```\n{BEGIN}\n```\n````\n",
+    f"    {BEGIN}\n",
+    f"> {END}\n",
+    f"\u2028{BEGIN}\n",
+]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_quoted_marks_are_none(tmp_path, quoted, ending):
+    path = tmp_path / "README.md"
+    quoted = quoted.replace("\n", ending)
+    first, second = sample_document(), sample_document("openness+")
+    path.write_bytes(quoted.encode())
+    update_card(path, first)
+    assert path.read_bytes().decode() == quoted + ending + section(first) + "\n"
+    path.write_bytes((quoted + section(first) + ending + quoted).encode())
+    update_card(path, second)
+    assert path.read_bytes().decode() == quoted + section(second) + ending + quoted
+
+
+def test_a_block_that_is_never_closed_hides_no_section(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("```\nnever closed\n")
+    for document in (sample_document(), sample_document("openness+")):
+        update_card(path, document)
+        assert path.read_text(encoding="utf-8") == f"```\nnever closed\n\n{section(document)}\n"
+
+
+def test_answers_that_look_like_marks(tmp_path):
+    said = {"question": BEGIN, "base": f"```\n{END}\n```` {BEGIN}", "steered": f"~~~\n{BEGIN}\n{END}"}
+    text = model_card(report(sample=said), section(sample_document()))
+    assert (text.count(BEGIN), text.count(END)) == (1, 1)
+    path = tmp_path / "README.md"
+    path.write_text(text, encoding="utf-8")
+    update_card(path, sample_document("openness+"))
+    assert section(sample_document("openness+")) in path.read_text(encoding="utf-8")
+
+
+def test_judges_with_their_intervals():
+    document = sample_document()
+    (judge, _), text = document.judge.judges, section(document)
+    before, after = (judge.trait[name] for name in ("unsteered", "steered"))
+    assert (
+        f"{before.mean:.2f} ({before.low:.2f} to {before.high:.2f}) before, {after.mean:.2f} ({after.low:.2f} to "
+        f"{after.high:.2f}) after."
+    ) in text
+
+
 @pytest.mark.parametrize("text", [BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}\n{END}\n{BEGIN}\n{END}", "\udcff"])
 def test_damaged_cards_are_left_alone(tmp_path, text):
     path = tmp_path / "README.md"
@@ -169,7 +223,9 @@ def test_how_it_was_made(neurons, recipe, says, not_said):
 
 def test_it_says_whose_figures_they_are():
     text = section(sample_document(settings={"pole": "openness-", "baselines": "none"}))
-    assert "for openness\\-, of calm\\.gguf, gguf, on 90" in text
+    assert "for openness\\-, of calm\\.gguf, gguf, which is steered towards neuroticism\\-, on 90" in text
+    same = section(sample_document(settings={"pole": "neuroticism-"}, traits=["neuroticism-:0.5"]))
+    assert "for neuroticism\\-, of calm\\.gguf, gguf, on 90" in same
     assert "for neuroticism\\-, of" in section(sample_document(settings={}))
     level = {"npti": {"damage": "much"}, "null": 3}
     assert "KL much" not in section(sample_document(settings={"baselines": level}))

@@ -109,6 +109,44 @@ def test_a_stopped_answer_stays_in_the_history():
     assert voice.prompts[-1] == "QaR"
 
 
+class Stopped(Echo):
+    """Is interrupted before its first word, or while its prompt is made, as long as that is wanted."""
+
+    where = None
+
+    def encode(self, messages):
+        if self.where == "prompt":
+            raise KeyboardInterrupt
+        return super().encode(messages)
+
+    def speak(self, prompt, sampling, seed):
+        if self.where == "answer":
+            raise KeyboardInterrupt
+        yield from super().speak(prompt, sampling, seed)
+
+
+@pytest.mark.parametrize("where", ["prompt", "answer", "other"])
+def test_a_question_that_nobody_began_to_answer_leaves_the_history(where):
+    voices = [Stopped("ab"), Stopped("xy")]
+    voices[1 if where == "other" else 0].where = "prompt" if where == "other" else where
+    conversation = Conversation([Partner("a", voices[0]), Partner("b", voices[1])], Sampling(max_new_tokens=5))
+    with pytest.raises(KeyboardInterrupt):
+        said(conversation.ask("Q"), 2)
+    assert [partner.turns for partner in conversation.partners] == [[], []]
+    for voice in voices:
+        voice.where = None
+    assert said(conversation.ask("R"), 2) == ["ab", "xy"]
+    assert [voice.prompts for voice in voices] == [["R"], ["R"]]
+    assert conversation.to_dict()["turns"] == [{"user": "R", "answers": {"a": "ab", "b": "xy"}}]
+    assert said(conversation.ask("S"), 2) == ["ab", "xy"]
+
+
+def test_a_model_that_says_nothing_was_asked_all_the_same():
+    conversation = Conversation([Partner("a", Echo(""))], Sampling(max_new_tokens=5))
+    assert said(conversation.ask("Q")) == [""]
+    assert conversation.to_dict()["turns"] == [{"user": "Q", "answers": {"a": ""}}]
+
+
 def test_oldest_turns_are_dropped():
     voice = Echo()
     conversation = Conversation([Partner("one", voice)], Sampling(max_new_tokens=30), "SY")

@@ -8,6 +8,7 @@ from npti_export.evaluate.distribution import distribution, trait_neurons
 from npti_export.profile import NeuronProfile
 from npti_export.recipe import load_recipe
 from npti_export.rule import SteeringRule
+from npti_export.rule_io import Provenance, SavedRule
 from npti_export.stats import EDGES, ActivationStats, ContrastStats, PairSpread
 
 SHAPE, TOKENS = (3, 20), 400
@@ -53,6 +54,11 @@ def test_against_plain_counting(activations, sign):
     assert found.edges[-1] < everything.max() * 1.08
 
 
+def saved(rule, traits):
+    about = Provenance(trait=traits, gamma=1.0, recipe="{}", model="m", model_type="llama", fingerprint=None)
+    return SavedRule(rule, about)
+
+
 def test_nothing_to_show(activations):
     stats = ContrastStats(counted(activations[0]), counted(activations[1]), PairSpread.empty(*SHAPE))
     assert distribution(stats, np.zeros(SHAPE, bool), "+") is None
@@ -65,9 +71,20 @@ def test_which_neurons_are_shown():
     profile, recipe = NeuronProfile("openness", plus, minus, *rest, None), load_recipe("npti")
     shift = np.where(rng.random(SHAPE) < 0.2, 1.0, 0.0).astype(np.float32)
     clamp, constant = np.ones(SHAPE, bool), np.ones(SHAPE, np.float32)
-    found = trait_neurons(SteeringRule(shift, clamp), profile, "-", recipe)
-    np.testing.assert_array_equal(found, shift > 0)
-    for rule in (None, SteeringRule(np.zeros_like(shift), np.zeros_like(clamp), constant)):
-        np.testing.assert_array_equal(trait_neurons(rule, profile, "-", recipe), minus - plus >= np.float32(0.1))
+    shifts, constants = SteeringRule(shift, clamp), SteeringRule(np.zeros_like(shift), np.zeros_like(clamp), constant)
+    for traits in ("openness-", "openness-:0.5", "conventional"):
+        found = trait_neurons(saved(shifts, traits), "openness-", profile, recipe)
+        np.testing.assert_array_equal(found, shift > 0)
+    own = minus - plus >= np.float32(0.1)
+    for rule in (
+        None,
+        saved(constants, "openness-"),
+        saved(shifts, "openness- extraversion+"),  # of two poles, whose neurons cannot be told apart
+        saved(shifts, "openness+"),
+    ):
+        np.testing.assert_array_equal(trait_neurons(rule, "openness-", profile, recipe), own)
+    np.testing.assert_array_equal(
+        trait_neurons(saved(shifts, "openness-"), "openness+", profile, recipe), plus - minus >= np.float32(0.1)
+    )
     with pytest.raises(ProfileError, match="no neuron"):
-        trait_neurons(None, NeuronProfile("openness", plus, plus, *rest, None), "+", recipe)
+        trait_neurons(None, "openness+", NeuronProfile("openness", plus, plus, *rest, None), recipe)

@@ -26,8 +26,9 @@ from tolerances import KL_TWO_ENGINES, KV_FLOAT16
 
 from npti_export.bench import load_bench, scoring_personas
 from npti_export.errors import AdapterError, BenchError, EvaluationError, ModelError, TraitError
+from npti_export.evaluate import others as evaluate_others
 from npti_export.evaluate import run as evaluate_run
-from npti_export.evaluate.baselines import null_rule, scaled
+from npti_export.evaluate.baselines import method_rule, null_rule, scaled
 from npti_export.evaluate.capability.neutral import NeutralText, kl_by_passage
 from npti_export.evaluate.capability.tasks import Passage, neutral_passages
 from npti_export.evaluate.contrast import contrasts, score
@@ -43,8 +44,10 @@ from npti_export.job import Job
 from npti_export.models import gguf_source, resolve_model
 from npti_export.pipeline import run
 from npti_export.progress import Silent
+from npti_export.rule import SteeringRule
 from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
+from npti_export.traits import TraitSpec
 
 KEYS = ("trait_contrast", "judge", "inventory", "fluency", "capability", "cross_talk", "baselines")
 LIKELIHOOD = 20 * KV_FLOAT16  # of one token: logits of size four, from float16 keys and values
@@ -92,7 +95,15 @@ def whole(artifacts, trait_dir, tmp_path_factory):
         skips=frozenset(),
         cache=tmp_path_factory.mktemp("cache"),
     )
-    document, tokens = evaluated(patch, asked, told)
+    real = evaluate_others.identified
+
+    def identified(*given):
+        stats, told.profile = real(*given)
+        return stats, told.profile
+
+    with patch.context() as within:
+        within.setattr(evaluate_others, "identified", identified)
+        document, tokens = evaluated(patch, asked, told)
     return document, tokens, told
 
 
@@ -184,7 +195,7 @@ def test_the_steered_file_says_what_the_document_says(whole, artifacts, llama):
             assert answers == tokens[name]
 
 
-def test_baselines_do_the_artifact_s_damage_and_fine_tuning_its_own(whole, artifacts, llama):
+def test_baselines_do_the_artifact_s_damage_and_fine_tuning_its_own(whole, artifacts, llama, tiny, tmp_path):
     document, tokens, told = whole
     settings = document.settings["baselines"]
     with LlamaCppRuntime(artifacts["gguf"], Settings(threads=1)) as steered:
@@ -202,6 +213,15 @@ def test_baselines_do_the_artifact_s_damage_and_fine_tuning_its_own(whole, artif
     assert settings["null"]["draws"] == len(TEST)
     assert settings["null"]["neurons"] == settings_neurons(strong_rule())
     assert 0.3 < settings["null"]["strength"] < 3
+    for name in ("npti", "dpn-le-any", "mean-shift"):
+        strength, told_damage = settings[name]["strength"], settings[name]["damage"]
+        rule = method_rule(name, told.profile, TraitSpec("pirate", "+"))
+        constant = None if rule.constant is None else rule.constant * np.float32(strength)
+        again = SteeringRule(rule.shift * np.float32(strength), rule.clamp, constant)
+        path = bake(tiny, tmp_path / f"{name}.gguf", saved_rule(tiny, again))
+        with LlamaCppRuntime(path, Settings(threads=1)) as steered:
+            measured = kl_by_passage(llama, steered, neutral_passages()[:16]).mean()
+        assert told_damage == pytest.approx(measured, rel=0.02), name
     assert settings["fine-tuned"]["damage"] > 0
     assert "strength" not in settings["fine-tuned"]
     label = next(one.label for one in document.conditions if one.name == "fine-tuned")
@@ -324,14 +344,30 @@ def comparable(document):
 
 
 def test_the_same_seed_gives_the_same_document(artifacts, trait_dir, monkeypatch):
-    first, again, other = (
-        comparable(evaluated(monkeypatch, job(artifacts["gguf"], trait_dir, baselines=("null",), seed=seed))[0])
-        for seed in (0, 0, 1)
-    )
+    found = [
+        evaluated(monkeypatch, job(artifacts["gguf"], trait_dir, baselines=("null",), seed=seed)) for seed in (0, 0, 1)
+    ]
+    first, again, other = (comparable(document) for document, _ in found)
+    tokens = [told for _, told in found]
     assert first == again
-    gains = [one["trait_contrast"]["gain"] for one in (first, other)]
-    assert gains[0]["mean"] == pytest.approx(gains[1]["mean"], abs=KV_FLOAT16)  # scored together with other answers
-    assert gains[0] != gains[1]
+    assert tokens[0] == tokens[1]
+    for name in ("unsteered", "steered"):
+        assert tokens[0][name] == tokens[2][name]
+    assert tokens[0]["null"] != tokens[2]["null"]  # other random neurons
+    assert first["settings"]["baselines"]["null"]["damage"] != other["settings"]["baselines"]["null"]["damage"]
+    gains = [one["trait_contrast"]["gain"]["mean"] for one in (first, other)]
+    assert gains[0] == pytest.approx(gains[1], abs=KV_FLOAT16)  # scored together with other answers
+
+
+def test_a_model_that_bears_no_rule_is_said_to_have_no_baselines(make_tiny, trait_dir, monkeypatch):
+    """A mixture of experts in a GGUF."""
+    told = Told()
+    asked = job(make_tiny(seed=1, experts=True), model=make_tiny(experts=True), trait=f"{trait_dir}+", questions=2,
+                baselines=("npti", "mean-shift"))  # fmt: skip
+    document, _ = evaluated(monkeypatch, asked, told)
+    assert [one.name for one in document.conditions] == ["unsteered", "steered"]
+    assert "baselines" not in document.settings
+    assert any("no rule can be baked into it, so there are no baselines" in note for note in told.notes)
 
 
 def test_what_does_nothing_shows_nothing(tiny, trait_dir, tmp_path, monkeypatch):

@@ -1,14 +1,19 @@
 """A task of lm-evaluation-harness on local data, in llama.cpp, where it is installed."""
 
+import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
 from conftest import random_rule
+from jobs import npti
+from own_trait import write_trait
 from test_bake import bake
 
 from npti_export.errors import EvaluationError
-from npti_export.evaluate.harness import _is_greedy, _until, harness_tasks
+from npti_export.evaluate.document import read_document
+from npti_export.evaluate.harness import Harness, _is_greedy, _until, check_harness
 from npti_export.runtimes.base import Exchange
 from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
@@ -17,6 +22,25 @@ DOCUMENTS = [
     {"q": f"Question {number}: which one?", "choices": ["the red house", "a boat", "snow"], "gold": number % 3}
     for number in range(8)
 ]
+
+
+CHOICE = {
+    "task": "ours_choice",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{q}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "gold",
+    "metric_list": [{"metric": "acc"}],
+}
+
+
+def common(data):
+    return {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+
+
+@pytest.fixture(scope="module")
+def trait_dir(tmp_path_factory):
+    return write_trait(tmp_path_factory.mktemp("traits") / "pirate")
 
 
 def opened(path):
@@ -28,16 +52,8 @@ def test_a_local_task(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "docs.jsonl"
     data.write_text("\n".join(json.dumps(one) for one in DOCUMENTS), encoding="utf-8")
-    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-    choice = common | {
-        "task": "ours_choice",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc"}],
-    }
-    words = common | {
+    choice = common(data) | CHOICE
+    words = common(data) | {
         "task": "ours_words",
         "output_type": "generate_until",
         "doc_to_text": "{{q}}",
@@ -48,7 +64,7 @@ def test_a_local_task(tiny, tmp_path, monkeypatch):
     out = tmp_path / "s.gguf"
     bake(tiny, out, random_rule(3, 96))
     with opened(tiny) as base, opened(out) as steered:
-        first, second = harness_tasks(base, steered, [choice, words])
+        first, second = Harness.of(base, [choice, words]).compared(steered)
         for runtime, found in ((base, first.score.base), (steered, first.score.steered)):
             right = []
             for one in DOCUMENTS:
@@ -80,6 +96,52 @@ def test_answers_end_at_a_stop(tiny, monkeypatch, until, want):
 
 
 def test_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval.evaluator", None)
-    with pytest.raises(EvaluationError, match=r"pip install 'npti-export\[harness\]'"):
-        harness_tasks(None, None, ["x"])
+    install = r"cannot be imported .*; pip install 'npti-export\[harness\]'$"
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(EvaluationError, match=install):
+        check_harness(["hellaswag"])
+    with pytest.raises(EvaluationError, match=install):
+        Harness.of(None, ["hellaswag"])
+    check_harness([])
+    with pytest.raises(EvaluationError, match="--harness x: is left out by --skip capability"):
+        check_harness(["x"], skipped=True)
+
+
+def test_the_command_says_so_before_any_work(tiny, tmp_path, cli_environment):
+    done = npti("evaluate", tiny, "--trait", "calm", "--base", tiny, "--harness", "no_such_task, other",
+                environment=cli_environment, cwd=tmp_path)  # fmt: skip
+    there = importlib.util.find_spec("lm_eval") is not None
+    said = "--harness no_such_task: lm-evaluation-harness has no such task" if there else "npti-export[harness]"
+    assert (done.returncode, said in " ".join(done.stderr.split())) == (2, True), done.stderr
+    assert "Traceback" not in done.stderr
+    done = npti("evaluate", tiny, "--harness", "x", "--skip", "capability", environment=cli_environment, cwd=tmp_path)
+    assert (done.returncode, "--skip capability" in done.stderr) == (2, True)
+
+
+def test_its_tasks_are_among_the_skills_of_an_evaluation(tiny, trait_dir, tmp_path, cli_environment):
+    """A task of the user's own, in a YAML file, by the command."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install npti-export[harness]")
+    (tmp_path / "docs.jsonl").write_text("\n".join(json.dumps(one) for one in DOCUMENTS), encoding="utf-8")
+    task = common(tmp_path / "docs.jsonl") | CHOICE
+    (tmp_path / "ours.yaml").write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+    out = tmp_path / "s.gguf"
+    bake(tiny, out, random_rule(3, 96))
+    environment = cli_environment | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = npti("evaluate", out, "--base", tiny, "--trait", f"{trait_dir}+", "--harness", "ours.yaml",
+                "--harness-limit", "5", "--questions", "2", "--answer-tokens", "3", "--baselines", "none",
+                "--no-prompts", "--skip", "cross-talk", "--skip", "inventory", "--threads", "1", "--any-model",
+                "--json", "r.json", environment=environment, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tasks = read_document(tmp_path / "r.json").capability.tasks
+    assert [(one.name, one.source) for one in tasks][3:] == [("ours_choice", "lm-evaluation-harness")]
+    with opened(tiny) as base, opened(out) as steered:
+        broken = task | {"task": "broken", "doc_to_text": "{{ q"}
+        with pytest.raises(EvaluationError, match=r"lm-evaluation-harness: \w+: "):
+            Harness.of(base, [broken])
+        (want,) = Harness.of(base, [str(tmp_path / "ours.yaml")], 5).compared(steered)
+    assert tasks[3] == want
+    assert want.score.change.n == 5
+    assert "ours_choice:" in done.stdout
+    for name, message in (("none.yaml", "there is no such file"), ("hellaswagg", "did you mean hellaswag")):
+        done = npti("evaluate", out, "--harness", name, environment=environment, cwd=tmp_path)
+        assert (done.returncode, message in " ".join(done.stderr.split())) == (2, True), done.stderr

@@ -101,15 +101,33 @@ def test_an_answer_longer_than_a_batch_is_followed_piece_by_piece(runtimes):
     pieces = [range(max(start, first), min(start + 8, fed)) for start in range(0, fed, 8) if start + 8 > first]
     assert len(pieces) > 3
     added = np.zeros((len(wanted), fed + 1, source.shape.hidden))
-    plain = streams(path, exchange)
-    for piece in pieces:
-        rows = [at - first for at in piece]
-        for layer in range(len(wanted)):
-            moved = streams(path, exchange, added)[layer, rows].mean(0)
-            start, end = piece[0] // 8 * 8, piece[-1] + 1
-            added[layer, start:end] = wanted[layer] - (moved - plain[layer, rows].mean(0))
-    want = added[:, first:fed].mean(1)
+    plain, before = streams(path, exchange), pieces[0][0] // 8 * 8
+    assert before > 0  # pieces that hold the prompt only
+    for _ in wanted:
+        added[:, before:] = 0
+        for piece in pieces:
+            rows = [at - first for at in piece]
+            for layer in range(len(wanted)):
+                moved = streams(path, exchange, added)[layer, rows].mean(0)
+                start, end = piece[0] // 8 * 8, piece[-1] + 1
+                added[layer, start:end] = wanted[layer] - (moved - plain[layer, rows].mean(0))
+        want = added[:, first:fed].mean(1)
+        added[:, :before] = want[:, None]
     np.testing.assert_allclose(found, want, atol=2 * GATE_LLAMACPP)
+
+
+def test_a_small_batch_moves_the_whole_prompt_too(runtimes):
+    """What is counted is in one piece of eight, the prompt before it in others: the same as all of it in one."""
+    path, source, whole, _ = runtimes
+    wanted = np.random.default_rng(6).normal(size=(source.shape.layers, source.shape.hidden))
+    texts = (f"Why{' so' * count}?" for count in range(8))
+    prompt = next(one for one in (whole.encode(chat(None, text)) for text in texts) if (len(one) - 1) % 8 < 6)
+    assert len(prompt) > 16
+    exchange = Exchange(prompt, (41, 42, 43))
+    with LlamaCppRuntime(path, Settings(threads=1, batch=8), source=source) as small:
+        found = small.stream_follows([exchange], wanted)
+        assert np.abs(small.stream_follows([exchange, exchange], wanted) - found).max() < 2 * GATE_LLAMACPP
+    np.testing.assert_allclose(found, whole.stream_follows([exchange], wanted), atol=2 * GATE_LLAMACPP)
 
 
 def test_the_steered_stream_is_where_personas_take_it(runtimes):

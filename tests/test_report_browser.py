@@ -6,7 +6,11 @@ import shutil
 import pytest
 from documents import hostile_page, sample_document, sample_page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+REQUIRED = os.environ.get("NPTI_REQUIRE_BROWSER", "") not in ("", "0")  # as .ci/run has it: no browser is a failure
+if REQUIRED:
+    import playwright.sync_api as playwright
+else:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -14,7 +18,9 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"
              "--disable-component-update", "--disable-sync"]  # fmt: skip
 PHONE = {"width": 360, "height": 740}
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"no Chromium: set CHROMIUM, or install one of {NAMES}")
+MISSING = f"no Chromium: set CHROMIUM, or install one of {', '.join(NAMES)}"
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None and not REQUIRED, reason=MISSING)
 
 # Every text that is seen: its colour, the colour behind it, its size and what it is. Colours as [r, g, b, a] of 0 to 1.
 TEXTS = """() => {
@@ -53,6 +59,8 @@ def contrast(one, other):
 
 @pytest.fixture(scope="module")
 def browser():
+    if CHROMIUM is None:
+        pytest.fail(f"NPTI_REQUIRE_BROWSER is set, and there is {MISSING}", pytrace=False)
     with playwright.sync_playwright() as started:
         found = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield found

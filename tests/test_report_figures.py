@@ -71,8 +71,19 @@ def test_distribution_shows_both_poles():
 
 def test_sweep_has_the_prompt_as_a_line():
     points = DOCUMENT.sweeps[0].points
-    prompt = best_prompt(DOCUMENT)
-    assert prompt.name == "prompt-descriptive"  # not the steered model's prompt, which does more
+    assert best_prompt(DOCUMENT).name == "prompt-descriptive"  # not the steered model's prompt, which does more
+    prompt = DOCUMENT.sweeps[2].points[1]
+    assert prompt.gain.mean != best_prompt(DOCUMENT).gain.mean  # which was asked something else
+    (picture,) = [one for one in pictures(DOCUMENT) if one.name == "sweep"]
+    assert set(artist(picture.draw(Look()), "prompt-gain").get_ydata()) == {prompt.gain.mean}
+    assert "On the ablation's own questions; the dashed line is the better prompt on the same ones." in picture.caption
+    about = {"sweeps": {"questions": 24, "split": "search", "note": "It is another's."}}
+    without = DOCUMENT.model_copy(update={"sweeps": DOCUMENT.sweeps[:2], "settings": about})
+    (picture,) = [one for one in pictures(without) if one.name == "sweep"]
+    assert not has(picture.draw(Look()), "prompt-gain")
+    assert picture.caption.endswith(
+        "On 24 search questions of the ablation; no prompt was measured on them. It is another's."
+    )
     shuffled = [points[3], SweepPoint(value="none", gain=near(9), fluency=near(9)), *points[:3], *points[4:]]
     figure = rule.sweep_figure(shuffled, prompt)
     for name in ("gain", "fluency"):
@@ -169,19 +180,45 @@ def test_figures_on_the_strongest_cell_can_be_read():
             assert contrast_ratio(theme.ink, "#{:02x}{:02x}{:02x}".format(*mixed)) >= 4.5
 
 
-def test_radar_takes_the_inventory_or_else_the_cross_talk():
+def captions(document):
+    return {one.name: one.caption for one in pictures(document)}
+
+
+def test_radar_is_of_the_answers_or_else_of_the_inventory():
     figure = effect.radar_figure(DOCUMENT)
+    assert set(xy(figure, "base")[1]) == {0}
+    assert xy(figure, "steered")[1][:5] == [DOCUMENT.cross_talk[trait].mean for trait in TRAITS]
+    assert xy(figure, "steered")[0][:5] == pytest.approx([2 * math.pi * place / 5 for place in range(5)])
+    assert captions(DOCUMENT)["radar"].startswith("Moves of the answers towards each + pole")
+    without = DOCUMENT.model_copy(update={"cross_talk": None})
+    figure = effect.radar_figure(without)
     for name in ("base", "steered"):
         radii = [getattr(DOCUMENT.inventory.traits[trait], name).mean for trait in TRAITS]
         assert xy(figure, name)[1] == [*radii, radii[0]]
-        assert xy(figure, name)[0][:5] == pytest.approx([2 * math.pi * place / 5 for place in range(5)])
     assert figure.axes[0].get_ylim() == (1, 5)
-    without = DOCUMENT.model_copy(update={"inventory": None})
-    figure = effect.radar_figure(without)
-    assert set(xy(figure, "base")[1]) == {0}
-    assert xy(figure, "steered")[1][:5] == [DOCUMENT.cross_talk[trait].mean for trait in TRAITS]
+    assert "goes by their order, not by the item" in captions(without)["radar"]
     with pytest.raises(EvaluationError, match="neither"):
-        effect.radar_figure(without.model_copy(update={"cross_talk": None}))
+        effect.radar_figure(without.model_copy(update={"inventory": None}))
+
+
+def test_captions_say_what_steers():
+    layer = LayerShape(shift=0, clamp=0, constant=2.0)
+    constants = DOCUMENT.model_copy(update={"layers": [layer, layer, LayerShape(shift=0, clamp=0, constant=0.0)]})
+    assert captions(constants)["layers"] == "No neuron is shifted or clamped; a constant is added in 2 of 3 layers."
+    assert "Those of neuroticism− that NPTI would shift, as no rule shifts any;" in captions(constants)["distribution"]
+    neurons = DOCUMENT.model_copy(update={"layers": [LayerShape(shift=1200, clamp=3, constant=0.0)]})
+    assert captions(neurons)["layers"] == "1,200 neurons are shifted and 3 clamped, in 1 layers."
+    assert captions(neurons)["distribution"].startswith("Those that the rule shifts;")
+    both = neurons.model_copy(update={"layers": [LayerShape(shift=1, clamp=0, constant=2.0), layer]})
+    assert captions(both)["layers"] == (
+        "1 neurons are shifted and 0 clamped, in 2 layers; a constant is added in 2 of them."
+    )
+    for changes in (
+        {"settings": {"pole": "neuroticism+"}},
+        {"settings": {"pole": "neuroticism-"}, "poles": [{"pole": "neuroticism-"}, {"pole": "openness+"}]},
+    ):
+        other = captions(neurons.model_copy(update=changes))["distribution"]
+        assert "that NPTI would shift, as the rule is not of this pole alone;" in other
 
 
 @pytest.mark.parametrize(

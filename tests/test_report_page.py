@@ -203,7 +203,8 @@ def test_verdict_by_cases():
     for score, level in (
         (change(0.5, 0.45, 0.02), "fair"),
         (change(0.5, 0.3, 0.02), "bad"),
-        (change(0.5, 0.3, 0.5), "good"),
+        (change(0.5, 0.3, 0.5), "unknown"),
+        (change(0.5, 0.5, 0.05), "good"),
     ):
         task = Task(name="sums", source="own", metric="accuracy", score=score)
         document = changed("capability", to=CapabilityPart(kl_neutral=near(0.06, 0.01), tasks=[task]))

@@ -12,13 +12,16 @@ from documents import sample_document
 from jobs import QUICK, npti
 from plain_rule import plain_rule
 from rich.console import Console
+from tolerances import KV_FLOAT16
 
 from npti_export.bench import load_bench
 from npti_export.errors import BenchError, EvaluationError, ProfileError
 from npti_export.evaluate.capability.tasks import Passage
 from npti_export.evaluate.conditions import Test
+from npti_export.evaluate.contrast import contrasts
 from npti_export.evaluate.delivery import _supplements
 from npti_export.evaluate.engine import TorchEngine
+from npti_export.evaluate.prompts import prompts
 from npti_export.evaluate.run import EvaluationJob
 from npti_export.evaluate.subject import SubjectJob
 from npti_export.evaluate.supplements import read_ablation, read_tuning, supplemented
@@ -186,7 +189,7 @@ def test_a_tuned_recipe_gives_the_rule_that_was_picked(subject, tmp_path):
     other = tune.tune(dataclasses.replace(asked, trials=1, answer_tokens=4), Silent()).record
     assert len(other.trials) == 1  # of other questions or lengths: another study in the same file
     # an evaluation takes it, where it is of the same model and pole
-    assert supplemented(sample_document(), record, None).pareto == record.pareto
+    assert supplemented(sample_document(recipe=None), record, None).pareto == record.pareto
 
 
 def test_no_trial_within_the_budget(subject, tmp_path):
@@ -255,7 +258,8 @@ def test_sweeps_are_of_the_rules_that_they_say(subject, tmp_path):
     record = deliver_ablation(AblationJob(varied, **SHORT), console, Silent(), json_path=path)
     assert read_ablation(path) == record
     points = {sweep.setting: {one.value: one for one in sweep.points} for sweep in record.sweeps}
-    assert list(points) == ["gamma", "threshold", "parts"]
+    assert list(points) == ["gamma", "threshold", "parts", "prompt"]
+    assert list(points["prompt"]) == ["adjective", "persona"]
     assert list(points["gamma"]) == pytest.approx([1.4 * factor for factor in STRENGTHS])
     assert list(points["parts"]) == ["shift only", "clamp only", "matched only", "all"]
     assert any("prompt tokens" in note for note in record.notes)
@@ -276,8 +280,17 @@ def test_sweeps_are_of_the_rules_that_they_say(subject, tmp_path):
             point = points[setting][value]
             assert (point.gain, point.fluency) == (figures.gain, figures.fluency)
             assert point.kl_neutral.mean == pytest.approx(figures.damage.mean, abs=1e-6)
-    assert len({one.kl_neutral.mean for sweep in points.values() for one in sweep.values()}) > 8
-    assert supplemented(sample_document(), None, record).sweeps == record.sweeps
+        base = measure.base.towards("-")
+        for how, point in points["prompt"].items():
+            asked = prompts(at.engine().base, at.bench, test.questions, "-", at.recipe, how)
+            told = at.engine().base.generate(asked, max_new_tokens=5, repetition_penalty=1.1)
+            texts = [one.response for one in told]
+            (plus,) = contrasts(at.engine().base, at.bench, test.questions, [texts], at.recipe, personas=1)
+            assert point.gain.mean == pytest.approx((-plus - base).mean(), abs=20 * KV_FLOAT16)
+            assert point.kl_neutral is None
+    measured = [one.kl_neutral for sweep in points.values() for one in sweep.values() if one.kl_neutral]
+    assert len({one.mean for one in measured}) > 8
+    assert supplemented(sample_document(recipe=None), None, record).sweeps == record.sweeps
 
 
 def test_gamma_auto_takes_the_best_strength_within_the_budget(subject, tiny):
@@ -373,9 +386,9 @@ def test_on_the_command_line(tiny, tmp_path, cli_environment, monkeypatch):
     (pole,) = json.loads((tmp_path / "r.json").read_text())["traits"]
     assert float(pole.partition(":")[2] or 1) in strength.STRENGTHS
     subject, trials = SubjectJob(tmp_path / "m.gguf"), tmp_path / "t.json"
-    tuning, ablation = _supplements(EvaluationJob(subject), trials, None)
+    tuning, ablation = _supplements(EvaluationJob(subject), trials, None, Silent())
     assert (len(tuning.pareto), ablation) == (2, None)
     for key, value, message in (("pole", "openness-", "is of openness-, and"), ("model", {"name": "x"}, "model .x.")):
         trials.write_text(json.dumps(json.loads(tuning.to_json()) | {key: value}))
         with pytest.raises(EvaluationError, match=message):
-            _supplements(EvaluationJob(subject), trials, None)
+            _supplements(EvaluationJob(subject), trials, None, Silent())

@@ -34,6 +34,10 @@ _BASELINES = "npti,dpn-le,dpn-le-any,mean-shift,null"
 @click.option("--judge-journal", type=FILE, metavar="FILE", help="Keeps its verdicts, to go on from")
 @click.option("--inventory", type=FILE, metavar="FILE", help="Self-report items [default: ours]")
 @click.option("--tasks", multiple=True, type=FILE, metavar="FILE", help="A further test of skill")
+@click.option("--harness", metavar="TASK[,TASK]", help="Published tests of skill by lm-evaluation-harness (an extra)")
+@click.option(
+    "--harness-limit", type=click.IntRange(min=0), default=100, show_default=True, help="Documents of each, 0 for all"
+)
 @click.option(
     "--skip",
     "skips",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npti_export.endings.base import Format
 from npti_export.errors import EvaluationError
-from npti_export.evaluate.document import Condition, Document
+from npti_export.evaluate.document import Condition, Document, Estimate
 from npti_export.evaluate.estimate import interval
+from npti_export.evaluate.poles import judged_otherwise, judged_pole
 from npti_export.files import atomic_output
 from npti_export.recipe import Recipe
 from npti_export.traits import TraitSpec, parse_recorded
@@ -20,17 +22,22 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<!-- npti-export evaluation: begin -->", "<!-- npti-export evaluation: end -->"
 _SPECIAL = str.maketrans({one: f"\\{one}" for one in "\\`*_{}[]<>()#+-.!|&~"})
+_FENCE = re.compile(r"(`{3,}(?=[^`]*$)|~{3,})")
+_LINES = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+_MOST_INDENT = 3  # of a line that is no code block
 _RULE = ("select", "rule", "poles")  # sections of a recipe that a rule depends on
 
 
 def section(document: Document) -> str:
     """What a card says of an evaluation, between two marks by which it is found again."""
     contrast, artifact = document.trait_contrast, document.artifact
-    pole = document.settings.get("pole") or " ".join(document.traits)
+    steered = " ".join(document.traits)
     of = ", ".join(_plain(str(artifact[name])) for name in ("path", "format") if name in artifact)
+    pole = judged_pole(document) or steered
+    other = f", which is steered towards {_plain(steered)}" if judged_otherwise(document) else ""
     parts = [
         "## Does the personality show, and what does it cost?",
-        f"Measured by npti-export {_plain(document.version)} for {_plain(str(pole))}, of {of}, on {contrast.gain.n} "
+        f"Measured by npti-export {_plain(document.version)} for {_plain(pole)}, of {of}{other}, on {contrast.gain.n} "
         "held-out test questions, which chose nothing. The contrast is the mean log-likelihood per token of an answer "
         "under personas of the wanted pole minus that under personas of the opposite one, computed by the unsteered "
         f"model, over {contrast.personas} pairs of personas; the gain is how far it is above the unsteered answers'. "
@@ -88,7 +95,7 @@ def _lines(document: Document) -> Iterable[str]:
     for judge in document.judge.judges if document.judge else ():
         before, after = judge.trait.get("unsteered"), judge.trait.get("steered")
         if before is not None and after is not None:
-            figures = f"{before.mean:.2f} before, {after.mean:.2f} after"
+            figures = f"{_rated(before)} before, {_rated(after)} after"
             yield f"Judge {_plain(judge.judge)}, 1 to 5 for the trait: {figures}."
 
 
@@ -100,9 +107,10 @@ def update_card(path: Path, document: Document) -> None:
         OutputError: it cannot be written.
     """
     text = check_card(path)
-    before, begin, rest = text.partition(BEGIN)
-    if begin:
-        rest = rest.partition(END)[2]
+    before, rest, marks = text, "", _marks(text)
+    if marks:
+        (_, begins), (_, ends) = marks
+        before, rest = text[:begins], text[ends + len(END) :]
     elif before:
         newline = "\r\n" if "\r\n" in before else "\n"
         before += newline if before.endswith("\n") else 2 * newline
@@ -123,10 +131,34 @@ def check_card(path: Path) -> str:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"--card {path}: cannot be read as text ({error}); name another file") from error
-    begins, ends = text.count(BEGIN), text.count(END)
-    if (begins, ends) not in ((0, 0), (1, 1)) or text.find(BEGIN) > text.find(END):
+    if [mark for mark, _ in _marks(text)] not in ([], [BEGIN, END]):
         raise EvaluationError(f"--card {path}: the marks around the evaluation in it are damaged; delete both")
     return text
+
+
+def _marks(text: str) -> list[tuple[str, int]]:
+    """The marks that stand alone on a line, and where; none that is quoted in a sentence or in a fenced code block.
+
+    A block that is never closed is taken for none, or a slip in front of the section would hide it.
+    """
+    found: list[tuple[str, int]] = []
+    hidden: list[tuple[str, int]] = []  # in the block at hand
+    fence, place = "", 0
+    for line in _LINES.findall(text):
+        words = line.strip(" \t\r\n")
+        if fence:
+            if _indent(line) <= _MOST_INDENT and words.strip(fence[0]) == "" and len(words) >= len(fence):
+                fence, hidden = "", []
+        elif _indent(line) <= _MOST_INDENT and (opening := _FENCE.match(words)):
+            fence = opening[1]
+        if words in (BEGIN, END) and _indent(line) <= _MOST_INDENT:
+            (hidden if fence else found).append((words, place + line.index(words)))
+        place += len(line)
+    return found + hidden
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip(" "))
 
 
 def check_same_rule(
@@ -174,6 +206,10 @@ def results(document: Document) -> list[EvalResult]:
         )
         for asked, kind, name, one in figures
     ]
+
+
+def _rated(value: Estimate) -> str:
+    return f"{value.mean:.2f} ({value.low:.2f} to {value.high:.2f})"
 
 
 def _plain(text: str) -> str:

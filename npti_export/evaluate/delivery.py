@@ -11,12 +11,14 @@ from npti_export.evaluate.card import check_card, update_card
 from npti_export.evaluate.document import Condition, Document
 from npti_export.evaluate.estimate import interval
 from npti_export.evaluate.judge.spec import parse_judge
+from npti_export.evaluate.poles import judged_otherwise, judged_pole
 from npti_export.evaluate.run import EvaluationJob, evaluate
 from npti_export.evaluate.subject import SubjectJob
 from npti_export.evaluate.supplements import (
     AblationRecord,
     TuningRecord,
     check_same,
+    differs,
     read_ablation,
     read_tuning,
     supplemented,
@@ -26,6 +28,7 @@ from npti_export.identify.collect import cache_folder
 from npti_export.loader import RuntimeSettings
 from npti_export.models import resolve_model
 from npti_export.progress import Progress
+from npti_export.recipe import Recipe, recipe_from_json
 from npti_export.rule_io import load_rule
 from npti_export.traits import parse_recorded, parse_trait
 
@@ -65,6 +68,8 @@ def evaluation_job(artifact: Path, settings: RuntimeSettings, options: dict[str,
         inventory=options["inventory"],
         skips=frozenset(options["skips"]),
         tasks=tuple(options["tasks"]),
+        harness=tuple(name.strip() for name in (options["harness"] or "").split(",") if name.strip()),
+        harness_limit=options["harness_limit"],
         seed=options["seed"],
     )
 
@@ -103,7 +108,7 @@ def deliver(
     _check_outputs(job, outputs, [pareto_path, sweeps_path], force=force)
     if card_path is not None:
         _check_card(card_path, [*outputs, pareto_path, sweeps_path, job.subject.artifact])
-    tuning, ablation = _supplements(job, pareto_path, sweeps_path)
+    tuning, ablation = _supplements(job, pareto_path, sweeps_path, progress)
     document = supplemented(evaluate(job, progress), tuning, ablation)
     if json_path is not None:
         with atomic_output(json_path, force=force) as temporary:
@@ -123,25 +128,29 @@ def deliver(
 
 
 def _supplements(
-    job: EvaluationJob, pareto: Path | None, sweeps: Path | None
+    job: EvaluationJob, pareto: Path | None, sweeps: Path | None, progress: Progress
 ) -> tuple[TuningRecord | None, AblationRecord | None]:
     tuning = None if pareto is None else read_tuning(pareto)
     ablation = None if sweeps is None else read_ablation(sweeps)
     given = [(record, path) for record, path in ((tuning, pareto), (ablation, sweeps)) if record and path]
     for record, path in given:
-        check_same(record, path, *_steered(job.subject))
+        poles, fingerprint, recipe = _steered(job.subject)
+        check_same(record, path, [parse_recorded(text).pole for text in poles], fingerprint)
+        note = differs(record, recipe, poles)
+        if note:
+            progress.note(f"{path}: {note}")
     return tuning, ablation
 
 
-def _steered(subject: SubjectJob) -> tuple[list[str], str]:
-    """Poles of an artifact, and the fingerprint of its model."""
+def _steered(subject: SubjectJob) -> tuple[list[str], str, Recipe | None]:
+    """Poles of an artifact with their strengths, the fingerprint of its model, and its recipe, if it has one."""
     try:
         about = load_rule(subject.artifact).about
     except AdapterError:
         if subject.trait is None or subject.model is None:
             raise
-        return [parse_trait(subject.trait).pole], resolve_model(subject.model).fingerprint
-    return [parse_recorded(text).pole for text in about.trait.split()], about.fingerprint.float32
+        return [parse_trait(subject.trait).pole], resolve_model(subject.model).fingerprint, None
+    return about.trait.split(), about.fingerprint.float32, recipe_from_json(about.recipe)
 
 
 def _check_outputs(job: EvaluationJob, paths: list[Path], supplements: list[Path | None], *, force: bool) -> None:
@@ -173,7 +182,10 @@ def render(document: Document, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(" ".join(document.traits)), title_justify="left")
+    title = " ".join(document.traits)
+    if judged_otherwise(document):
+        title += f", judged by {judged_pole(document)}"
+    table = Table(title=Text(title), title_justify="left")
     for name in ("", "contrast", "gain (95%)", "fluency", "repetition", "tokens"):
         table.add_column(name, justify="left" if not name else "right")
     for one in document.conditions:

@@ -9,9 +9,9 @@ from npti_export.evaluate.document import Distribution
 from npti_export.identify.select import pole_neurons
 from npti_export.profile import NeuronProfile
 from npti_export.recipe import Recipe
-from npti_export.rule import SteeringRule
+from npti_export.rule_io import SavedRule
 from npti_export.stats import EDGES, ActivationStats, ContrastStats
-from npti_export.traits import Sign
+from npti_export.traits import Sign, parse_recorded
 
 _BINS = 24  # of the positive activations
 _SHOWN = 0.998  # of all activations; the few above fall into the last bin
@@ -39,17 +39,26 @@ def distribution(stats: ContrastStats, neurons: npt.NDArray[np.bool_], sign: Sig
     return Distribution(edges=[_LEAST, *edges.tolist()], wanted=wanted, opposite=opposite)
 
 
-def trait_neurons(
-    rule: SteeringRule | None, profile: NeuronProfile, sign: Sign, recipe: Recipe
-) -> npt.NDArray[np.bool_]:
-    """The neurons that a rule shifts; of a rule of constants, those of the wanted pole by a recipe's selection.
+def trait_neurons(saved: SavedRule | None, pole: str, profile: NeuronProfile, recipe: Recipe) -> npt.NDArray[np.bool_]:
+    """The neurons of a pole that a rule shifts; or else, those of it by a recipe's selection.
+
+    Else: the rule is of constants, steers towards another pole, or towards several, whose shares of the neurons it does
+    not tell.
+
+    Args:
+        saved: the rule, and what it steers towards; None where there is none.
+        pole: the judged one.
+        profile: of its trait.
+        recipe: whose selection.
 
     Raises:
         ProfileError: it selects none.
     """
-    if rule is not None and rule.shifted:
-        shifted: npt.NDArray[np.bool_] = rule.shift != 0
+    own = saved is not None and [parse_recorded(text).pole for text in saved.about.trait.split()] == [pole]
+    if saved is not None and own and saved.rule.shifted:
+        shifted: npt.NDArray[np.bool_] = saved.rule.shift != 0
         return shifted
+    sign: Sign = "+" if pole.endswith("+") else "-"
     select, chosen = recipe.select, np.zeros(profile.p_plus.shape, np.bool_)
     chosen[pole_neurons(profile, sign, select.threshold, select.at_least, select.at_most)] = True
     return chosen

@@ -4,65 +4,129 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
-from npti_export.errors import EvaluationError
+from npti_export.errors import EvaluationError, NptiError
 from npti_export.evaluate.capability.model import Model
 from npti_export.evaluate.document import Change, Task
 from npti_export.evaluate.estimate import estimate
 from npti_export.runtimes.base import Exchange
 
 _NEW_TOKENS = 256  # of an answer where a task says nothing, as in lm-evaluation-harness
-_METRICS = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity")  # the first that a task has is reported
+_METRICS = ("acc_norm", "acc", "exact_match", "f1")  # from 0 to 1; the first that a task has is reported
+HARNESS_LIMIT = 100  # documents of a task, unless another number is asked for
+Samples = dict[str, dict[int, dict[str, Any]]]
 
 
-def harness_tasks(
-    base: Model, steered: Model, names: Sequence[str | dict[str, Any]], *, limit: int | None = None, seed: int = 0
-) -> list[Task]:
-    """Run tasks of lm-evaluation-harness on both models.
+def check_harness(names: Sequence[str], *, skipped: bool = False) -> None:
+    """Whether tasks can be run, as far as that can be said without a model.
 
     Args:
-        base: the unsteered model.
-        steered: the artifact.
-        names: of tasks, or their configurations as a YAML file would hold them.
-        limit: most documents a task.
-        seed: of the intervals.
+        names: of tasks, groups or YAML files, as a user gave them.
+        skipped: whether tests of skill are left out.
 
     Raises:
-        EvaluationError: lm-evaluation-harness is not installed, does not know a task, or cannot run it.
+        EvaluationError: they are, lm-evaluation-harness is not installed, or it does not know a task.
     """
-    before, after = (_samples(model, names, limit) for model in (base, steered))
-    found = []
-    for name, documents in before.items():
-        metric = next((one for one in _METRICS if one in next(iter(documents.values()))), None)
-        if metric is None:
-            raise EvaluationError(f"task {name}: reports none of {', '.join(_METRICS)}; leave it out")
-        ours = [float(values[metric]) for values in documents.values()]
-        others = [float(after[name][number][metric]) for number in documents]
-        changes = [other - one for one, other in zip(ours, others, strict=True)]
-        first, second, change = (estimate(values, seed=seed) for values in (ours, others, changes))
-        score = Change(base=first, steered=second, change=change)
-        found.append(Task(name=name, source="lm-evaluation-harness", metric=metric, score=score))
-    return found
+    if not names:
+        return
+    if skipped:
+        raise EvaluationError(f"--harness {names[0]}: is left out by --skip capability; give one of the two")
+    manager = _manager(names)
+    for name in names:
+        if _is_file(name):
+            if not Path(name).is_file():
+                raise EvaluationError(f"--harness {name}: there is no such file")
+        elif name not in manager.task_index:
+            close = get_close_matches(name, manager.all_tasks, 3)
+            hint = f"; did you mean {', '.join(close)}?" if close else "; lm_eval ls tasks lists them"
+            raise EvaluationError(f"--harness {name}: lm-evaluation-harness has no such task{hint}")
 
 
-def _samples(model: Model, names: Sequence[Any], limit: int | None) -> dict[str, dict[int, dict[str, Any]]]:
-    """Per task and document number, what was logged, its metrics among it."""
+@dataclass(frozen=True)
+class Harness:
+    """What the unsteered model made of some tasks.
+
+    Attributes:
+        names: of the tasks, or their configurations as a YAML file would hold them.
+        limit: most documents a task.
+        base: what was logged, by task and document.
+    """
+
+    names: tuple[str | dict[str, Any], ...]
+    limit: int | None
+    base: Samples
+
+    @classmethod
+    def of(cls, base: Model, names: Sequence[str | dict[str, Any]], limit: int | None = None) -> Harness:
+        """Run tasks on the unsteered model.
+
+        Raises:
+            EvaluationError: lm-evaluation-harness is not installed, does not know a task, or cannot run it.
+        """
+        return cls(tuple(names), limit, _samples(base, names, limit))
+
+    def compared(self, steered: Model, *, seed: int = 0) -> list[Task]:
+        """The same tasks of the steered model, document by document.
+
+        Args:
+            steered: the artifact.
+            seed: of the intervals.
+
+        Raises:
+            EvaluationError: a task cannot be run, or reports no figure that we know.
+        """
+        after = _samples(steered, self.names, self.limit)
+        return [_compared(name, documents, after[name], seed) for name, documents in self.base.items()]
+
+
+def _compared(name: str, before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]], seed: int) -> Task:
+    metric = next((one for one in _METRICS if before and one in next(iter(before.values()))), None)
+    if metric is None:
+        raise EvaluationError(f"task {name}: reports none of {', '.join(_METRICS)}; leave it out")
+    ours, others = ([float(one[number][metric]) for number in before] for one in (before, after))
+    changes = [other - one for one, other in zip(ours, others, strict=True)]
+    first, second, change = (estimate(values, seed=seed) for values in (ours, others, changes))
+    score = Change(base=first, steered=second, change=change)
+    return Task(name=name, source="lm-evaluation-harness", metric=metric, score=score)
+
+
+def _is_file(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith((".yaml", ".yml"))
+
+
+def _manager(names: Sequence[Any]) -> Any:
+    """Of tasks. Reading the index of the harness's own takes long: it is left out where none of them is named."""
     try:
-        from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvaluationError(
             f"lm-evaluation-harness cannot be imported ({error}); pip install 'npti-export[harness]'"
         ) from error
+    return TaskManager(include_defaults=any(isinstance(name, str) and not _is_file(name) for name in names))
+
+
+def _samples(model: Model, names: Sequence[Any], limit: int | None) -> Samples:
+    """Per task and document number, what was logged, its metrics among it."""
+    manager = _manager(names)
     try:
-        # Reading the index of the harness's own tasks takes a minute: not where none is named.
-        manager = TaskManager(include_defaults=any(isinstance(name, str) for name in names))
+        from lm_eval.evaluator import simple_evaluate
+    except ImportError as error:
+        raise EvaluationError(
+            f"lm-evaluation-harness cannot be imported ({error}); pip install 'npti-export[harness]'"
+        ) from error
+    try:
         result = simple_evaluate(
             as_lm(model), tasks=list(names), limit=limit, bootstrap_iters=0, log_samples=True, task_manager=manager
         )
-    except (ValueError, KeyError, OSError, FileNotFoundError) as error:
-        raise EvaluationError(f"lm-evaluation-harness: {' '.join(str(error).split())[:300]}") from error
+    except NptiError:
+        raise
+    except Exception as error:  # a task is anybody's code, and its data anybody's files
+        words = " ".join(str(error).split())[:300]
+        raise EvaluationError(f"lm-evaluation-harness: {type(error).__name__}: {words}") from error
     return {name: {one["doc_id"]: one for one in samples} for name, samples in (result or {})["samples"].items()}
 
 

@@ -204,6 +204,6 @@ class Others:
         stats, profile = identified(subject.place, subject.bench, recipe, self.progress)
         sign = subject.spec.sign
         with suppress(ProfileError):  # none selected: a baseline says so
-            neurons = trait_neurons(None if subject.saved is None else subject.saved.rule, profile, sign, recipe)
+            neurons = trait_neurons(subject.saved, subject.spec.pole, profile, recipe)
             self.distribution = distribution(stats, neurons, sign)
         return profile

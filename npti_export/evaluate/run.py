@@ -17,6 +17,7 @@ from npti_export.evaluate.conditions import Answered, Doubles, Test, Told, Way, 
 from npti_export.evaluate.contrast import contrasts
 from npti_export.evaluate.document import CapabilityPart, Document, JudgePart
 from npti_export.evaluate.estimate import estimate
+from npti_export.evaluate.harness import HARNESS_LIMIT, check_harness
 from npti_export.evaluate.inventory.answers import InventoryAnswers, answer_inventory, inventory_part
 from npti_export.evaluate.inventory.items import Item, read_inventory, source_name
 from npti_export.evaluate.judge.spec import JudgeSpec
@@ -54,6 +55,8 @@ class EvaluationJob:
         inventory: a file of items, or None for the shipped ones.
         skips: parts that are left out: ``inventory``, ``capability``, ``cross-talk``.
         tasks: files of further tests of skill.
+        harness: tasks of lm-evaluation-harness, or YAML files of such.
+        harness_limit: most documents of each, 0 for all.
         seed: of intervals and of chance.
     """
 
@@ -68,6 +71,8 @@ class EvaluationJob:
     inventory: Path | None = None
     skips: frozenset[str] = frozenset()
     tasks: tuple[Path, ...] = ()
+    harness: tuple[str, ...] = ()
+    harness_limit: int = HARNESS_LIMIT
     seed: int = 0
 
 
@@ -98,7 +103,8 @@ def evaluate(job: EvaluationJob, progress: Progress) -> Document:
         work = _Work(job, subject, test, timings, progress)
         with timings.measure("capability"):
             kept = {"kept_bytes": KEPT_BYTES} if subject.shares else {}
-            skill = base_skill(subject.base, tasks, neutral_passages(), **kept)
+            limit = job.harness_limit or None
+            skill = base_skill(subject.base, tasks, neutral_passages(), harness=job.harness, limit=limit, **kept)
             if subject.shares:
                 skill.neutral.keep()
             before = answer_inventory(subject.base, items) if items else None
@@ -133,6 +139,7 @@ def _check(job: EvaluationJob) -> None:
         raise EvaluationError(f"--inventory {job.inventory}: is left out by --skip inventory; give one of the two")
     if job.tasks and "capability" in job.skips:
         raise EvaluationError(f"--tasks {job.tasks[0]}: is left out by --skip capability; give one of the two")
+    check_harness(job.harness, skipped="capability" in job.skips)
     if job.journal is not None and not job.judges:
         raise EvaluationError("--judge-journal keeps verdicts, and there is no --judge; give one, or leave it out")
     if job.personas < 1 or job.answer_tokens < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -10,9 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from npti_export.errors import EvaluationError
 from npti_export.evaluate.document import Condition, Document, Estimate, ParetoPoint, Sweep
+from npti_export.recipe import Recipe, recipe_from_json
+from npti_export.traits import parse_recorded
 from npti_export.version import __version__
 
 FORMAT: Literal[1] = 1
+PROMPT = "prompt"  # setting of the sweep that holds what prompts do to the unsteered model, on the same questions
+_NAMED = 4  # settings that a sentence names; the others are counted
 
 
 class _Record(BaseModel):
@@ -70,6 +75,7 @@ class AblationRecord(_About):
     """One setting varied at a time."""
 
     kind: Literal["ablation"] = "ablation"
+    steering: dict[str, Any] | None = Field(default=None, description="Sections of the recipe that make the rule")
     sweeps: list[Sweep]
     notes: list[str] = Field(description="What was left out, and why")
 
@@ -119,11 +125,66 @@ def check_same(record: TuningRecord | AblationRecord, path: Path, poles: list[st
         raise EvaluationError(f"{path}: is of {record.pole}, and the artifact steers towards {' '.join(poles)}")
 
 
+def steering(recipe: Recipe, pole: str) -> dict[str, Any]:
+    """What makes a recipe's rule for a pole, as JSON: its sections ``select`` and ``rule``."""
+    whole = json.loads(recipe.for_pole(pole).to_json())
+    return {section: whole[section] for section in ("select", "rule")}
+
+
+def differs(record: TuningRecord | AblationRecord, recipe: Recipe | None, traits: Sequence[str]) -> str:
+    """In a sentence, how the rule of sweeps, or the pick of a search, differs from an artifact's; else nothing.
+
+    Args:
+        record: of one of the poles.
+        recipe: that the artifact was made with; None where that is not known.
+        traits: poles with their strengths, as the artifact has them.
+    """
+    what = "The pick of the trials" if isinstance(record, TuningRecord) else "The sweeps' own rule"
+    theirs = _picked(record) if isinstance(record, TuningRecord) else record.steering
+    if isinstance(record, TuningRecord) and theirs is None:
+        return "No trial was picked, so the file is none of them."
+    strength = next((spec.strength for spec in map(parse_recorded, traits) if spec.pole == record.pole), None)
+    if recipe is None or strength is None:
+        return f"{what} cannot be compared with the file's: it holds none."
+    if theirs is None:
+        same = recipe.name == record.recipe
+        return "" if same else f"{what} is of the recipe {record.recipe}, the file's of {recipe.name}."
+    ours = steering(recipe, record.pole)
+    found = [
+        f"{section}.{name} {json.dumps(value)} instead of {json.dumps(ours[section].get(name))}"
+        for section, values in theirs.items()
+        for name, value in values.items()
+        if ours.get(section, {}).get(name) != value
+    ]
+    other = record.settings.get("strength", 1.0)
+    if other != strength:
+        found.insert(0, f"strength {other:g} instead of {strength:g}")
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"{what} is not the file's: {', '.join(found[:_NAMED])}{more}." if found else ""
+
+
+def _picked(record: TuningRecord) -> dict[str, Any] | None:
+    pairs = zip(record.trials, record.pareto, strict=True)
+    return next(({"select": one.select, "rule": one.rule} for one, point in pairs if point.chosen), None)
+
+
 def supplemented(document: Document, tuning: TuningRecord | None, ablation: AblationRecord | None) -> Document:
-    """An evaluation with the trials of a search, and with sweeps."""
+    """An evaluation with the trials of a search, and with sweeps; its settings say what these are of."""
     update: dict[str, Any] = {}
+    settings = dict(document.settings)
+    # a file without a rule has the model's recipe there
+    recipe = recipe_from_json(json.dumps(document.recipe)) if document.recipe and document.layers else None
     if tuning is not None:
         update["pareto"] = tuning.pareto
+        settings["trials"] = _about(tuning, differs(tuning, recipe, document.traits))
     if ablation is not None:
         update["sweeps"] = ablation.sweeps
-    return document.model_copy(update=update)
+        settings["sweeps"] = _about(ablation, differs(ablation, recipe, document.traits))
+    return document.model_copy(update=update | ({"settings": settings} if update else {}))
+
+
+def _about(record: TuningRecord | AblationRecord, note: str) -> dict[str, Any]:
+    found = {"recipe": record.recipe, "split": "search"} | {
+        name: record.settings[name] for name in ("split", "questions") if name in record.settings
+    }
+    return found | ({"note": note} if note else {})

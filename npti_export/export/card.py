@@ -380,4 +380,5 @@ def _quote(text: str) -> str:
     """Foreign text as a fenced block that it cannot close: the fence is longer than any run of backticks in it."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text.strip()}\n{fence}"
+    text = text.strip().replace("<!-- npti-export", "<!- - npti-export")  # no mark of an evaluation's section
+    return f"{fence}text\n{text}\n{fence}"

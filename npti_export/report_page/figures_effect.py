@@ -206,7 +206,7 @@ def _matrix_labels(axes: Axes, names: Sequence[str], traits: Sequence[str], look
 
 
 def radar_figure(document: Document, look: Look | None = None) -> Figure:
-    """The traits, unsteered against steered: from the inventory, else from the cross-talk.
+    """The traits, unsteered against steered: from the cross-talk, which is of answers, else from the inventory.
 
     The lines have the gids ``base`` and ``steered``; their radii are the values, the first once more at the end.
 
@@ -244,20 +244,27 @@ def radar_figure(document: Document, look: Look | None = None) -> Figure:
 def radar_values(document: Document) -> tuple[dict[str, float], dict[str, float], tuple[float, float]]:
     """Unsteered and steered value by trait, and the ends of the radius.
 
+    What a model says of itself comes second: a small one goes by where an option stands.
+
     Raises:
         EvaluationError: neither the inventory nor the cross-talk names three traits.
     """
-    inventory = document.inventory.traits if document.inventory else {}
-    if len(inventory) >= 3:
-        traits: Mapping[str, Change] = {trait: inventory[trait] for trait in in_order(inventory)}
-        base = {trait: one.base.mean for trait, one in traits.items()}
-        return base, {trait: one.steered.mean for trait, one in traits.items()}, (1.0, 5.0)
     moved = document.cross_talk or {}
-    if len(moved) < 3:
+    if radar_of_answers(document):
+        steered = {trait: moved[trait].mean for trait in in_order(moved)}
+        reach = max(map(abs, steered.values())) * 1.15 or 1.0
+        return dict.fromkeys(steered, 0.0), steered, (-reach, reach)
+    inventory = document.inventory.traits if document.inventory else {}
+    if len(inventory) < 3:
         raise EvaluationError("the evaluation has neither an inventory nor cross-talk over three traits or more")
-    steered = {trait: moved[trait].mean for trait in in_order(moved)}
-    reach = max(map(abs, steered.values())) * 1.15 or 1.0
-    return dict.fromkeys(steered, 0.0), steered, (-reach, reach)
+    traits: Mapping[str, Change] = {trait: inventory[trait] for trait in in_order(inventory)}
+    base = {trait: one.base.mean for trait, one in traits.items()}
+    return base, {trait: one.steered.mean for trait, one in traits.items()}, (1.0, 5.0)
+
+
+def radar_of_answers(document: Document) -> bool:
+    """Whether the radar is drawn from the cross-talk."""
+    return len(document.cross_talk or {}) >= 3
 
 
 def _ticks(limits: tuple[float, float]) -> Any:

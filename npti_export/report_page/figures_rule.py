@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from npti_export.errors import EvaluationError
-from npti_export.evaluate.document import Condition, Distribution, LayerShape, ParetoPoint, SweepPoint
+from npti_export.evaluate.document import Distribution, LayerShape, ParetoPoint, SweepPoint
 from npti_export.report_page.canvas import FONT, drawing, few_ticks, zero_line
 from npti_export.report_page.figures_effect import GAIN
 from npti_export.report_page.theme import WIDE, Look
@@ -99,9 +99,9 @@ def distribution_figure(distribution: Distribution, look: Look | None = None) ->
 
 
 def sweep_figure(
-    points: Sequence[SweepPoint], prompt: Condition | None, look: Look | None = None, *, setting: str = "γ"
+    points: Sequence[SweepPoint], prompt: SweepPoint | None, look: Look | None = None, *, setting: str = "γ"
 ) -> Figure:
-    """Gain and fluency against the strength, the persona prompt as a line across.
+    """Gain and fluency against the strength, a prompt on the same questions as a line across.
 
     The lines have the gids ``gain``, ``fluency``, ``prompt-gain`` and ``prompt-fluency``; points whose value is not a
     number are left out.
@@ -128,12 +128,13 @@ def sweep_figure(
             axes.grid(axis="y")
             axes.set_ylabel("nats per token")
             baseline = getattr(prompt, name) if prompt else None
-            if baseline is not None:
+            if prompt is not None and baseline is not None:
                 across = axes.axhline(baseline.mean, color=theme.prompt, linestyle=(0, (5, 2)), linewidth=1.5)
                 across.set_gid(f"prompt-{name}")
                 # At the end that the curve is far from: fluency falls.
                 end, side = (1, "right") if name == "gain" else (0, "left")
-                axes.annotate("persona prompt", (end, baseline.mean), xycoords=("axes fraction", "data"), va="bottom",
+                label = short(f"{prompt.value} prompt")
+                axes.annotate(label, (end, baseline.mean), xycoords=("axes fraction", "data"), va="bottom",
                               ha=side, xytext=(0, 2), textcoords="offset points", color=theme.prompt,
                               fontsize=FONT - 1)  # fmt: skip
         panels[0].set_title("Gain")

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npti_export.errors import EvaluationError
-from npti_export.evaluate.document import Document
+from npti_export.evaluate.document import Document, LayerShape
+from npti_export.evaluate.poles import judged_otherwise
+from npti_export.evaluate.supplements import PROMPT
 from npti_export.report_page import figures_effect as effect
 from npti_export.report_page import figures_rule as rule
+from npti_export.report_page import tables
 from npti_export.report_page.svg import inline_svg, write_figure
 from npti_export.report_page.theme import HALF, PHONE, WIDE, Look
-from npti_export.report_page.wording import best_prompt, number, steered_traits, traits_of
+from npti_export.report_page.wording import judged, number, steered_traits, traits_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,9 +114,9 @@ def _of_effect(document: Document) -> list[Picture]:
         Picture(
             "radar",
             "The five traits, before and after",
-            "From the self-report inventory, 1 to 5."
-            if document.inventory
-            else "Moves towards each + pole, nats per token; the dashed ring is the unsteered model.",
+            "Moves of the answers towards each + pole, nats per token; the dashed ring is the unsteered model."
+            if effect.radar_of_answers(document)
+            else f"What the model says of itself, 1 to 5. {tables.BY_ORDER}",
             "Radar chart of the traits, unsteered against steered; the tables of cross-talk and inventory have the "
             "numbers.",
             lambda look: effect.radar_figure(document, look),
@@ -123,41 +126,78 @@ def _of_effect(document: Document) -> list[Picture]:
 
 def _of_rule(document: Document) -> list[Picture]:
     gamma = next((sweep.points for sweep in document.sweeps if sweep.setting in ("gamma", "γ")), [])
-    shifted, clamped = (sum(getattr(one, name) for one in document.layers) for name in ("shift", "clamp"))
+    prompts = next((sweep.points for sweep in document.sweeps if sweep.setting == PROMPT), [])
+    prompt = max(prompts, key=lambda one: one.gain.mean, default=None)
     return [
         Picture(
             "layers",
             "Where the rule steers",
-            f"{shifted:,} neurons are shifted and {clamped:,} clamped, in {len(document.layers)} layers.",
-            f"Bar chart by layer: {shifted} neurons shifted and {clamped} clamped in all.",
+            _what_steers(document.layers),
+            f"Chart by layer. {_what_steers(document.layers)}",
             lambda look: rule.layers_figure(document.layers, look),
             WIDE,
         ),
         Picture(
             "sweep",
             "Trait and fluency against the strength",
-            "More strength is not always more personality; it always costs fluency. Bands are 95% intervals, the "
-            "dashed line is the better persona prompt.",
+            "More strength is not always more personality; it always costs fluency. Bands are 95% intervals. "
+            + _of_sweeps(document, prompt is not None),
             "Line charts of gain and fluency against gamma. "
             + "; ".join(f"{one.value}: {number(one.gain.mean, sign=True)}" for one in gamma),
-            lambda look: rule.sweep_figure(gamma, best_prompt(document), look),
+            lambda look: rule.sweep_figure(gamma, prompt, look),
         ),
         Picture(
             "pareto",
             "What the tuner tried",
-            "On search questions, never on the test questions. A mark below and right of another is worse in both.",
+            "On search questions, never on the test questions. A mark below and right of another is worse in both."
+            + _note(document, "trials"),
             f"Scatter plot of {len(document.pareto)} trials, gain against damage.",
             lambda look: rule.pareto_figure(document.pareto, look),
         ),
         Picture(
             "distribution",
             "Activations of the pole's neurons",
-            "Those that the rule shifts, or, where it is of constants, those that NPTI would; under personas of both "
-            "poles, before any steering. The further apart, the better they tell.",
+            f"{_whose_neurons(document)}; under personas of both poles, before any steering. The further apart, the "
+            "better they tell.",
             "Histograms of activations under the wanted and the opposite pole.",
             lambda look: _distribution(document, look),
         ),
     ]
+
+
+def _of_sweeps(document: Document, prompted: bool) -> str:
+    """What the curves were measured on, which is not what the figures above them were, and of which rule."""
+    found = document.settings.get("sweeps")
+    about = found if isinstance(found, dict) else {}
+    count, split = about.get("questions"), about.get("split")
+    where = f"On {count} {split} questions of the ablation" if count and split else "On the ablation's own questions"
+    line = "the dashed line is the better prompt on the same ones" if prompted else "no prompt was measured on them"
+    return f"{where}; {line}.{_note(document, 'sweeps')}"
+
+
+def _note(document: Document, name: str) -> str:
+    about = document.settings.get(name)
+    note = about.get("note") if isinstance(about, dict) else None
+    return f" {note}" if note else ""
+
+
+def _what_steers(layers: Sequence[LayerShape]) -> str:
+    """The rule in a sentence: its neurons, its constants, or both."""
+    shifted, clamped = (sum(getattr(one, name) for one in layers) for name in ("shift", "clamp"))
+    constants = sum(one.constant > 0 for one in layers)
+    if constants and not (shifted or clamped):
+        return f"No neuron is shifted or clamped; a constant is added in {constants} of {len(layers)} layers."
+    added = f"; a constant is added in {constants} of them" if constants else ""
+    return f"{shifted:,} neurons are shifted and {clamped:,} clamped, in {len(layers)} layers{added}."
+
+
+def _whose_neurons(document: Document) -> str:
+    """Which neurons the histogram is of, as :func:`npti_export.evaluate.distribution.trait_neurons` picks them."""
+    shifts = any(one.shift for one in document.layers)
+    if shifts and not judged_otherwise(document):
+        return "Those that the rule shifts"
+    why = "the rule is not of this pole alone" if shifts else "no rule shifts any"
+    return f"Those of {judged(document)} that NPTI would shift, as {why}"
 
 
 def _distribution(document: Document, look: Look) -> Figure:

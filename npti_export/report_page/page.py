@@ -17,7 +17,7 @@ from npti_export.report_page import tables
 from npti_export.report_page.gallery import pictures, shown
 from npti_export.report_page.theme import DARK, LIGHT, Theme
 from npti_export.report_page.verdict import findings, summary
-from npti_export.report_page.wording import clean, minus, number, traits_of
+from npti_export.report_page.wording import clean, judged_aside, minus, number, traits_of
 
 
 def render_page(document: Document, comparisons: Sequence[Document] = ()) -> str:
@@ -55,6 +55,7 @@ def render_page(document: Document, comparisons: Sequence[Document] = ()) -> str
     return environment.from_string(_resource("page.html.j2")).render(
         document=document,
         title=traits_of(document),
+        aside=judged_aside(document),
         policy=_policy(script),
         style=Markup(style),
         script=Markup(script),

@@ -12,12 +12,20 @@ from npti_export.report_page.wording import (
     flat,
     in_order,
     interval,
+    judged,
+    judged_aside,
     minus,
     number,
     percent,
     plain,
     size,
     traits_of,
+)
+
+# Of self-report; see npti_export.evaluate.inventory.answers.
+BY_ORDER = (
+    "Every item is asked with its options in both orders: a model that goes by their order, not by the item, as small "
+    "ones do, comes out at 3 for every trait."
 )
 
 
@@ -81,7 +89,7 @@ def conditions(found: Sequence[Condition]) -> Table:
 
 
 def contrast(document: Document) -> Table:
-    """The likelihood contrast of the steered trait."""
+    """The likelihood contrast of the judged pole."""
     part = document.trait_contrast
     rows = [
         (Cell("unsteered"), figure(part.base, sign=True), Cell(str(part.base.n))),
@@ -91,7 +99,7 @@ def contrast(document: Document) -> Table:
     if part.null is not None:
         rows.append((Cell("gain of the null trait"), figure(part.null, sign=True), Cell(str(part.null.n))))
     rows += [(Cell(f"gain, {facet}"), figure(one, sign=True), Cell(str(one.n))) for facet, one in part.by_facet.items()]
-    note = f"Each answer is scored by {part.personas} pairs of personas."
+    note = f"The wanted pole is {judged(document)}. Each answer is scored by {part.personas} pairs of personas."
     if part.share_of_prompt is not None:
         note += f" The gain is {percent(part.share_of_prompt)} of the better persona prompt's."
     return Table("Trait contrast, nats per token towards the wanted pole", ("", "mean, 95%", "questions"), rows, note)
@@ -139,7 +147,7 @@ def inventory(document: Document) -> Table | None:
     if part is None:
         return None
     rows = {Cell(minus(trait)): (part.traits[trait], 2, False) for trait in in_order(part.traits)}
-    return _changes("Inventory, 1 to 5, with 95% intervals", rows, f"Items: {part.source}.")
+    return _changes("Inventory, 1 to 5, with 95% intervals", rows, f"Items: {part.source}. {BY_ORDER}")
 
 
 def judges(document: Document) -> list[Table]:
@@ -273,7 +281,7 @@ def overview(documents: Sequence[Document]) -> Table:
     heads = ("steered", "gain", "of the prompt", "null trait", "perplexity", "KL, neutral text", "KL to the rule")
     rows = [
         (
-            Cell(traits_of(one), model if named else ""),
+            Cell(traits_of(one), " ".join(filter(None, (model if named else "", judged_aside(one))))),
             figure(one.trait_contrast.gain, sign=True),
             Cell(percent(one.trait_contrast.share_of_prompt)),
             figure(one.trait_contrast.null, sign=True),

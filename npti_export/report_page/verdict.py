@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from npti_export.evaluate.document import Document, Task
-from npti_export.report_page.wording import MISSING, best_prompt, estimate, interval, number, percent, short, traits_of
+from npti_export.report_page.wording import (
+    MISSING,
+    best_prompt,
+    estimate,
+    interval,
+    judged,
+    judged_aside,
+    number,
+    percent,
+    short,
+)
 
 Level = Literal["good", "fair", "bad", "unknown"]
 
@@ -16,6 +27,10 @@ KL_BUDGET = 0.1  # nats per token on neutral text: the damage that counts as sma
 PERPLEXITY_LIMIT = 2.0  # times the unsteered perplexity: from here on, answers are broken
 REPETITION_LIMIT = 0.1  # more repeated 3-grams than the unsteered model, as a share: heard as a stutter
 SKILL_LIMIT = 0.1  # of a score between 0 and 1: from here on, a fall is a loss of skill and not a dent
+# Fewest values that a verdict is passed on. A bootstrap of values that all have one sign never reaches zero, and by
+# chance alone n of them do with probability 2 / 2^n: under the 5% that the interval promises from six on.
+FEWEST = 6
+_TOO_FEW = "Too few questions"
 
 
 @dataclass(frozen=True)
@@ -57,13 +72,21 @@ def summary(document: Document) -> str:
     """The verdict in one sentence."""
     shows, fluent, clever, faithful = (one.level for one in findings(document))
     if shows == "bad":
-        return f"The file does not show {traits_of(document)}."
-    parts = ["The personality shows" if shows == "good" else "Whether the personality shows is not settled"]
+        return f"The file does not show {judged(document)}."
+    what = judged(document) if judged_aside(document) else "the personality"
+    if document.trait_contrast.gain.n < FEWEST:
+        parts = [f"Whether {what} shows cannot be told from so few questions"]
+    else:
+        parts = [f"{what[0].upper()}{what[1:]} shows" if shows == "good" else f"Whether {what} shows is not settled"]
     words = {"good": "stays", "fair": "is a little less", "bad": "is no longer"}
     if fluent in words:
         parts.append(f"the model {words[fluent]} fluent")
     if clever in words:
-        parts.append({"good": "keeps its skills", "fair": "its skills are dented", "bad": "loses skill"}[clever])
+        who = "" if fluent in words else "the model "
+        skills = {"good": f"{who}keeps its skills", "fair": "its skills are dented", "bad": f"{who}loses skill"}
+        parts.append(skills[clever])
+    elif document.capability.tasks:
+        parts.append("whether it keeps its skills is not settled")
     if faithful in ("good", "bad"):
         parts.append("the file does what the rule says" if faithful == "good" else "the file is not faithful")
     return (", ".join(parts[:-1]) + ", and " + parts[-1] if len(parts) > 1 else parts[0]) + "."
@@ -72,9 +95,12 @@ def summary(document: Document) -> str:
 def _shows(document: Document) -> Finding:
     part = document.trait_contrast
     gain, share = part.gain, part.share_of_prompt
-    level: Level = "good" if gain.low > 0 else "bad"
-    words = f"{interval(gain, sign=True)} (95%, {gain.n} questions)"
-    if gain.low > 0:
+    few = gain.n < FEWEST
+    level: Level = "unknown" if few else "good" if gain.low > 0 else "bad"
+    words = f"{interval(gain, sign=True)} (95%, {_questions(gain.n)})"
+    if few:
+        answer, detail = _TOO_FEW, f"{_questions(gain.n)}: no interval over fewer than {FEWEST} means much."
+    elif gain.low > 0:
         answer, detail = "Yes", f"The interval, {words}, is clear of zero."
     elif gain.high < 0:
         answer, detail = "No, the other way", f"It moves away from the wanted pole: {words}."
@@ -84,14 +110,16 @@ def _shows(document: Document) -> Finding:
         detail += f" That is {percent(share)} of what the better persona prompt does."
     elif best_prompt(document) is None:
         detail += " No persona prompt was measured beside it."
-    if part.null is not None:
+    if part.null is not None and not few:
         clear = part.null.low > 0 or part.null.high < 0
         detail += f" As many neurons or a direction at random: {estimate(part.null, sign=True)}"
         detail += ", which is not zero either: read the gain with care." if clear else ", no effect."
         level = "fair" if clear and level == "good" else level
+    detail = " ".join(filter(None, (judged_aside(document), detail)))
     prompt = best_prompt(document)
     marks = {"the persona prompt's": prompt.gain.mean} if prompt and prompt.gain else {}
-    return Finding("Does the personality show?", level, answer, number(gain.mean, sign=True),
+    question = f"Does {judged(document)} show?" if judged_aside(document) else "Does the personality show?"
+    return Finding(question, level, answer, number(gain.mean, sign=True),
                    "nats per token towards it", detail, _gauge(gain.mean, (gain.low, gain.high), marks))  # fmt: skip
 
 
@@ -112,7 +140,9 @@ def _fluent(document: Document) -> Finding:
         f"{percent(part.repetition.steered.mean, 1)} after."
     )
     level: Level
-    if loss <= FLUENCY_BUDGET and not repeats:
+    if part.log_likelihood.change.n < FEWEST:
+        level, answer = "unknown", _TOO_FEW
+    elif loss <= FLUENCY_BUDGET and not repeats:
         level, answer = "good", "Yes"
     elif prompt is not None and steered >= prompt.fluency.mean and not repeats:
         level, answer = "good", "Yes, no less than with the prompt"
@@ -137,21 +167,42 @@ def _clever(document: Document) -> Finding:
         return Finding("Is it still clever?", "unknown", "Not tested", number(kl.mean), "KL on neutral text",
                        f"No test of skill was run. {moved}")  # fmt: skip
     mean = sum(task.score.change.mean for task in part.tasks) / len(part.tasks)
-    fell = sorted((task for task in part.tasks if task.score.change.high < 0), key=lambda task: task.score.change.mean)
-    level: Level = "good"
-    if any(task.score.change.mean <= -SKILL_LIMIT for task in fell):
-        level, answer = "bad", "It lost skill"
-    elif fell:
-        level, answer = "fair", "Slightly less"
-    else:
-        answer = "Yes"
-    words = ", ".join(map(_fall, fell or part.tasks))
-    detail = f"Clearly down: {words}. {moved}" if fell else f"No score is clearly down: {words}. {moved}"
+    level, answer, detail = _skills(part.tasks)
+    detail += f" {moved}"
     if kl.mean > KL_BUDGET and level == "good":
         level, answer = "fair", "Yes, but it moved"
+    if kl.mean > KL_BUDGET and level in ("fair", "unknown"):
         detail += f" That is over {KL_BUDGET:g}, which would count as little."
     return Finding("Is it still clever?", level, answer, number(100 * mean, 1, sign=True), "points, mean of the tests",
                    detail, _gauge(kl.mean, (kl.low, kl.high), {"KL that counts as little": KL_BUDGET}))  # fmt: skip
+
+
+def _skills(tasks: Sequence[Task]) -> tuple[Level, str, str]:
+    """Level, answer and detail by the tests of skill alone: kept is what cannot have fallen by much."""
+    enough = [task for task in tasks if task.score.change.n >= FEWEST]
+    fell = sorted((task for task in enough if task.score.change.high < 0), key=lambda task: task.score.change.mean)
+    if fell:
+        detail = f"Clearly down: {', '.join(map(_fall, fell))}."
+        if any(task.score.change.mean <= -SKILL_LIMIT for task in fell):
+            return "bad", "It lost skill", detail
+        return "fair", "Slightly less", detail
+    if not enough:
+        return "unknown", _TOO_FEW, f"No test has {FEWEST} questions: {', '.join(map(_fall, tasks))}."
+    unsure = [task for task in tasks if task not in enough or task.score.change.low <= -SKILL_LIMIT]
+    detail = f"No score is clearly down: {', '.join(map(_fall, tasks))}."
+    if not unsure:
+        return "good", "Yes", detail
+    words = ", ".join(
+        f"{short(task.name, 60)} ({percent(task.score.change.low, sign=True)} to "
+        f"{percent(task.score.change.high, sign=True)}, {_questions(task.score.change.n)})"
+        for task in unsure
+    )
+    detail += f" But a loss of {percent(SKILL_LIMIT)} or more is not ruled out: {words}."
+    return "unknown", "Not settled", detail
+
+
+def _questions(count: int) -> str:
+    return "1 question" if count == 1 else f"{count} questions"
 
 
 def _fall(task: Task) -> str:

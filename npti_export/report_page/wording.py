@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from npti_export.evaluate.document import Condition, Document, Estimate
+from npti_export.evaluate.poles import judged_otherwise, judged_pole, steered_poles
 from npti_export.traits import FACETS
 
 MISSING = "–"
@@ -91,6 +92,21 @@ def flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
 def traits_of(document: Document) -> str:
     """What was steered, in short."""
     return " and ".join(map(minus, document.traits)) or "no trait"
+
+
+def judged(document: Document) -> str:
+    """The pole that the answers were judged by; of an evaluation that does not say, all that was steered."""
+    pole = judged_pole(document)
+    return minus(pole) if pole else traits_of(document)
+
+
+def judged_aside(document: Document) -> str:
+    """In a sentence, how the judged pole and what the artifact steers towards differ; nothing where they do not."""
+    if not judged_otherwise(document):
+        return ""
+    if judged_pole(document) in steered_poles(document):
+        return f"Judged by {judged(document)}, one of the poles that the file steers towards: {traits_of(document)}."
+    return f"Judged by {judged(document)}, and the file steers towards {traits_of(document)}."
 
 
 def minus(pole: str) -> str:

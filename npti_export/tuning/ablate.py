@@ -14,7 +14,8 @@ from npti_export.errors import EvaluationError, ProfileError
 from npti_export.evaluate.conditions import Test
 from npti_export.evaluate.document import Sweep, SweepPoint
 from npti_export.evaluate.engine import Engine, TorchEngine
-from npti_export.evaluate.supplements import AblationRecord
+from npti_export.evaluate.prompts import PROMPTINGS
+from npti_export.evaluate.supplements import PROMPT, AblationRecord, steering
 from npti_export.profile import NeuronProfile
 from npti_export.progress import Progress
 from npti_export.recipe import PoleSection, Recipe
@@ -95,7 +96,7 @@ def variations(recipe: Recipe, strength: float = 1.0) -> tuple[list[Variation], 
 
 
 def ablate(job: AblationJob, progress: Progress) -> AblationRecord:
-    """Vary gamma, the threshold, the parts and, in transformers, which tokens are steered.
+    """Vary gamma, the threshold, the parts and, in transformers, which tokens are steered; prompts are put beside it.
 
     Raises:
         NptiError: something is wrong with the job, or the recipe's own rule does nothing.
@@ -130,6 +131,7 @@ def ablate(job: AblationJob, progress: Progress) -> AblationRecord:
                 "bench": at.bench.digest,
             },
             base_fluency=measure.fluency,
+            steering=steering(at.recipe, spec.pole),
             sweeps=sweeps,
             notes=notes,
         )
@@ -162,6 +164,7 @@ class _Sweeps:
             points["prompt tokens"] = self._where(self.engine)
         else:
             notes.append("prompt tokens: left out, as a file steers every token; --runtime transformers has it")
+        points[PROMPT] = [_point(how, self.measure.prompted(how)) for how in PROMPTINGS if how != "plain"]
         return [Sweep(setting=setting, points=found) for setting, found in points.items()], notes
 
     def _rule(self, row: Variation) -> SteeringRule:

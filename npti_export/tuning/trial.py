@@ -16,6 +16,7 @@ from npti_export.evaluate.conditions import Answered, Doubles, Test, Way, ask, s
 from npti_export.evaluate.document import Estimate
 from npti_export.evaluate.engine import Engine, TorchEngine
 from npti_export.evaluate.estimate import estimate
+from npti_export.evaluate.prompts import Prompting
 from npti_export.evaluate.subject import unsteered
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
@@ -118,6 +119,11 @@ class Measure:
     def opened(self, steered: AbstractContextManager[Runtime]) -> Figures:
         """The figures of a model that is steered in another way, without those of neutral text."""
         return self.figures(self.answered(Way("steered", "Steered", "steered", lambda: steered)), None)
+
+    def prompted(self, how: Prompting) -> Figures:
+        """The figures of the unsteered model under a prompt, likewise without those of neutral text."""
+        way = Way(f"prompt-{how}", f"{how.capitalize()} prompt", "prompt", lambda: unsteered(self._engine.base), how)
+        return self.figures(self.answered(way), None)
 
     def figures(self, found: Answered, damage: Doubles | None) -> Figures:
         """Of answers beside the unsteered ones.

@@ -1,4 +1,4 @@
-"""Answering questions without chance: by the likelihood of each option, or greedily in so many words."""
+"""Answering questions without chance: by the likelihood of each option."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.evaluate.capability.model import Model
-from npti_export.evaluate.capability.tasks import Question, TaskSet
-from npti_export.evaluate.fluency import words
+from npti_export.evaluate.capability.tasks import TaskSet
 from npti_export.runtimes.base import Exchange, Message
-
-_GREEDY_TOKENS = 16  # the longest shipped option has seven
-_PROMPTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -73,29 +69,3 @@ def answer_tasks(model: Model, tasks: Sequence[TaskSet]) -> list[Answers]:
         )
         for task in tasks
     ]
-
-
-def exact_matches(model: Model, task: TaskSet) -> npt.NDArray[np.float64]:
-    """``[questions]`` 1 where a greedy answer of a few tokens says the right option and none of the others.
-
-    Words are compared, so case and punctuation do not count. Right is an answer in which the right option's words
-    come in a row, and those of no wrong option that is not part of the right one.
-    """
-    prompts = prompts_of(model, task)
-    answers: list[Exchange] = []
-    for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
-        some = prompts[start : start + _PROMPTS_AT_ONCE]
-        answers += model.generate(some, max_new_tokens=_GREEDY_TOKENS, repetition_penalty=1.0)
-    texts = [model.decode(answer.response) for answer in answers]
-    return np.array([says(text, question) for text, question in zip(texts, task.questions, strict=True)], np.float64)
-
-
-def says(text: str, question: Question) -> bool:
-    """Whether an answer is right in the sense of :func:`exact_matches`."""
-    said, right = words(text), words(question.answer)
-    wrong = [words(option) for option in question.options if option != question.answer]
-    return _holds(said, right) and not any(_holds(said, one) for one in wrong if not _holds(right, one))
-
-
-def _holds(text: list[str], part: list[str]) -> bool:
-    return any(text[at : at + len(part)] == part for at in range(len(text) - len(part) + 1))

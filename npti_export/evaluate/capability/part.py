@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from npti_export.evaluate.capability.answers import Answers, answer_tasks
 from npti_export.evaluate.capability.model import Model
@@ -11,6 +12,7 @@ from npti_export.evaluate.capability.neutral import KEPT_BYTES, NeutralText
 from npti_export.evaluate.capability.tasks import Passage, TaskSet
 from npti_export.evaluate.document import CapabilityPart, Change, Task
 from npti_export.evaluate.estimate import estimate
+from npti_export.evaluate.harness import Harness
 
 
 @dataclass(frozen=True)
@@ -21,22 +23,32 @@ class BaseSkill:
         tasks: what it was asked.
         answers: what it answered, one a set.
         neutral: its predictions on neutral text.
+        harness: what it made of tasks of lm-evaluation-harness; None where there are none.
     """
 
     tasks: tuple[TaskSet, ...]
     answers: tuple[Answers, ...]
     neutral: NeutralText
+    harness: Harness | None = None
 
 
 def base_skill(
-    base: Model, tasks: Sequence[TaskSet], passages: Sequence[Passage], *, kept_bytes: int = KEPT_BYTES
+    base: Model,
+    tasks: Sequence[TaskSet],
+    passages: Sequence[Passage],
+    *,
+    kept_bytes: int = KEPT_BYTES,
+    harness: Sequence[str | dict[str, Any]] = (),
+    limit: int | None = None,
 ) -> BaseSkill:
     """Let the unsteered model answer; ``base`` stays open for as long as the result is used.
 
-    ``kept_bytes``: see :class:`npti_export.evaluate.capability.neutral.NeutralText`.
+    ``kept_bytes``: see :class:`npti_export.evaluate.capability.neutral.NeutralText`; ``harness`` and ``limit``: names
+    and limit of :class:`npti_export.evaluate.harness.Harness`.
     """
     neutral = NeutralText(base, passages, kept_bytes=kept_bytes)
-    return BaseSkill(tuple(tasks), tuple(answer_tasks(base, tasks)), neutral)
+    published = Harness.of(base, harness, limit) if harness else None
+    return BaseSkill(tuple(tasks), tuple(answer_tasks(base, tasks)), neutral, published)
 
 
 def compare_skill(known: BaseSkill, steered: Model, *, seed: int = 0) -> CapabilityPart:
@@ -50,9 +62,10 @@ def compare_skill(known: BaseSkill, steered: Model, *, seed: int = 0) -> Capabil
 
 
 def compare_tasks(known: BaseSkill, steered: Model, *, seed: int = 0) -> list[Task]:
-    """The tests of skill of :func:`compare_skill`."""
+    """The tests of skill of :func:`compare_skill`, those of lm-evaluation-harness last."""
     answers = answer_tasks(steered, known.tasks)
-    return [
+    published = [] if known.harness is None else known.harness.compared(steered, seed=seed)
+    own = [
         Task(
             name=task.name,
             source=task.source,
@@ -65,6 +78,7 @@ def compare_tasks(known: BaseSkill, steered: Model, *, seed: int = 0) -> list[Ta
         )
         for task, before, after in zip(known.tasks, known.answers, answers, strict=True)
     ]
+    return own + published
 
 
 def capability_part(

@@ -219,7 +219,8 @@ class LlamaCppRuntime:
         for chunk in chunks(exchanges, lambda one: len(one.tokens), self.model.vocabulary_size, self.settings.batch):
             fed = follower.begin(chunk)
             self._decode_all(fed, follower.looking)
-            self._decode_all(fed, follower.moving)
+            while follower.again():
+                self._decode_all(fed, follower.moving)
         return follower.result()
 
     def down_weight(self, layer: int) -> npt.NDArray[np.float32]:

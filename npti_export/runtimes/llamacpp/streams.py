@@ -11,6 +11,7 @@ from npti_export.runtimes.base import Exchange
 from npti_export.runtimes.llamacpp.taps import Floats, See
 
 _BEHIND = "l_out"  # what a layer hands on, in every family (``cb`` in src/models)
+_SETTLED = 1e-3  # of what a pass took: that little may be off in what was assumed before it
 
 
 class StreamMeans:
@@ -58,7 +59,9 @@ class StreamMeans:
 class StreamFollower:
     """Moves the stream of a pass behind each layer to where it is wanted, and adds up what that took.
 
-    Where a pass is computed in several pieces, each is moved by itself.
+    Where a pass is computed in several pieces, each is moved by itself; pieces of a prompt that end before anything is
+    counted, by what the others take on average. As that is known only afterwards, such a pass is run again until it
+    takes what was assumed: a layer's share depends on the layers before it, so it is so after as many as there are.
 
     Args:
         wanted: ``[layers, hidden]``, the change of the mean.
@@ -71,15 +74,36 @@ class StreamFollower:
         self._counted = np.zeros(0, np.bool_)
         self._seen = [0] * len(wanted)
         self._plain: list[list[npt.NDArray[np.float64]]] = [[] for _ in wanted]  # means of each layer's pieces
+        self._left: list[list[npt.NDArray[np.float64]]] = []  # of these, what the pass at hand has not come to
+        self._ahead = False  # whether a piece holds nothing that is counted
+        self._passes = 0
+        self._assumed, self._took = np.zeros_like(wanted), np.zeros_like(wanted)  # mean, sum over what is counted
         layers = range(len(wanted))
         self.looking: dict[bytes, See] = {f"{_BEHIND}-{at}".encode(): self._look(at) for at in layers}
         self.moving: dict[bytes, See] = {f"{_BEHIND}-{at}".encode(): self._move(at) for at in layers}
 
     def begin(self, exchanges: Sequence[Exchange]) -> list[tuple[int, ...]]:
-        """Expect two passes over these, the first looking, the second moving; returns what is fed."""
+        """Expect a looking pass over these, then moving ones for as long as :meth:`again`; returns what is fed."""
         self._counted = counted_rows(exchanges)
-        self._count += int(self._counted.sum())
+        self._plain = [[] for _ in self._wanted]
+        self._ahead, self._passes, self._assumed = False, 0, np.zeros_like(self._wanted)
         return [one.tokens[:-1] for one in exchanges]
+
+    def again(self) -> bool:
+        """Whether a moving pass is due; when none is any more, what the last took is added up."""
+        count = int(self._counted.sum())
+        if self._passes:
+            took = self._took / max(count, 1)
+            off = float(np.linalg.norm(took - self._assumed))
+            if not self._ahead or self._passes >= len(self._wanted) or off <= _SETTLED * float(np.linalg.norm(took)):
+                self._sums += self._took
+                self._count += count
+                return False
+            self._assumed = took
+        self._passes += 1
+        self._took = np.zeros_like(self._wanted)
+        self._left = [list(pieces) for pieces in self._plain]
+        return True
 
     def _rows(self, layer: int, values: Floats) -> npt.NDArray[np.bool_]:
         """Which rows of the piece at hand are counted."""
@@ -93,6 +117,8 @@ class StreamFollower:
             counted = self._rows(layer, values)
             if counted.any():
                 self._plain[layer].append(values[counted].mean(0, dtype=np.float64))
+            else:
+                self._ahead = True
             return False
 
         return see
@@ -100,11 +126,11 @@ class StreamFollower:
     def _move(self, layer: int) -> See:
         def see(values: Floats) -> bool:
             counted = self._rows(layer, values)
-            if not counted.any():
-                return False
-            moved = values[counted].mean(0, dtype=np.float64) - self._plain[layer].pop(0)
-            share = self._wanted[layer] - moved
-            self._sums[layer] += share * counted.sum()
+            share = self._assumed[layer]
+            if counted.any():
+                moved = values[counted].mean(0, dtype=np.float64) - self._left[layer].pop(0)
+                share = self._wanted[layer] - moved
+                self._took[layer] += share * counted.sum()
             values += share.astype(np.float32)
             return True
 
