@@ -122,12 +122,13 @@ def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress:
         started = time.perf_counter()
         place = Place(models.fast, ready.source, models.dtype(), models.device(), job.cache)
         signs = sorted({spec.sign for spec in ready.traits if spec.trait == trait})
-        keeps = job.save_profile is not None
-        profiles[trait] = profile_for(place, bench, SIGNS if keeps else signs, ready.recipe, progress, whole=keeps)
+        kept = None if job.save_profile is None else ready.kept
+        signs = list(SIGNS) if job.out is None and kept is not None else signs  # nothing but a profile is asked for
+        profiles[trait] = profile_for(place, bench, signs, ready.recipe, progress, neurons=kept)
         loading = timings.seconds.get("load", 0.0) - loaded
         timings.seconds["identify"] = timings.seconds.get("identify", 0.0) + time.perf_counter() - started - loading
     if job.save_profile is not None:
-        select = ready.recipe.select
+        select = ready.kept.select
         (profile,) = profiles.values()
         save_profile(profile, job.save_profile, force=job.force, threshold=select.threshold, at_least=select.at_least)
     return profiles

@@ -108,7 +108,8 @@ class Opened:
     def _profile(self, *, matched: float, whole: bool) -> NeuronProfile:
         rule = self.recipe.rule.model_copy(update={"matched": matched, "shift": whole, "clamp": False, "constant": 0.0})
         recipe = self.recipe.model_copy(update={"rule": rule, "poles": {}})
-        return profile_for(self.place, self.bench, [self.spec.sign], recipe, self._progress, whole=whole)
+        neurons = recipe if whole else None
+        return profile_for(self.place, self.bench, [self.spec.sign], recipe, self._progress, neurons=neurons)
 
 
 @contextmanager
