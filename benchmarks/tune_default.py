@@ -7,9 +7,9 @@ Every pole is steered by its matched constant at twice its own size, and answers
 not found on. The loss of fluency grows about with the square of the strength and its noise does not grow, so a large
 strength says most about a pole's coefficient. One pole's answers are few all the same (the standard error is as large
 as the differences between poles), so coefficients are drawn towards their common mean by as much as their errors demand
-(empirical Bayes, DerSimonian and Laird's variance between poles). A pole's strength is then the largest at which its
-loss is within the budget of 5% with a probability of 95%, and that is under KL 0.1 on neutral text, rounded down to
-0.05. Figures go to benchmarks/out/strengths/.
+(empirical Bayes). A pole's strength is then the largest in steps of 0.05 at which the loss that as many fresh
+questions as there are for tests would show is within the budget of 5% with a probability of 95%, and KL on neutral
+text under 0.1. Figures go to benchmarks/out/strengths/.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from contextlib import nullcontext
 import numpy as np
 from common import OUT, say
 
+from npti_export.bench import load_bench
 from npti_export.evaluate.capability.neutral import NeutralText
 from npti_export.evaluate.conditions import Test, Way, ask, scored
 from npti_export.identify.collect import cache_folder
@@ -33,6 +34,7 @@ from npti_export.tuning.trial import search_questions, trial_passages
 
 RESULTS, STRENGTH = OUT / "strengths", 2.0
 ONE_SIDED = 1.645  # standard errors: 95%
+FRESH = len(load_bench("extraversion").test())  # questions that the loss is to be shown by
 
 
 def main():
@@ -89,37 +91,47 @@ def measured(trait, arguments):
         say(f"{trait}{sign}: {time.time() - started:.0f} s")
 
 
-def coefficient(record):
-    """Loss of fluency, as a share of the unsteered, by the square of the strength: estimate and standard error."""
-    each = np.array(record["loss"]) / abs(record["unsteered"]) / STRENGTH**2
-    return each.mean(), each.std(ddof=1) / np.sqrt(len(each))
+def coefficients(records):
+    """Losses of fluency, as shares of the unsteered, by the square of the strength, and the spread between questions.
+
+    The spread is that of all poles together: that of one is itself uncertain, a few odd answers make half of it.
+    """
+    each = [np.array(one["loss"]) / abs(one["unsteered"]) for one in records]
+    spread = np.sqrt(np.mean([one.var(ddof=1) for one in each]))
+    return np.array([one.mean() for one in each]) / STRENGTH**2, spread, len(each[0])
 
 
-def shrunk(estimates, errors):
-    """Estimates drawn towards their common mean, and what is left of their errors."""
-    weights = 1 / errors**2
-    mean = weights @ estimates / weights.sum()
-    excess = weights @ (estimates - mean) ** 2 - (len(estimates) - 1)
-    between = max(0.0, excess / (weights.sum() - weights @ weights / weights.sum()))
-    weights = 1 / (errors**2 + between)
-    mean, own = weights @ estimates / weights.sum(), between / (between + errors**2)
-    left = own * errors**2 + (1 - own) ** 2 / weights.sum()
-    return mean + own * (estimates - mean), np.sqrt(left), np.sqrt(between)
+def shrunk(estimates, error):
+    """Estimates drawn towards their mean, what is left of their error, and how far the poles truly differ."""
+    between = max(0.0, estimates.var(ddof=1) - error**2)
+    own = between / (between + error**2)
+    left = own * error**2 + (1 - own) ** 2 * (between + error**2) / len(estimates)
+    return estimates.mean() + own * (estimates - estimates.mean()), np.sqrt(left), np.sqrt(between)
+
+
+def picked(record, mean, error, spread):
+    """The largest strength that keeps the budget."""
+    budget = Budget()
+    for strength in np.arange(STRENGTH, 0, -0.05).round(2):
+        shown = np.hypot(error * strength**2, spread / np.sqrt(FRESH))
+        damage = np.mean(record["kl"]) * (strength / STRENGTH) ** 2
+        if mean * strength**2 + ONE_SIDED * shown <= budget.max_fluency_loss and damage <= budget.max_kl:
+            return strength
+    return 0.0
 
 
 def table(records):
-    found = np.array([coefficient(one) for one in records.values()])
-    means, errors, between = shrunk(found[:, 0], found[:, 1])
-    budget = Budget()
-    say(f"loss of fluency / strength²: {np.mean(found[:, 0]):.2%} on average; poles differ by {between:.2%} truly")
+    found, spread, questions = coefficients(records.values())
+    own = spread / np.sqrt(questions) / STRENGTH**2
+    means, error, between = shrunk(found, own)
+    say(f"loss of fluency / strength²: {found.mean():.2%} on average, {own:.2%} standard error of one pole's")
+    say(f"poles differ by {between:.2%} truly; after drawing them to the mean the error is {error:.2%}")
     say(f"| pole | at {STRENGTH:g}: gain, loss, KL | loss / strength² | drawn to the mean | picked |")
     say("|---" * 5 + "|")
-    for (pole, record), own, mean, error in zip(records.items(), found, means, errors, strict=True):
+    for (pole, record), plain, mean in zip(records.items(), found, means, strict=True):
         loss, kl = np.mean(record["loss"]) / abs(record["unsteered"]), np.mean(record["kl"])
-        most = min(budget.max_fluency_loss / max(mean + ONE_SIDED * error, 1e-9), budget.max_kl * STRENGTH**2 / kl)
-        picked = np.floor(min(most**0.5, STRENGTH) * 20 + 1e-9) / 20
         figures = f"{np.mean(record['gain']):+.3f}, {loss:.1%}, {kl:.3f}"
-        say(f"| {pole} | {figures} | {own[0]:.2%} ± {own[1]:.2%} | {mean:.2%} ± {error:.2%} | {picked:.2f} |")
+        say(f"| {pole} | {figures} | {plain:.2%} | {mean:.2%} | {picked(record, mean, error, spread):.2f} |")
 
 
 if __name__ == "__main__":

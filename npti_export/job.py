@@ -1,94 +1,44 @@
-"""What a user asked for, and everything about it that can be checked before anything expensive starts."""
+"""A job made ready: everything that can be checked or read before anything expensive starts."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from npti_export.base_file import BasePlan, check_layout, check_request, made_base, plan_base
 from npti_export.bench import TraitBench
 from npti_export.benches import held_out, load_benches
-from npti_export.endings.base import BAKED, IN_LLAMACPP, SINGLE_FILES, Format
+from npti_export.endings.base import BAKED
 from npti_export.errors import AdapterError, ModelError, OutputError, ProfileError, RecipeError
 from npti_export.export.gguf import strip
-from npti_export.files import check_writable, sha256_file
+from npti_export.files import sha256_file
 from npti_export.gguf.imatrix import ImportanceMatrix
 from npti_export.gguf.reader import GGUFFile
-from npti_export.gguf.shards import named_shards, read_model, shard_paths
-from npti_export.loader import RuntimeSettings, Timings
+from npti_export.gguf.shards import read_model, shard_paths
+from npti_export.job_checks import (
+    bakes,
+    check_outputs,
+    refuse_idle_options,
+    refuse_idle_settings,
+    refuse_shared_paths,
+    steers_neurons,
+)
+from npti_export.loader import Timings
 from npti_export.models import ModelSource, gguf_source, resolve_model
 from npti_export.profile import NeuronProfile
-from npti_export.profile_io import load_profile, profile_files
+from npti_export.profile_io import load_profile
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe, recipe_from_json, select_recipe
+from npti_export.request import Job
 from npti_export.rule_io import SavedRule, Where, artifact_format, base_name, load_rule
 from npti_export.traits import TraitSpec, parse_recorded
 
 QUESTION_TOKENS = 48  # what a question and its answer bring at least: decides how many the compiler asks
+_FOR_NEURONS = ("prompt.", "identify.", "select.", "rule.percentile=")  # what it says of how they are found
 _AFTER_THE_RULE = ("compile.", "verify.")  # what a recipe still says of an artifact whose rule is there
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a user asked for.
-
-    Attributes:
-        traits: poles to steer towards; empty where ``rule_from`` says it.
-        out: what to write; None stops after the profile.
-        format: of ``out``.
-        rule_from: an adapter, steered checkpoint or steered GGUF whose rule is used again.
-        model: see :func:`npti_export.models.resolve_model`.
-        base: the GGUF to bake into, where ``model`` is not one.
-        converter: llama.cpp's, for a ``model`` that is a directory and no ``base``; None looks for one.
-        requantize: type that llama.cpp first quantises the GGUF to.
-        imatrix: importance matrix of the model for that, see :func:`npti_export.gguf.imatrix.read_imatrix`.
-        base_id: hub id to record as the base model.
-        where: positions that an adapter steers, ``all`` or ``response``; None takes the earlier artifact's, or all.
-        checkpoint_dtype: of the weights of a GGUF's steered checkpoint.
-        push_to: hub repository for the result.
-        private: whether a new repository is private.
-        evaluation: of the same rule, for the card of ``push_to``.
-        recipe: name or path; None picks by model.
-        overrides: ``section.key=value`` strings.
-        profiles: saved profiles to re-use.
-        save_profile: where to keep the profile.
-        report: where the caller will write the report; only checked here.
-        bench: instead of the shipped bench, see :func:`npti_export.benches.load_benches`.
-        trait_dirs: folders of traits of the user's own that ``rule_from`` records by name.
-        any_model: accept a profile or rule of another model of the same shape.
-        force: replace existing outputs.
-        cache: folder of resumable state; None keeps none.
-    """
-
-    traits: tuple[TraitSpec, ...]
-    out: Path | None
-    format: Format = "gguf"
-    rule_from: Path | None = None
-    model: str | None = None
-    base: Path | None = None
-    converter: Path | None = None
-    requantize: str | None = None
-    imatrix: Path | None = None
-    base_id: str | None = None
-    where: Where | None = None
-    checkpoint_dtype: str | None = None
-    push_to: str | None = None
-    private: bool = False
-    evaluation: Path | None = None
-    recipe: str | None = None
-    overrides: tuple[str, ...] = ()
-    profiles: tuple[Path, ...] = ()
-    save_profile: Path | None = None
-    report: Path | None = None
-    bench: Path | None = None
-    trait_dirs: tuple[Path, ...] = ()
-    any_model: bool = False
-    force: bool = False
-    cache: Path | None = None
-    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
 
 
 @dataclass(frozen=True)
@@ -103,6 +53,7 @@ class Prepared:
         saved: the rule of an earlier artifact.
         traits: poles, the job's or the earlier artifact's.
         recipe: resolved.
+        kept: of the neurons in a profile that is kept: how they are found, and which of them a published file holds.
         benches: personas and questions by trait.
         profiles: given profiles by trait.
     """
@@ -114,6 +65,7 @@ class Prepared:
     saved: SavedRule | None
     traits: tuple[TraitSpec, ...]
     recipe: Recipe
+    kept: Recipe
     benches: dict[str, TraitBench]
     profiles: dict[str, NeuronProfile]
 
@@ -130,7 +82,7 @@ def prepared(job: Job) -> Iterator[Prepared]:
     Raises:
         NptiError: whatever is wrong with the job.
     """
-    matrix = check_request(job.model, job.base, job.converter, job.requantize, job.imatrix) if _bakes(job) else None
+    matrix = check_request(job.model, job.base, job.converter, job.requantize, job.imatrix) if bakes(job) else None
     saved = None if job.rule_from is None else load_rule(job.rule_from)
     with _source(job, saved) as source:
         yield _prepare(job, saved, source, matrix)
@@ -138,36 +90,40 @@ def prepared(job: Job) -> Iterator[Prepared]:
 
 def _prepare(job: Job, saved: SavedRule | None, source: ModelSource, matrix: ImportanceMatrix | None) -> Prepared:
     traits = job.traits if saved is None else tuple(parse_recorded(text) for text in saved.about.trait.split())
-    _refuse_idle_options(job, source)
+    refuse_idle_options(job, source)
     names = sorted({spec.trait for spec in traits})
-    outputs = _check_outputs(job, names)
+    outputs = check_outputs(job, names)
     if len({spec.pole for spec in job.traits}) < len(job.traits):
         raise ProfileError("the same pole is given twice; give it once, with a strength such as openness+:1.5")
-    _refuse_shared_paths(job, source, outputs)
+    refuse_shared_paths(job, source, outputs)
     writes_or_reads = job.out is not None or saved is not None
     base = _base_of(job, source) if writes_or_reads and job.format in BAKED else None
-    plan = _plan(job, source, base, matrix) if _bakes(job) else None
+    plan = _plan(job, source, base, matrix) if bakes(job) else None
     if base is not None and base.shards and job.out is not None and plan is None and job.format == "gguf":
         paths = shard_paths(job.out, len(base.shards))
         others = [path for path in outputs if path != job.out]
         job = replace(job, out=paths[0])
-        _refuse_shared_paths(job, source, [*others, *paths])
+        refuse_shared_paths(job, source, [*others, *paths])
     profiles = {} if saved else _load_profiles(job, source)
-    recipe = _recipe(job, saved, source, neurons=job.format == "dial" or _lack_matched(traits, profiles))
-    if _bakes(job):
+    identifies = job.out is None and job.save_profile is not None
+    neurons = job.format == "dial" or identifies or _lack_matched(traits, profiles)
+    recipe = _recipe(job, saved, source, neurons=neurons)
+    refuse_idle_settings(job, recipe, traits, None if saved is None else saved.rule)
+    if bakes(job):
         check_layout(source, base, recipe.compile.layout)
     if saved is not None and saved.where == "response" and job.format != "peft" and job.where is None:
         raise OutputError(
             f"{job.rule_from}: steers the response only, and weights steer every position; pass --where all for that"
         )
     benches = load_benches(traits, job.bench, job.trait_dirs)
+    kept = _kept_recipe(job, recipe, traits, source)
     if saved is None:
         for name, bench in benches.items():
             if name not in profiles:
-                bench.search(recipe.identify.questions, recipe.identify.seed)
+                bench.search(kept.identify.questions, kept.identify.seed)
     if writes_or_reads:
         held_out(benches, recipe, recipe.verify.prompts)
-    return Prepared(job, source, base, plan, saved, traits, recipe, benches, profiles)
+    return Prepared(job, source, base, plan, saved, traits, recipe, kept, benches, profiles)
 
 
 @contextmanager
@@ -189,20 +145,6 @@ def with_base(ready: Prepared, progress: Progress, timings: Timings) -> Iterator
         if ready.job.base is None:
             made = replace(made, hub_id=old.hub_id, license=made.license or old.license, digest=sha256_file(path))
         yield replace(ready, base=base, source=made if ready.job.base is None else old)
-
-
-def _check_outputs(job: Job, traits: Sequence[str]) -> list[Path]:
-    """The files that the job will write beside its artifact can be written; returns all outputs."""
-    files = [job.report] if job.report is not None else []
-    if job.save_profile is not None:
-        if len(traits) > 1:
-            raise ProfileError("--save-profile takes one trait; save several with npti-export identify, one by one")
-        files += profile_files(job.save_profile, traits[0])
-    if job.out is not None and job.format in SINGLE_FILES:
-        files.append(job.out)
-    for path in files:
-        check_writable(path, force=job.force)
-    return files if job.out is None or job.format in SINGLE_FILES else [*files, job.out]
 
 
 @contextmanager
@@ -291,82 +233,18 @@ def _recipe(job: Job, saved: SavedRule | None, source: ModelSource, *, neurons: 
     return select_recipe(job.recipe, source.fingerprint, job.overrides, neurons=neurons)
 
 
-def _refuse_idle_options(job: Job, source: ModelSource) -> None:
-    """An option that would do nothing is a misunderstanding, not a detail."""
-    idle = {
-        "--base is the GGUF to bake into; it goes with --format gguf": job.base is not None and job.format not in BAKED,
-        "--checkpoint-dtype goes with --format checkpoint and a GGUF model; a directory keeps its own dtype": (
-            job.checkpoint_dtype is not None and (job.format != "checkpoint" or source.kind != "gguf")
-        ),
-        "--requantize quantises the GGUF to bake into; it goes with --format gguf": (
-            job.requantize is not None and job.format not in BAKED
-        ),
-        "--imatrix weighs what --requantize rounds; it goes with --format gguf": (
-            job.imatrix is not None and job.format not in BAKED
-        ),
-        "--converter makes a GGUF of a directory; it goes with --format gguf": (
-            job.converter is not None and job.format not in BAKED
-        ),
-        "--layout says how wide the layers of a GGUF are; it goes with --format gguf": (
-            any(one.startswith("compile.layout=") for one in job.overrides) and job.format not in BAKED
-        ),
-        "--private goes with --push-to-hub": job.private and job.push_to is None,
-        "--evaluation is for the card of --push-to-hub; into another one, evaluate --card puts it": (
-            job.evaluation is not None and job.push_to is None
-        ),
-        "--where response: weights steer every position; it goes with --format peft": (
-            job.where == "response" and job.format != "peft"
-        ),
-    }
-    for message, given in (idle | _idle_runtime_options(job, source)).items():
-        if given:
-            raise OutputError(message)
-
-
-def _idle_runtime_options(job: Job, source: ModelSource) -> dict[str, bool]:
-    settings = job.runtime
-    in_llamacpp = settings.engine_for(source) == "llama.cpp"
-    identifies_only = job.out is None and job.rule_from is None
-    measured_in_llamacpp = job.format in IN_LLAMACPP and not identifies_only
-    defaults = RuntimeSettings()
-    llamas = ("threads", "gpu_layers", "prompt_batch", "context")
-    return {
-        f"--dtype is for transformers, and llama.cpp runs {source.name}; leave it out, or add --runtime transformers": (
-            settings.dtype != "auto" and in_llamacpp
-        ),
-        f"--device is for transformers, and llama.cpp runs {source.name} (--gpu-layers); leave it out, or add "
-        "--runtime transformers": (
-            settings.device != "auto" and in_llamacpp and (identifies_only or measured_in_llamacpp)
-        ),
-        "--threads, --gpu-layers, --context and --prompt-batch are for llama.cpp, which runs nothing here": (
-            any(getattr(settings, name) != getattr(defaults, name) for name in llamas)
-            and not (in_llamacpp or measured_in_llamacpp)
-        ),
-    }
-
-
-def _refuse_shared_paths(job: Job, source: ModelSource, outputs: Sequence[Path]) -> None:
-    """No output may replace an input, or another output, whatever --force says."""
-    resolved = [path.resolve() for path in outputs]
-    places = (job.base, job.rule_from, job.bench, job.converter, job.imatrix, *(spec.folder for spec in job.traits))
-    given = [path for path in (*places, job.evaluation, *job.trait_dirs) if path is not None]
-    parts = [part for path in given for part in named_shards(path)]
-    inputs = {path.resolve() for path in [source.path, *source.shards, *job.profiles, *parts]}
-    for path, place in zip(outputs, resolved, strict=True):
-        if any(one.is_relative_to(place) for one in inputs):
-            raise OutputError(f"{path}: is an input of this very job, or holds one; choose another name for the output")
-        if sum(one.is_relative_to(place) for one in resolved) > 1:
-            raise OutputError(f"{path}: is named for two outputs, or holds another; give each its own place")
-
-
-def _bakes(job: Job) -> bool:
-    return job.out is not None and job.format in BAKED
+def _kept_recipe(job: Job, recipe: Recipe, traits: Sequence[TraitSpec], source: ModelSource) -> Recipe:
+    """The job's own, or, where nobody named one and it steers no neuron, the one for neurons of this model."""
+    if job.save_profile is None or job.recipe is not None or steers_neurons(recipe, traits):
+        return recipe
+    overrides = [one for one in job.overrides if one.strip().startswith(_FOR_NEURONS)]
+    return select_recipe(None, source.fingerprint, overrides, neurons=True)
 
 
 def _base_of(job: Job, source: ModelSource) -> GGUFFile | None:
     """The GGUF to bake into or to verify against; None if it is yet to be converted from the model."""
     if job.base is None and source.kind != "gguf":
-        if _bakes(job):
+        if bakes(job):
             return None
         raise ModelError(
             f"{source.name}: is a transformers model; pass the GGUF that was baked into by --base FILE.gguf"
@@ -394,3 +272,6 @@ def _load_profiles(job: Job, source: ModelSource) -> dict[str, NeuronProfile]:
         profile.check_model(source, any_model=job.any_model)
         profiles[profile.trait] = profile
     return profiles
+
+
+__all__: Sequence[str] = ("QUESTION_TOKENS", "Job", "Prepared", "check_same_model", "prepared", "with_base")

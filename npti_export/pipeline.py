@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 from npti_export.benches import held_out, searched
 from npti_export.endings.base import SINGLE_FILES, Ending, Written
 from npti_export.errors import FidelityError, ModelError, NptiError
-from npti_export.evaluate.card import check_same_rule, results, section
-from npti_export.evaluate.document import read_document
-from npti_export.files import atomic_output, set_aside
+from npti_export.files import set_aside
 from npti_export.identify.profiles import Place, profile_for
 from npti_export.job import QUESTION_TOKENS, Job, Prepared, prepared, with_base
 from npti_export.loader import Models, Timings
@@ -23,6 +21,7 @@ from npti_export.models import ModelSource, gguf_source
 from npti_export.profile import NeuronProfile
 from npti_export.profile_io import save_profile
 from npti_export.progress import Progress
+from npti_export.publish import check_publication
 from npti_export.recipe import Recipe
 from npti_export.report import peak_rss_mb
 from npti_export.rule import build_rule, compose
@@ -51,13 +50,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     if job.out is None:
         raise ModelError("the main job needs an output")
     with prepared(job) as asked:
-        if job.evaluation is not None:
-            document = read_document(job.evaluation)
-            check_same_rule(job.evaluation, document, asked.traits, asked.source.fingerprint, asked.recipe, job.format)
-        if job.push_to is not None:
-            from npti_export.export.hub import check_repository
-
-            check_repository(job.push_to)
+        check_publication(asked)
         with (
             with_base(asked, progress, timings) as ready,
             open_models(ready, timings, progress, verifies=True) as models,
@@ -122,12 +115,13 @@ def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress:
         started = time.perf_counter()
         place = Place(models.fast, ready.source, models.dtype(), models.device(), job.cache)
         signs = sorted({spec.sign for spec in ready.traits if spec.trait == trait})
-        keeps = job.save_profile is not None
-        profiles[trait] = profile_for(place, bench, SIGNS if keeps else signs, ready.recipe, progress, whole=keeps)
+        kept = None if job.save_profile is None else ready.kept
+        signs = list(SIGNS) if job.out is None and kept is not None else signs  # nothing but a profile is asked for
+        profiles[trait] = profile_for(place, bench, signs, ready.recipe, progress, neurons=kept)
         loading = timings.seconds.get("load", 0.0) - loaded
         timings.seconds["identify"] = timings.seconds.get("identify", 0.0) + time.perf_counter() - started - loading
     if job.save_profile is not None:
-        select = ready.recipe.select
+        select = ready.kept.select
         (profile,) = profiles.values()
         save_profile(profile, job.save_profile, force=job.force, threshold=select.threshold, at_least=select.at_least)
     return profiles
@@ -335,30 +329,6 @@ def _poles(ready: Prepared) -> list[dict[str, str]]:
     return found
 
 
-def push(job: Job, report: dict[str, Any], progress: Progress) -> str:
-    """Upload what ``run`` delivered; returns its address.
-
-    Raises:
-        HubError: the upload broke off; what is on disk is complete.
-    """
-    from npti_export.export.card import model_card
-    from npti_export.export.hub import push as upload
-
-    assert job.out is not None
-    assert job.push_to is not None
-    progress.start(f"push to {job.push_to}", 1)
-    path, card = Path(report["artifact"]["path"]), model_card(report)
-    if job.evaluation is not None:
-        document = read_document(job.evaluation)
-        card = model_card(report, section(document), results(document))
-        if path.is_dir():  # which is uploaded with the card inside it
-            with atomic_output(path / "README.md", force=True) as temporary:
-                temporary.write_text(card, encoding="utf-8")
-    url = upload(path, job.push_to, card, private=job.private)
-    progress.advance(1)
-    return url
-
-
 def identify_only(job: Job, progress: Progress) -> tuple[NeuronProfile, dict[str, float]]:
     """The ``identify`` command: one trait, both poles, and its profile written to ``job.save_profile``."""
     timings = Timings()
@@ -395,4 +365,4 @@ def verify_artifact(job: Job, progress: Progress) -> dict[str, Any]:
     }
 
 
-__all__: Sequence[str] = ("Job", "identify_only", "push", "run", "verify_artifact")
+__all__: Sequence[str] = ("Job", "identify_only", "run", "verify_artifact")

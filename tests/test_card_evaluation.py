@@ -8,9 +8,9 @@ from documents import hostile_document, sample_document
 from test_card import report, split
 
 from npti_export.errors import EvaluationError
-from npti_export.evaluate.card import BEGIN, END, check_same_rule, results, section, update_card
+from npti_export.evaluate.card import BEGIN, END, check_same_rule, is_other_file, results, section, update_card
 from npti_export.export.card import model_card
-from npti_export.recipe import load_recipe
+from npti_export.recipe import PoleSection, load_recipe
 from npti_export.traits import TraitSpec
 
 
@@ -142,25 +142,65 @@ def test_it_must_be_of_the_same_rule(tmp_path):
     document = sample_document(recipe=json.loads(recipe.to_json()), **known)
     traits = (TraitSpec("openness", "+"), TraitSpec("neuroticism", "-", 0.5))
     path = tmp_path / "r.json"
-    check_same_rule(path, document, traits, "ab" * 32, recipe, "gguf")
-    other = load_recipe("matched", ["rule.gamma=1.2", "verify.prompts=2"])
-    check_same_rule(path, document, traits, "ab" * 32, other, "gguf")
+    check_same_rule(path, document, traits, "ab" * 32, recipe, "gguf", benches={})
+    other = load_recipe("matched", ["rule.gamma=1.2", "verify.prompts=2", "identify.batch_size=3"])
+    check_same_rule(path, document, traits, "ab" * 32, other, "gguf", benches={})
+    changed = {
+        "prompt.system": "You. {persona}",
+        "identify.seed": 3,
+        "identify.max_new_tokens": 9,
+        "select.threshold": 0.3,
+        "rule.gamma": 1.3,
+        "compile.program": "bias",
+    }
     for field, given in {
-        "model": (traits, "cd" * 32, recipe),
+        "model.fingerprint": (traits, "cd" * 32, recipe),
         "traits": (traits[:1], "ab" * 32, recipe),
-        "recipe": (traits, "ab" * 32, load_recipe("matched")),
+        **{
+            f"recipe.{key}": (traits, "ab" * 32, load_recipe("matched", ["rule.gamma=1.2", f"{key}={value}"]))
+            for key, value in changed.items()
+        },
     }.items():
-        with pytest.raises(EvaluationError, match=rf"--evaluation .*r\.json: '{field}' is not that of this job"):
-            check_same_rule(path, document, *given, "gguf")
+        with pytest.raises(
+            EvaluationError, match=rf"--evaluation .*r\.json: '{field}' is not that of this job \(.* here"
+        ):
+            check_same_rule(path, document, *given, "gguf", benches={})
+    # of an earlier artifact's rule, the recipe does not say how this one is compiled
+    biased = load_recipe("matched", ["rule.gamma=1.2", "compile.program=bias"])
+    check_same_rule(path, document, traits, "ab" * 32, biased, "gguf", benches={}, compiles=False)
+    special = recipe.model_copy(update={"poles": {"openness+": PoleSection(rule={"matched": 0.5})}})
+    with pytest.raises(EvaluationError, match=r"'recipe\.poles\.openness\+'"):
+        check_same_rule(path, document, traits, "ab" * 32, special, "gguf", benches={})
+    asked = document.model_copy(update={"settings": {"pole": "openness+", "bench": "a" * 64}})
+    check_same_rule(path, asked, traits, "ab" * 32, recipe, "gguf", benches={"openness": "a" * 64})
+    with pytest.raises(EvaluationError, match=r"'settings\.bench'"):
+        check_same_rule(path, asked, traits, "ab" * 32, recipe, "gguf", benches={"openness": "b" * 64})
     stronger = (traits[0], TraitSpec("neuroticism", "-", 0.6))
     with pytest.raises(EvaluationError, match="'traits'"):
-        check_same_rule(path, document, stronger, "ab" * 32, recipe, "gguf")
+        check_same_rule(path, document, stronger, "ab" * 32, recipe, "gguf", benches={})
+    check_same_rule(path, document, stronger, "ab" * 32, recipe, "gguf", benches={}, strengths=False)
+    with pytest.raises(EvaluationError, match="'traits'"):
+        check_same_rule(path, document, stronger[:1], "ab" * 32, recipe, "gguf", benches={}, strengths=False)
     with pytest.raises(EvaluationError, match="'recipe'"):
-        check_same_rule(path, sample_document(recipe=None, **known), traits, "ab" * 32, recipe, "gguf")
+        check_same_rule(path, sample_document(recipe=None, **known), traits, "ab" * 32, recipe, "gguf", benches={})
     with pytest.raises(EvaluationError, match=r"'artifact\.format'"):
-        check_same_rule(path, document, traits, "ab" * 32, recipe, "control-vector")
+        check_same_rule(path, document, traits, "ab" * 32, recipe, "control-vector", benches={})
     with pytest.raises(EvaluationError, match="holds no rule"):
-        check_same_rule(path, document.model_copy(update={"layers": []}), traits, "ab" * 32, recipe, "gguf")
+        bare = document.model_copy(update={"layers": []})
+        check_same_rule(path, bare, traits, "ab" * 32, recipe, "gguf", benches={})
+
+
+def test_it_says_where_the_bytes_are_others():
+    document = sample_document()  # of a file, 9f…
+    assert not is_other_file(document, "9f" * 32)
+    assert is_other_file(document, "9e" * 32)
+    assert not is_other_file(document, {"a.safetensors": "9e" * 32})  # not to be compared
+    parts = document.model_copy(update={"artifact": {"sha256": {"a": "1", "b": "2"}}})
+    assert not is_other_file(parts, {"b": "2", "c": "9"})
+    assert is_other_file(parts, {"a": "1", "b": "3"})
+    assert not is_other_file(document.model_copy(update={"artifact": {}}), "9e" * 32)
+    assert "another file" not in section(document)
+    assert "another file of the same rule" in section(document, other_file=True)
 
 
 def test_the_whole_card():

@@ -21,6 +21,7 @@ from evaluations import (
     strong_rule,
 )
 from families import write_tiny
+from openai_stub import Stub
 from reference import ReferenceLlama
 from tolerances import KL_TWO_ENGINES, KV_FLOAT16
 
@@ -34,6 +35,7 @@ from npti_export.evaluate.capability.tasks import Passage, neutral_passages
 from npti_export.evaluate.contrast import contrasts, score
 from npti_export.evaluate.document import Document, read_document
 from npti_export.evaluate.engine import LlamaEngine
+from npti_export.evaluate.judge.spec import JudgeSpec
 from npti_export.evaluate.run import EvaluationJob
 from npti_export.evaluate.subject import SubjectJob
 from npti_export.export.control_vector import write_control_vector
@@ -324,6 +326,24 @@ def test_the_formats_of_one_rule_do_the_same_damage(whole, artifacts, trait_dir,
         document, _ = evaluated(monkeypatch, job(artifacts[kind], trait_dir, questions=2))
         damage.append(document.capability.kl_neutral.mean)
     assert damage == pytest.approx(damage[:1] * 3, rel=KL_TWO_ENGINES)
+
+
+def test_judges_cost_no_other_figure(artifacts, trait_dir, monkeypatch):
+    told, calls = Told(), []
+    with Stub([None] + ["401"] * 99) as stub:  # it answers when it is tried, and refuses hours later
+        judges = (JudgeSpec("stub", stub.url, timeout=5, patience=5),)
+        document, _ = evaluated(monkeypatch, job(artifacts["gguf"], trait_dir, judges=judges), told)
+    assert document.judge is None
+    assert document.trait_contrast.gain.n == 4
+    (note,) = [one for one in told.notes if "judge" in one]
+    assert note.startswith("no judge's scores: ")
+    assert "answers 401" in note
+    with Stub() as stub:
+        judges = (JudgeSpec("stub", stub.url), JudgeSpec("gone", "http://127.0.0.1:1/v1", patience=0))
+        monkeypatch.setattr("npti_export.evaluate.run.opened", lambda *_: calls.append(1))
+        with pytest.raises(EvaluationError, match=r"--judge gone: .*cannot be reached"):
+            evaluated(monkeypatch, job(artifacts["gguf"], trait_dir, judges=judges))
+    assert calls == []  # said before anything is opened
 
 
 def test_how_many_questions_there_are(bench):

@@ -18,11 +18,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from npti_export.endings.checkpoint import CheckpointEnding
-from npti_export.errors import AdapterError, ArchitectureError, FidelityError, ModelError, OutputError, RecipeError
-from npti_export.evaluate.card import section
+from npti_export.errors import (
+    AdapterError,
+    ArchitectureError,
+    EvaluationError,
+    FidelityError,
+    ModelError,
+    OutputError,
+    RecipeError,
+)
+from npti_export.evaluate.card import is_other_file, section
 from npti_export.gguf.reader import read_gguf
 from npti_export.inspection import inspect_file
 from npti_export.job import Job
+from npti_export.loader import RuntimeSettings
 from npti_export.models import resolve_model
 from npti_export.pipeline import run, verify_artifact
 from npti_export.profile import NeuronProfile
@@ -32,6 +41,7 @@ from npti_export.recipe import load_recipe
 from npti_export.rule import build_rule
 from npti_export.rule_io import ADAPTER_WEIGHTS, load_rule
 from npti_export.traits import parse_trait
+from npti_export.tuning import strength
 
 IDS = torch.arange(5, 29).reshape(2, 12)
 SETTINGS = (
@@ -383,7 +393,7 @@ def test_pushed_to_the_hub(tiny, tiny_checkpoint, profile, tmp_path, cli_environ
             "--gamma", "0.9", environment=environment, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 2
-        assert "'recipe' is not that of this job" in done.stderr
+        assert "'recipe.rule.gamma' is not that of this job (1.4 there, 0.9 here)" in done.stderr
         done = npti_process(
             *common, "--model", tiny, "--out", "b.gguf", "--push-to-hub", "someone-else/b",
             environment=environment, cwd=tmp_path,
@@ -394,10 +404,34 @@ def test_pushed_to_the_hub(tiny, tiny_checkpoint, profile, tmp_path, cli_environ
         assert stored["calm"][path.name] == path.read_bytes()
     assert stored["calm.gguf"]["calm.gguf"] == (tmp_path / "calm.gguf").read_bytes()
     assert b"llama" in stored["calm.gguf"]["README.md"]
-    assert section(document).encode() in stored["calm.gguf"]["README.md"]
+    assert section(document, other_file=True).encode() in stored["calm.gguf"]["README.md"]  # its SHA-256 is made up
     for files in stored.values():
         assert b"Does the personality show" in files["README.md"]
         assert b"model-index" in files["README.md"]
+
+
+def test_the_same_job_writes_the_same_bytes(tiny, profile, tmp_path, monkeypatch):
+    """So that an evaluation of a file that is made again is one of that file; and what it is not is said early."""
+    asked = replace(job(tiny, tmp_path / "a.gguf", profile, "gguf"), runtime=RuntimeSettings(threads=1))
+    again = replace(asked, out=tmp_path / "b.gguf")
+    first, second = (run(one, Silent())["artifact"]["sha256"] for one in (asked, again))
+    assert first == second
+    document, path = evaluation_of(tiny, "gguf"), tmp_path / "r.json"
+    assert not is_other_file(document.model_copy(update={"artifact": {"sha256": first}}), second)
+    stronger = replace(again, overrides=(*SETTINGS, "rule.gamma=1.1"), out=tmp_path / "c.gguf")
+    other = run(stronger, Silent())["artifact"]["sha256"]
+    assert is_other_file(document.model_copy(update={"artifact": {"sha256": first}}), other)
+    # --gamma auto settles the strength, and nothing else: what differs beside it is known before the search
+    path.write_text(document.to_json(), encoding="utf-8")
+    monkeypatch.setattr(strength, "opened", lambda *_: pytest.fail("a search begins"))
+    for field, changed in (
+        ("recipe.identify.seed", replace(asked, overrides=(*SETTINGS, "identify.seed=4"))),
+        ("recipe.compile.program", replace(asked, overrides=(*SETTINGS, "compile.program=bias"))),
+        ("traits", replace(asked, traits=(parse_trait("extraversion-"),))),
+    ):
+        published = replace(changed, out=tmp_path / "d.gguf", push_to="alice/d", evaluation=path)
+        with pytest.raises(EvaluationError, match=rf"--evaluation .*r\.json: '{field}' is not that of this job \("):
+            strength.with_strengths(published, Silent())
 
 
 def evaluation_of(model, kind):

@@ -1,21 +1,29 @@
 """Judges of answers: a stub endpoint over real HTTP, and a tiny model whose probabilities are read."""
 
 import json
+import re
 from itertools import product
 
 import numpy as np
 import pytest
+from documents import sample_document
 from openai_stub import Stub, rating
 from scipy.stats import spearmanr
 
 from npti_export.bench import shipped_folder
 from npti_export.bench.definition import read_definition
 from npti_export.errors import EvaluationError, NptiError
+from npti_export.evaluate.card import section
+from npti_export.evaluate.delivery import _lines
+from npti_export.evaluate.document import JudgePart
+from npti_export.evaluate.judge import raters
 from npti_export.evaluate.judge.agreement import agreement, quadratic_kappa, rounded
 from npti_export.evaluate.judge.prompts import SCHEMA, judge_messages, read_rating
 from npti_export.evaluate.judge.raters import LocalRater
-from npti_export.evaluate.judge.run import judge_answers
+from npti_export.evaluate.judge.run import check_judges, judge_answers
 from npti_export.evaluate.judge.spec import JudgeSpec, parse_judge
+from npti_export.report_page import tables
+from npti_export.report_page.page import render_page
 
 CALM = read_definition(shipped_folder("neuroticism"))
 QUESTIONS = [
@@ -186,6 +194,91 @@ def test_a_judge_that_never_says_a_number():
 def test_refusals_end_it(fault, why):
     with Stub([fault] * 100) as stub, pytest.raises(NptiError, match=why):
         judge(spec(stub))
+
+
+def test_a_judge_that_fails_in_between_scores_by_what_came(tmp_path):
+    """And one that gives nothing is left out, whoever else is asked."""
+    notes = []
+    with Stub([None] * 6 + ["401"] * 100) as stub, Stub() as good, Stub(["403"] * 100) as bad:
+        specs = [spec(stub, concurrency=1), JudgeSpec("good", good.url), JudgeSpec("bad", bad.url)]
+        part = judge(specs, note=notes.append)
+    partial, whole = part.judges
+    assert (partial.judge, whole.judge) == ("stub", "good")
+    means_of_all = {what: expected(what) for what in ("trait", "fluency")}
+    for what, wanted in means_of_all.items():
+        assert {name: one.mean for name, one in getattr(whole, what).items()} == pytest.approx(wanted)
+    given = sum(one.n for what in ("trait", "fluency") for one in getattr(partial, what).values())
+    assert 6 <= given <= 6 + 4  # an answer that two conditions gave counts for both
+    assert partial.unusable == 2 * 9 - given
+    assert whole.unusable == 0
+    assert [note.split(":")[0] for note in notes] == ["--judge stub", "a judge is left out"]
+    assert "failed, and scores by the 6 of 14 verdicts that came: " in notes[0]
+    assert "answers 403" in notes[1]
+    assert {one.judges for one in part.agreement} == {("stub", "good")}
+
+
+def test_a_condition_without_a_usable_verdict_is_not_scored():
+    texts = {"unsteered": ["[mumble] a", "[mumble] b", "[mumble] c"], "steered": ["a", "bb", "ccc"]}
+    with Stub() as stub:
+        (scores,) = judge(spec(stub), texts).judges
+    assert list(scores.trait) == list(scores.fluency) == ["steered"]
+    assert scores.unusable == 6
+    document = sample_document()
+    document = document.model_copy(update={"judge": JudgePart(judges=[scores], agreement=[])})
+    table, *_ = tables.judges(document)
+    assert [row[0].text for row in table.rows] == ["Steered (this file)"]
+    more = scores.model_copy(update={"judge": "other", "trait": scores.trait | {"unsteered": scores.trait["steered"]}})
+    both = document.model_copy(update={"judge": JudgePart(judges=[scores, more], agreement=[])})
+    rows = {row[0].text: [cell.text for cell in row[1:]] for row in tables.judges(both)[0].rows}
+    assert rows["Unsteered"].count(tables.MISSING) == 3
+    for told in (document, both):
+        assert "Judge stub" not in section(told)  # before and after belong together
+        assert "judge      stub" not in "\n".join(_lines(told))
+        assert "0.00" not in re.findall(r"Judges, 1 to 5.*?</table>", render_page(told), re.DOTALL)[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("401", "answers 401 .*set its key in the environment variable OPENAI_API_KEY"),
+        ("404", "answers 404 .*check the address"),
+        ("422", "answers 422 .*if it does not know seed, .*, take another endpoint"),
+        ("500", "answers 500"),
+    ],
+)
+def test_judges_are_asked_before_any_work(fault, why):
+    with Stub([fault] * 100) as stub:
+        stub.keep = True
+        with pytest.raises(EvaluationError, match=f"^--judge stub: .*{why}") as raised:
+            check_judges([spec(stub, patience=600)], None, pytest.fail)
+        assert "-omit" not in str(raised.value)
+        assert "-extra" not in str(raised.value)
+        assert stub.requests <= 6  # the library's own tries, with a schema and without
+
+
+def test_judges_that_can_be_asked(tiny, tmp_path, monkeypatch):
+    notes = []
+    with Stub() as stub:
+        stub.keep = True
+        check_judges([spec(stub), JudgeSpec(str(tiny), threads=1)], tmp_path / "v.jsonl", notes.append)
+        assert stub.requests == 1
+        assert len(json.dumps(stub.bodies[0])) < 2500
+        stub.schemaless = True
+        check_judges([spec(stub)], None, notes.append)
+    with Stub(["null"] * 9) as stub:  # which answers, if badly
+        check_judges([spec(stub)], None, notes.append)
+    assert notes == []
+    gone = JudgeSpec("gone", "http://127.0.0.1:1/v1")
+    with pytest.raises(EvaluationError, match=r"--judge gone: .*cannot be reached"):
+        check_judges([gone], None, notes.append)
+    (tmp_path / "v.jsonl").write_text("nonsense\n")
+    with Stub() as stub:
+        with pytest.raises(EvaluationError, match=r"v\.jsonl:1: is no verdict"):
+            check_judges([spec(stub)], tmp_path / "v.jsonl", notes.append)
+        assert stub.requests == 0
+    monkeypatch.setattr(raters, "find_options", lambda *_: None)
+    with pytest.raises(EvaluationError, match="1 to 5 are not single tokens"):
+        check_judges([JudgeSpec(str(tiny), threads=1)], None, notes.append)
 
 
 def test_nobody_there(monkeypatch):

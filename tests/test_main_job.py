@@ -10,7 +10,7 @@ import pytest
 from npti_export.files import sha256_file
 
 # Enough for the rule to mean something; the README's numbers come from the full recipe.
-SHORT = ["--questions", "12", "--max-new-tokens", "32", "--set", "verify.prompts=2"]
+SHORT = ["--set", "identify.matched_questions=12", "--max-new-tokens", "32", "--set", "verify.prompts=2"]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -26,8 +27,11 @@ from npti_export.evaluate.run import EvaluationJob
 from npti_export.evaluate.subject import SubjectJob
 from npti_export.evaluate.supplements import read_ablation, read_tuning, supplemented
 from npti_export.identify import profiles
-from npti_export.job import Job
+from npti_export.job import Job, prepared
 from npti_export.loader import RuntimeSettings
+from npti_export.models import resolve_model
+from npti_export.profile import NeuronProfile
+from npti_export.profile_io import save_profile
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.rule import build_rule
@@ -39,6 +43,8 @@ from npti_export.tuning.ablate import STRENGTHS, AblationJob, ablate, variations
 from npti_export.tuning.budget import Budget
 from npti_export.tuning.delivery import deliver_ablation, deliver_tuning
 from npti_export.tuning.opening import METHODS, ModelJob, opened
+from npti_export.tuning.search import opened_study
+from npti_export.tuning.space import Space
 from npti_export.tuning.trial import Measure, other_passages, search_questions, trial_passages
 
 SPEC = TraitSpec("extraversion", "-")
@@ -148,6 +154,21 @@ def test_nothing_is_chosen_by_test_questions(subject, tmp_path, monkeypatch):
     assert [one.name for one in told.conditions] == ["unsteered", "steered", "prompt-persona"]
     assert [one.contrast.n for one in told.conditions] == [2] * 3
     assert told.kl_neutral.n == len(other_passages())
+    assert told.within  # WIDE
+    base, steered, _ = told.conditions
+    loss = (base.fluency.mean - steered.fluency.mean) / abs(base.fluency.mean)
+    kept = dataclasses.replace(WIDE, max_kl=told.kl_neutral.mean * 1.01, max_fluency_loss=max(loss, 0) + 1e-3)
+    assert kept.holds(told.kl_neutral.mean, steered.fluency.mean, base.fluency.mean)
+    # a pick that keeps the budget on what it was picked by, and not on the text that no trial saw
+    again = job(subject, tmp_path, budget=Budget(told.kl_neutral.mean * 0.999, 50))
+    monkeypatch.setattr(tune, "largest_gain", lambda *_: picked_place(tuned.record))
+    told = tune.tune(again, Silent()).record.confirmation
+    assert not told.within
+    assert told.kl_neutral.mean > again.budget.max_kl
+
+
+def picked_place(record):
+    return next(place for place, one in enumerate(record.pareto) if one.chosen)
 
 
 def test_a_tuned_recipe_gives_the_rule_that_was_picked(subject, tmp_path):
@@ -181,6 +202,7 @@ def test_a_tuned_recipe_gives_the_rule_that_was_picked(subject, tmp_path):
     assert "picked" in printed
     assert trial.label in printed
     assert "Persona prompt" in printed
+    assert "budget     kept there and on the test questions" in printed
     # more of the same go on in the same study, and the test questions' earlier use is told
     more = tune.tune(dataclasses.replace(asked, trials=6), Silent()).record
     assert more.trials[:5] == record.trials
@@ -245,9 +267,91 @@ def test_models_without_means_or_matched_constants(subject, monkeypatch):
         assert profile.matched_minus is None
         assert profile.mean_minus is not None
         assert any("tuned without matched constants" in one for one in notes)
-        mixture = dataclasses.replace(at.source, architecture=type("Mixture", (), {"mixture": True}))
-        monkeypatch.setattr(profiles, "_matched", fails)
-        assert dataclasses.replace(at, source=mixture).whole_profile(METHODS).matched_minus is None
+
+
+def flipped(module, monkeypatch):
+    """Scores the same answers towards the other pole, so that every gain changes its sign."""
+    monkeypatch.setattr(module, "Test", lambda bench, sign, *more: Test(bench, "+" if sign == "-" else "-", *more))
+
+
+def test_what_moves_the_answers_away_is_no_pick(subject, tmp_path, monkeypatch):
+    asked = job(subject, tmp_path, trials=1, methods=("matched",), storage=None)
+    asked = dataclasses.replace(asked, subject=dataclasses.replace(subject, cache=None))
+    (trial,) = tune.tune(asked, Silent()).record.trials
+    with monkeypatch.context() as patch:
+        if trial.gain.mean > 0:
+            flipped(tune, patch)
+        console = Console(record=True, width=200, file=(tmp_path / "printed").open("w"))
+        words = r"none of 1 trials within the budget .* moves the answers towards extraversion-; the best, trial 0 "
+        words += r"\(matched .*\), gains -0\.\d+ at KL .*no recipe was written"
+        with pytest.raises(EvaluationError, match=words):
+            deliver_tuning(asked, console, Silent(), out=tmp_path / "t.toml", json_path=tmp_path / "t.json")
+    record = read_tuning(tmp_path / "t.json")
+    assert record.trials[0].gain.mean == pytest.approx(-abs(trial.gain.mean))
+    assert record.trials[0].within
+    assert record.confirmation is None  # no test question is spent on it
+    assert not (tmp_path / "t.toml").exists()
+    assert "picked" not in console.export_text()
+    # a strength alone, likewise
+    auto = Job((SPEC,), None, model=subject.model, recipe="matched", overrides=FEW[1:], runtime=subject.runtime)
+    how = strength.Auto(WIDE, minutes=0, questions=3, answer_tokens=5)
+    with monkeypatch.context() as patch:
+        for _ in range(2):  # one of the two signs is negative
+            try:
+                strength.with_strengths(auto, Silent(), how)
+            except EvaluationError as error:
+                words = r"no strength within .* the best, 1 times the recipe's, gains -0\.\d+ at KL"
+                assert re.search(words, str(error))
+                break
+            flipped(strength, patch)
+        else:
+            pytest.fail("a gain below 0 is taken")
+
+
+def test_two_runs_of_one_study(subject, tmp_path):
+    path, space = tmp_path / "study.sqlite", Space(3, 288)
+    told = {"seed": 0}
+    with opened_study(path, "calm abc", space, lambda _: (0, 0), **told):
+        words = r"study.sqlite: another run is making trials .*\(calm, .*--storage"
+        with (
+            pytest.raises(EvaluationError, match=words),
+            opened_study(path, "calm abc", space, lambda _: (0, 0), **told),
+        ):
+            pass
+        with opened_study(path, "calm def", space, lambda _: (0, 0), **told) as other:  # another one in the same file
+            assert other.finished() == []
+    with opened_study(path, "calm abc", space, lambda _: (0, 0), **told) as again:
+        assert again.finished() == []
+    # what tune itself does while another one is at work
+    asked = job(subject, tmp_path, trials=1, methods=("matched",), confirm=False)
+    study = f"extraversion- {tune.tune(asked, Silent()).record.settings['study']}"
+    words = r"another run is making trials of this study \(extraversion-, "
+    with opened_study(path, study, space, lambda _: (0, 0), **told), pytest.raises(EvaluationError, match=words):
+        tune.tune(dataclasses.replace(asked, trials=2), Silent())
+
+
+def test_a_mixture_of_experts_has_no_constants(subject, make_tiny, tmp_path, cli_environment):
+    notes, path = [], make_tiny(experts=True)
+
+    class Noting(Silent):
+        def note(self, text):
+            notes.append(text)
+
+    with opened(dataclasses.replace(subject, model=str(path)), Noting()) as at:
+        assert at.methods(METHODS) == ("neurons",)
+        assert at.methods(("neurons",)) == ("neurons",)
+        (note,) = notes
+        assert re.match(r"tuned without mean, matched: .* is a mixture of experts", note)
+    with opened(subject, Noting()) as at:
+        assert at.methods(METHODS) == METHODS
+    for methods in ("mean", "matched", "mean,matched"):
+        few = ["--trait", "calm", "--methods", methods, "--model", path]
+        done = npti("tune", *few, environment=cli_environment, cwd=tmp_path)
+        assert done.returncode == 2
+        (line,) = done.stderr.strip().splitlines()
+        assert f"--methods {methods.replace(',', ', ')}: " in line
+        assert "mixture of experts" in line
+        assert line.endswith("give --methods neurons")
 
 
 def test_sweeps_are_of_the_rules_that_they_say(subject, tmp_path):
@@ -293,7 +397,7 @@ def test_sweeps_are_of_the_rules_that_they_say(subject, tmp_path):
     assert supplemented(sample_document(recipe=None), None, record).sweeps == record.sweeps
 
 
-def test_gamma_auto_takes_the_best_strength_within_the_budget(subject, tiny):
+def test_gamma_auto_takes_the_best_strength_within_the_budget(subject, tiny, monkeypatch):
     subject = dataclasses.replace(subject, recipe="mean-shift")
     asked = Job((SPEC,), None, model=str(tiny), recipe="mean-shift", overrides=FEW, runtime=subject.runtime)
     asked = dataclasses.replace(asked, cache=subject.cache)
@@ -308,10 +412,37 @@ def test_gamma_auto_takes_the_best_strength_within_the_budget(subject, tiny):
     seconds = iter(range(0, 9999, 100))
     quick = dataclasses.replace(how, budget=WIDE, minutes=3, clock=lambda: next(seconds))
     two = (TraitSpec("extraversion", "-", 0.5), TraitSpec("extraversion", "+"))
-    found = strength.with_strengths(dataclasses.replace(asked, traits=two), Silent(), quick).traits
+    with monkeypatch.context() as patch:  # a random model's + is scored towards -, where its answers happen to move
+        patch.setattr(strength, "Test", lambda bench, _, *more: Test(bench, "-", *more))
+        found = strength.with_strengths(dataclasses.replace(asked, traits=two), Silent(), quick).traits
     assert found == two  # the time is up after the recipe's own
     with pytest.raises(EvaluationError, match=r"no strength of extraversion- from 1 to 1 times .* keeps the budget"):
         strength.with_strengths(asked, Silent(), dataclasses.replace(how, budget=Budget(0, 0), minutes=0))
+
+
+def test_gamma_auto_keeps_the_recipe_that_a_published_profile_needs(tmp_path, monkeypatch):
+    """Of the default model, whose own recipe needs constants, which such a file does not hold."""
+    source, rng = resolve_model(None), np.random.default_rng(7)
+    shape = (source.shape.layers, source.shape.width)
+    fields = [rng.uniform(0, 1, shape).astype(np.float32) for _ in range(4)]
+    path = tmp_path / "Extraversion_dict.json"
+    save_profile(NeuronProfile("extraversion", *fields, None), path, force=False, threshold=0.9)
+    asked = Job((SPEC,), tmp_path / "m.gguf", profiles=(path,), runtime=RuntimeSettings(threads=1))
+    how = strength.Auto(WIDE, minutes=0, questions=2, answer_tokens=4)
+    tried = []
+    monkeypatch.setattr(strength, "build_rule", lambda *all: tried.append(all) or build_rule(*all))
+    try:
+        chosen = strength.with_strengths(asked, Silent(), how)
+    except EvaluationError:  # these neurons are random: one of the two signs gains
+        flipped(strength, monkeypatch)
+        chosen = strength.with_strengths(asked, Silent(), how)
+    assert {recipe.name for *_, recipe in tried} == {"smollm2-135m-npti"}
+    assert chosen == asked  # at strength 1
+    with prepared(chosen) as ready:
+        assert ready.recipe.name == "smollm2-135m-npti"
+        rule = build_rule(ready.profiles["extraversion"], *chosen.traits, ready.recipe)
+    assert min(rule.shifted, rule.clamped) > 100  # of those in the file
+    assert rule.constant is None
 
 
 def test_which_tokens_are_steered_in_transformers(subject):

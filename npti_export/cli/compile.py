@@ -35,8 +35,8 @@ def compile_command(
     """Say what a steered GGUF would cost and lose, without writing it.
 
     \b
-      npti-export compile --trait calm --explain
-      npti-export compile --trait calm --program exact --program bias --program budget:5% --measure
+      npti-export compile --trait calm --recipe npti --explain
+      npti-export compile --trait calm --recipe npti --program exact --program bias --program budget:5% --measure
     """
     import json
 

@@ -157,7 +157,8 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
         options["gamma"] = None
     fields = job_options(options)
 
-    from npti_export.pipeline import Job, push, run
+    from npti_export.pipeline import Job, run
+    from npti_export.publish import push
     from npti_export.report import render, save_report
 
     job = Job(traits=specs, report=report_path, **fields)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npti_export.endings.base import Format
-from npti_export.errors import EvaluationError
+from npti_export.errors import EvaluationError, shortened
 from npti_export.evaluate.document import Condition, Document, Estimate
 from npti_export.evaluate.estimate import interval
 from npti_export.evaluate.poles import judged_otherwise, judged_pole
@@ -25,11 +25,17 @@ _SPECIAL = str.maketrans({one: f"\\{one}" for one in "\\`*_{}[]<>()#+-.!|&~"})
 _FENCE = re.compile(r"(`{3,}(?=[^`]*$)|~{3,})")
 _LINES = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 _MOST_INDENT = 3  # of a line that is no code block
-_RULE = ("select", "rule", "poles")  # sections of a recipe that a rule depends on
+_SECTIONS = ("prompt", "identify", "select", "rule", "poles", "compile")  # that an artifact depends on
+_OF_SPEED = {"batch_size"}  # keys that say how fast, not what
 
 
-def section(document: Document) -> str:
-    """What a card says of an evaluation, between two marks by which it is found again."""
+def section(document: Document, *, other_file: bool = False) -> str:
+    """What a card says of an evaluation, between two marks by which it is found again.
+
+    Args:
+        document: the evaluation.
+        other_file: whether it is known to be of other bytes than those that the card goes with.
+    """
     contrast, artifact = document.trait_contrast, document.artifact
     steered = " ".join(document.traits)
     of = ", ".join(_plain(str(artifact[name])) for name in ("path", "format") if name in artifact)
@@ -46,6 +52,12 @@ def section(document: Document) -> str:
         _conditions(document),
         "\n".join(f"- {line}" for line in _lines(document)),
     ]
+    if other_file:
+        parts.insert(
+            2,
+            "These figures were measured on another file of the same rule, made by the same settings, whose bytes are "
+            "not those of the file here.",
+        )
     return "\n\n".join([BEGIN, *parts, END])
 
 
@@ -162,28 +174,77 @@ def _indent(line: str) -> int:
 
 
 def check_same_rule(
-    path: Path, document: Document, traits: Sequence[TraitSpec], fingerprint: str, recipe: Recipe, kind: Format
+    path: Path,
+    document: Document,
+    traits: Sequence[TraitSpec],
+    fingerprint: str,
+    recipe: Recipe,
+    kind: Format,
+    *,
+    benches: Mapping[str, str],
+    strengths: bool = True,
+    compiles: bool = True,
 ) -> None:
     """Raise unless an evaluation is of the rule that a job makes.
 
+    Args:
+        path: of the evaluation.
+        document: the same, read.
+        traits: the job's poles.
+        fingerprint: of its model.
+        recipe: resolved.
+        kind: format of what it writes.
+        benches: digest of the personas and questions of each trait.
+        strengths: compare those of the poles, too.
+        compiles: compare how the rule is compiled, too.
+
     Raises:
-        EvaluationError: another format, model or recipe, other poles or strengths, or no rule at all.
+        EvaluationError: another format, model, bench or recipe, other poles or strengths, or no rule at all; the field
+            is named.
     """
     if not document.layers:
         raise EvaluationError(f"--evaluation {path}: is of a file that holds no rule; evaluate what is uploaded")
+    evaluated = [parse_recorded(text) for text in document.traits]
+    theirs, ours = (sorted(str(one) if strengths else one.pole for one in specs) for specs in (evaluated, traits))
+    bench = benches.get(str(document.settings.get("pole"))[:-1])
+    pairs: list[tuple[str, Any, Any]] = [
+        ("artifact.format", document.artifact.get("format"), kind),
+        ("model.fingerprint", document.model.get("fingerprint"), fingerprint),
+        ("traits", theirs, ours),
+        ("recipe", document.recipe is None, False),
+    ]
+    if bench is not None and "bench" in document.settings:
+        pairs.append(("settings.bench", document.settings["bench"], bench))
     wanted = json.loads(recipe.to_json())
-    evaluated = sorted(str(parse_recorded(text)) for text in document.traits)
-    differs = {
-        "artifact.format": document.artifact.get("format") != kind,
-        "model": document.model.get("fingerprint") != fingerprint,
-        "traits": evaluated != sorted(map(str, traits)),
-        "recipe": document.recipe is None or any(document.recipe.get(name) != wanted[name] for name in _RULE),
-    }
-    for field, other in differs.items():
-        if other:
+    for name in _SECTIONS if compiles else _SECTIONS[:-1]:
+        there, here = _section(document.recipe, name), wanted[name]
+        keys = [key for key in dict.fromkeys([*there, *here]) if key not in _OF_SPEED]
+        pairs += [(f"recipe.{name}.{key}", there.get(key), here.get(key)) for key in keys]
+    for field, there, here in pairs:
+        if there != here:
+            shown = "" if field == "recipe" else f" ({shortened(there)} there, {shortened(here)} here)"
             raise EvaluationError(
-                f"--evaluation {path}: '{field}' is not that of this job; evaluate what is uploaded, or leave it out"
+                f"--evaluation {path}: '{field}' is not that of this job{shown}; evaluate what is uploaded, or leave "
+                "it out"
             )
+
+
+def _section(recipe: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    found = (recipe or {}).get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def is_other_file(document: Document, sha256: str | dict[str, str]) -> bool:
+    """Whether an evaluation is known to be of other bytes than an artifact: not where either does not say.
+
+    Args:
+        document: the evaluation.
+        sha256: of the artifact; of several files by name.
+    """
+    known = document.artifact.get("sha256")
+    if isinstance(known, dict) and isinstance(sha256, dict):
+        return any(known[name] != sha256[name] for name in known.keys() & sha256.keys())
+    return isinstance(known, str) and isinstance(sha256, str) and known != sha256
 
 
 def results(document: Document) -> list[EvalResult]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from npti_export.bench import Question, TraitBench, load_bench
-from npti_export.errors import EvaluationError
+from npti_export.errors import EvaluationError, NptiError
 from npti_export.evaluate import baselines
 from npti_export.evaluate.assemble import Found, assemble
 from npti_export.evaluate.capability.part import BaseSkill, base_skill, compare_tasks
@@ -88,6 +89,10 @@ def evaluate(job: EvaluationJob, progress: Progress) -> Document:
     _check(job)
     items = read_inventory(job.inventory) if "inventory" not in job.skips else ()
     tasks = [*shipped_tasks(), *map(read_tasks, job.tasks)] if "capability" not in job.skips else []
+    if job.judges:
+        from npti_export.evaluate.judge.run import check_judges
+
+        check_judges(job.judges, job.journal, progress.note)
     timings, started = Timings(), time.perf_counter()
     with opened(job.subject, timings, progress, job.questions or 0) as subject:
         _check_fine_tuning(job, subject)
@@ -240,12 +245,12 @@ class _Work:
         return found
 
     def judge(self, answered: Sequence[Answered]) -> JudgePart | None:
-        """What the judges say of every condition."""
+        """What the judges say of every condition; nothing where all of them fail, which costs no other figure."""
         if not self.job.judges:
             return None
         from npti_export.evaluate.judge.run import judge_answers
 
-        with self.timings.measure("judge"):
+        with self.timings.measure("judge"), _noted(self.progress, "no judge's scores"):
             return judge_answers(
                 self.job.judges,
                 self.subject.bench.definition,
@@ -256,3 +261,12 @@ class _Work:
                 journal=self.job.journal,
                 note=self.progress.note,
             )
+        return None
+
+
+@contextmanager
+def _noted(progress: Progress, what: str) -> Iterator[None]:
+    try:
+        yield
+    except NptiError as error:
+        progress.note(f"{what}: {error}")

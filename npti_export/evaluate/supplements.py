@@ -43,6 +43,7 @@ class Confirmation(_Record):
     questions: int
     conditions: list[Condition] = Field(description="Unsteered, steered, persona prompt")
     kl_neutral: Estimate
+    within: bool = Field(description="Whether the budget is kept here, too")
     before: int = Field(description="How often a pick of the same study was confirmed before")
 
 

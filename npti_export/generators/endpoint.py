@@ -34,7 +34,7 @@ class EndpointSettings:
         omit: fields of a request that the endpoint does not take: seed, temperature, max_tokens, response_format.
         extra: further fields of each request.
         option: of the command line that gave the address, for messages.
-        flags: what those for ``omit`` and ``extra`` begin with, for messages.
+        flags: what those for ``omit`` and ``extra`` begin with, for messages; None where there are none.
     """
 
     url: str
@@ -46,7 +46,7 @@ class EndpointSettings:
     omit: frozenset[str] = frozenset()
     extra: dict[str, Any] = field(default_factory=dict)
     option: str = "--endpoint"
-    flags: str = "--"
+    flags: str | None = "--"
 
 
 class Endpoint:
@@ -188,13 +188,15 @@ class Endpoint:
         if (code in (408, 409, 429) or code >= 500) and not spent:
             return UnavailableError(f"{self._where}: answers {code} ({words})")
         flags = self.settings.flags
+        fields = "seed, temperature, max_tokens or response_format"
+        other = f"; if it does not know {fields}, which it is sent, take another endpoint"
+        leave_out = f"; if it does not know a field, leave that out by {flags}omit {fields}"
         hint = {
-            400: f"; if it does not know a field, leave that out by {flags}omit seed, temperature, max_tokens or "
-            f"response_format, or add what it wants by {flags}extra",
+            400: other if flags is None else f"{leave_out}, or add what it wants by {flags}extra",
             401: f"; set its key in the environment variable {self.settings.key_variable}",
             403: f"; the key in {self.settings.key_variable} may not do this",
             404: "; check the address, which mostly ends in /v1, and the model's name",
-            422: f"; leave out what it does not take by {flags}omit",
+            422: other if flags is None else f"; leave out what it does not take by {flags}omit",
         }.get(code, "")
         return RefusedError(f"{self._where}: answers {code} ({words}){hint}", code)
 

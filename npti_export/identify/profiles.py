@@ -25,7 +25,7 @@ from npti_export.stats import ContrastStats
 from npti_export.traits import Sign
 
 _KEY = "constant"
-_CACHE_FORMAT = 1  # raise when the meaning of a cached constant changes
+_CACHE_FORMAT = 2  # raise when the meaning of a cached constant changes
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,13 @@ def identified(
 
 
 def profile_for(
-    place: Place, bench: TraitBench, signs: Sequence[Sign], recipe: Recipe, progress: Progress, *, whole: bool = False
+    place: Place,
+    bench: TraitBench,
+    signs: Sequence[Sign],
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    neurons: Recipe | None = None,
 ) -> NeuronProfile:
     """What a recipe needs to know of a trait to steer towards some of its poles.
 
@@ -80,14 +86,16 @@ def profile_for(
         signs: the poles.
         recipe: its ``prompt``, ``identify`` and ``rule`` sections.
         progress: told of each batch and pass.
-        whole: identify the neurons in any case, for a profile that is kept.
+        neurons: the recipe by which neurons are identified in any case, for a profile that is kept.
 
     Raises:
         NptiError: see :func:`identified` and :func:`npti_export.identify.matched.match`.
     """
     rules = {sign: recipe.for_pole(f"{bench.trait}{sign}").rule for sign in signs}
-    if whole or any(rule.by_neurons for rule in rules.values()):
-        _, profile = identified(place, bench, recipe, progress)
+    if neurons is None and any(rule.by_neurons for rule in rules.values()):
+        neurons = recipe
+    if neurons is not None:
+        _, profile = identified(place, bench, neurons, progress)
     else:
         shape = place.source.shape
         nothing = np.zeros((shape.layers, shape.width), np.float32)
@@ -106,7 +114,9 @@ def _matched(place: Place, bench: TraitBench, sign: Sign, recipe: Recipe, progre
             f"{source.name}: rule.matched adds to the output of an MLP, and a mixture of experts has many; set "
             "rule.matched=0"
         )
-    depends: Any = [_CACHE_FORMAT, cache_key(source, bench, recipe, place.dtype, place.device), sign]
+    # how many questions neurons are counted on makes no difference here
+    plain = recipe.model_copy(update={"identify": recipe.identify.model_copy(update={"questions": 0})})
+    depends: Any = [_CACHE_FORMAT, cache_key(source, bench, plain, place.dtype, place.device), sign]
     depends += [recipe.identify.matched_questions]
     name = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:24]
     kept = None if place.cache is None else place.cache / "matched" / f"{bench.trait}{sign}-{name}.safetensors"

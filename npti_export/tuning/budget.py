@@ -28,6 +28,9 @@ class Budget:
             if not 0 <= value < float("inf"):
                 raise EvaluationError(f"{name} {value}: give a number that is not negative")
 
+    def __str__(self) -> str:
+        return f"the budget of KL {self.max_kl:g} and {self.max_fluency_loss:.0%} of fluency"
+
     def excess(self, damage: float, fluency: float, unsteered: float) -> tuple[float, float]:
         """How far each limit is exceeded; within it where not positive.
 

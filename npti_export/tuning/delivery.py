@@ -14,6 +14,7 @@ from npti_export.files import atomic_output, check_writable
 from npti_export.progress import Progress
 from npti_export.recipe import select_recipe
 from npti_export.tuning.ablate import AblationJob, ablate
+from npti_export.tuning.budget import Budget
 from npti_export.tuning.recipe_file import check_recipe_path, write_recipe
 from npti_export.tuning.tune import Tuned, TuneJob, tune
 
@@ -33,7 +34,8 @@ def deliver_tuning(
     """Tune, write what is asked for, and print the Pareto front and what was picked.
 
     Raises:
-        EvaluationError: no trial keeps the budget; the JSON and the front are there all the same.
+        EvaluationError: no trial within the budget moves the answers towards the pole; the JSON and the front are
+            there all the same.
         NptiError: something is wrong with the job, said before any work, or it cannot be done.
     """
     _check_outputs(job, out, json_path, force=force)
@@ -53,13 +55,22 @@ def deliver_tuning(
     for line in wrote:
         console.print(f"wrote {line}", highlight=False, markup=False)
     if tuned.point is None:
-        least = min(one.damage.mean for one in record.trials)
-        raise EvaluationError(
-            f"none of {len(record.trials)} trials keeps the budget of KL {job.budget.max_kl:g} and "
-            f"{job.budget.max_fluency_loss:.0%} of fluency (the smallest KL is {least:.3g}); no recipe was written: "
-            "allow more, or go on with more --minutes"
-        )
+        raise EvaluationError(_nothing(record, job.budget))
     return record
+
+
+def _nothing(record: TuningRecord, budget: Budget) -> str:
+    """Why there is no pick, and what came nearest."""
+    advice = "no recipe was written: allow more, or go on with more --minutes"
+    kept = [one for one in record.trials if one.within]
+    if not kept:
+        least = min(one.damage.mean for one in record.trials)
+        return f"none of {len(record.trials)} trials keeps {budget} (the smallest KL is {least:.3g}); {advice}"
+    best = max(kept, key=lambda one: one.gain.mean)
+    return (
+        f"none of {len(kept)} trials within {budget} moves the answers towards {record.pole}; the best, trial "
+        f"{best.number} ({best.label}), gains {best.gain.mean:+.3f} at KL {best.damage.mean:.3f}; {advice}"
+    )
 
 
 def _check_outputs(job: TuneJob, out: Path | None, json_path: Path | None, *, force: bool) -> None:
@@ -107,7 +118,7 @@ def _comments(record: TuningRecord) -> list[str]:
         lines.append(
             f"Test questions ({told.questions}): gain {interval(steered.gain)}, KL {told.kl_neutral.mean:.3f}, fluency "
             f"{steered.fluency.mean:.2f} (unsteered {base.fluency.mean:.2f}); persona prompt {interval(prompt.gain)}, "
-            f"fluency {prompt.fluency.mean:.2f}"
+            f"fluency {prompt.fluency.mean:.2f}; the budget is {'kept' if told.within else 'exceeded'} there"
         )
     return lines
 
@@ -140,11 +151,11 @@ def _print_confirmation(told: Confirmation, console: Console) -> None:
     for one in told.conditions:
         table.add_row(Text(one.label), *_cells(one))
     console.print(table)
-    console.print(
+    for line in (
         f"neutral    KL {told.kl_neutral.mean:.3f} nats a token from the unsteered model, on text that no trial saw",
-        highlight=False,
-        markup=False,
-    )
+        f"budget     {'kept' if told.within else 'exceeded'} there and on the test questions",
+    ):
+        console.print(line, highlight=False, markup=False)
 
 
 def _cells(one: Condition) -> Sequence[str]:

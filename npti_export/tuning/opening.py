@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Literal
 
 from npti_export.bench import TraitBench
 from npti_export.benches import load_benches
-from npti_export.errors import ProfileError, TraitError
+from npti_export.errors import EvaluationError, ProfileError, TraitError
 from npti_export.evaluate.engine import Engine, engine_for
 from npti_export.identify.profiles import Place, profile_for
 from npti_export.loader import Models, RuntimeSettings, Timings
@@ -22,6 +22,7 @@ from npti_export.traits import TraitSpec
 
 Method = Literal["neurons", "mean", "matched"]
 METHODS: tuple[Method, ...] = ("neurons", "mean", "matched")  # what a rule may be made of
+_OF_ONE_MLP = ("mean", "matched")  # constants for the input of a layer's down projection
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,23 @@ class Opened:
         models = self._models
         return Place(models.fast, self.source, models.dtype(), models.device(), self.job.cache)
 
+    def methods(self, asked: Sequence[Method]) -> tuple[Method, ...]:
+        """Those that the model can have; a note says which it cannot.
+
+        Raises:
+            EvaluationError: none is left.
+        """
+        if not self.source.architecture.mixture:
+            return tuple(asked)
+        left = tuple(one for one in asked if one not in _OF_ONE_MLP)
+        dropped = ", ".join(one for one in asked if one in _OF_ONE_MLP)
+        why = f"{self.source.name} is a mixture of experts, whose layers have no one MLP to add a constant to"
+        if not left:
+            raise EvaluationError(f"--methods {dropped}: {why}; give --methods neurons")
+        if dropped:
+            self._progress.note(f"tuned without {dropped}: {why}")
+        return left
+
     def engine(self) -> Engine:
         """Load the model.
 
@@ -96,7 +114,7 @@ class Opened:
                 for, also that the model has none.
         """
         counts = bool({"neurons", "mean"}.intersection(methods))
-        if "matched" in methods and not (counts and self.source.architecture.mixture):
+        if "matched" in methods:
             try:
                 return self._profile(matched=1.0, whole=counts)
             except ProfileError as error:  # the stream does not follow; where nothing was answered, it is raised again
@@ -108,7 +126,8 @@ class Opened:
     def _profile(self, *, matched: float, whole: bool) -> NeuronProfile:
         rule = self.recipe.rule.model_copy(update={"matched": matched, "shift": whole, "clamp": False, "constant": 0.0})
         recipe = self.recipe.model_copy(update={"rule": rule, "poles": {}})
-        return profile_for(self.place, self.bench, [self.spec.sign], recipe, self._progress, whole=whole)
+        neurons = recipe if whole else None
+        return profile_for(self.place, self.bench, [self.spec.sign], recipe, self._progress, neurons=neurons)
 
 
 @contextmanager

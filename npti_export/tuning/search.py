@@ -189,14 +189,14 @@ def opened_study(
     """A study, new or gone on with.
 
     Args:
-        storage: SQLite file; None keeps nothing.
+        storage: SQLite file; None keeps nothing. Beside it, a file ending in ``.lock`` keeps two runs from one study.
         name: of everything that trials' figures depend on; a file may hold several.
         space: of its trials.
         excess: see :class:`Study`.
         seed: of the sampler, together with the number of trials that there are.
 
     Raises:
-        EvaluationError: the file is no such storage, or is damaged.
+        EvaluationError: the file is no such storage, or is damaged, or another run makes trials of the same study.
         OutputError: it cannot be written.
     """
     import optuna
@@ -205,10 +205,11 @@ def opened_study(
     before, logged = optuna.logging.get_verbosity(), optuna.logging.set_verbosity
     logged(optuna.logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        file = None if storage is None else _file(storage)
+        with _alone(storage, name), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = optuna.create_study(
-                storage=None if storage is None else _file(storage),
+                storage=file,
                 study_name=name,
                 directions=["maximize", "minimize"],
                 load_if_exists=True,
@@ -223,6 +224,30 @@ def opened_study(
         raise EvaluationError(f"{storage}: not a study of trials, or damaged ({reason}); name another file") from error
     finally:
         logged(before)
+
+
+@contextmanager
+def _alone(storage: Path | None, name: str) -> Iterator[None]:
+    """Hold a study: a second run would take the first one's trials for those of a run that was killed."""
+    from filelock import FileLock, Timeout
+
+    if storage is None:
+        yield
+        return
+    place = storage.with_name(f"{storage.name}.{name.replace(' ', '-')}.lock")
+    lock = FileLock(place)
+    with translate_os_errors(place):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:  # an OSError, too
+            raise EvaluationError(
+                f"{storage}: another run is making trials of this study ({name.split()[0]}, with the same settings); "
+                "wait for it, or name another --storage"
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _file(path: Path) -> optuna.storages.RDBStorage:

@@ -68,6 +68,9 @@ class Point:
 class Space:
     """All choices for one model.
 
+    Every range of layers that is tried holds the middle of the model: ``first`` is at most ``layers // 2``, ``last`` at
+    least ``layers // 2 + 1``. Rules that end before it, or begin behind it, are not looked for.
+
     Attributes:
         layers: of the model.
         neurons: of all layers together.

@@ -11,6 +11,7 @@ from npti_export.evaluate.conditions import Test
 from npti_export.job import Job, prepared
 from npti_export.profile import NeuronProfile
 from npti_export.progress import Progress
+from npti_export.publish import check_publication
 from npti_export.rule import build_rule
 from npti_export.traits import FACETS, TraitSpec
 from npti_export.tuning.budget import Budget, largest_gain
@@ -19,6 +20,7 @@ from npti_export.tuning.trial import Figures, Measure, search_questions, trial_p
 
 STRENGTHS = (1.0, 0.5, 1.5, 0.75, 2.0, 0.25, 1.25)  # in the order in which they are tried while there is time
 _PERSONAS = 2
+_ADVICE = "look for other settings by npti-export tune, or give a number"
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ def with_strengths(job: Job, progress: Progress, how: Auto | None = None) -> Job
     A pole's own strength, as in ``calm:0.5``, is multiplied. Each of several poles is tuned alone.
 
     Raises:
-        EvaluationError: no strength of a pole keeps the budget.
+        EvaluationError: no strength of a pole keeps the budget, or none that does moves the answers towards it.
         NptiError: something is wrong with the job; said before any work.
     """
     with prepared(job) as ready:
+        check_publication(ready, strengths=False)
         profiles, chosen = ready.profiles, replace(job, recipe=job.recipe or ready.recipe.name)
     how = how or Auto()
     how = replace(how, minutes=how.minutes / len(job.traits))
@@ -107,12 +110,14 @@ def _best(
     if place is None:
         raise EvaluationError(
             f"--gamma auto: no strength of {at.spec.pole} from {min(f for f, _ in tried):g} to "
-            f"{max(f for f, _ in tried):g} times the recipe's keeps the budget of KL {budget.max_kl:g} and "
-            f"{budget.max_fluency_loss:.0%} of fluency (the smallest KL is {min(damages):.3g}); look for other "
-            "settings by npti-export tune, or give a number"
+            f"{max(f for f, _ in tried):g} times the recipe's keeps {budget} (the smallest KL is {min(damages):.3g}); "
+            f"{_ADVICE}"
         )
     if gains[place] <= 0:
-        progress.note(f"gamma auto: no strength within the budget moves the answers towards {at.spec.pole}")
+        raise EvaluationError(
+            f"--gamma auto: no strength within {budget} moves the answers towards {at.spec.pole}; the best, "
+            f"{tried[place][0]:g} times the recipe's, gains {gains[place]:+.3f} at KL {damages[place]:.3f}; {_ADVICE}"
+        )
     return tried[place]
 
 

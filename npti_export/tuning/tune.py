@@ -73,7 +73,7 @@ class Tuned:
     Attributes:
         record: everything.
         recipe: that was started from.
-        point: that was picked; None where no trial keeps the budget.
+        point: that was picked; None where no trial within the budget moves the answers towards the pole.
         space: that it is of.
     """
 
@@ -97,11 +97,12 @@ def tune(job: TuneJob, progress: Progress, clock: Callable[[], float] = time.mon
     with opened(replace(job.subject, trait=plain_pole(job.subject.trait)), progress) as at:
         questions = search_questions(at.bench, at.recipe, job.questions)
         held_out = _held_out(job, at)
-        profile = at.whole_profile(job.methods)
+        methods = at.methods(job.methods)
+        profile = at.whole_profile(methods)
         engine = at.engine()
         test = Test(at.bench, at.spec.sign, questions, at.recipe, job.answer_tokens, job.personas, job.seed)
         measure = Measure(engine, test, trial_passages())
-        tuner = _Tuner(job, at, engine, profile, measure, _space(at, profile, job.methods))
+        tuner = _Tuner(job, at, engine, profile, measure, _space(at, profile, methods))
         after = _CONFIRMED * held_out / len(questions) if job.confirm else 0.0
         limits = Limits(job.trials, 60 * job.minutes - (clock() - started), after, clock)
         name = f"{at.spec.pole} {tuner.key}"
@@ -183,7 +184,7 @@ class _Tuner:
         found = study.finished()
         trials = [self._record(one) for one in found]
         gains, damages = [one.gain.mean for one in trials], [one.damage.mean for one in trials]
-        chosen = largest_gain(gains, damages, [one.within for one in trials])
+        chosen = largest_gain(gains, damages, [one.within and one.gain.mean > 0 for one in trials])
         front = pareto_front(gains, damages)
         pareto = [
             ParetoPoint(
@@ -197,11 +198,8 @@ class _Tuner:
             for place, one in enumerate(trials)
         ]
         confirmation = None
-        if chosen is not None:
-            if trials[chosen].gain.mean <= 0:
-                progress.note("no trial within the budget moves the answers towards the pole")
-            if self.job.confirm:
-                confirmation = self._confirm(self.rule(found[chosen].point), study, progress)
+        if chosen is not None and self.job.confirm:
+            confirmation = self._confirm(self.rule(found[chosen].point), study, progress)
         at, job = self.at, self.job
         record = TuningRecord(
             model={"name": at.source.name, "fingerprint": at.source.fingerprint},
@@ -263,5 +261,6 @@ class _Tuner:
             questions=len(test.questions),
             conditions=[condition(one, measure.base, test) for one in told],
             kl_neutral=estimate(damage, seed=job.seed),
+            within=job.budget.holds(float(damage.mean()), float(steered.scores.fluency.mean()), measure.fluency),
             before=before,
         )

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from npti_export.errors import EvaluationError
+from npti_export.errors import BenchError, EvaluationError
 from npti_export.evaluate.judge.prompts import BEGINNINGS, RATINGS, SCHEMA, read_rating
 from npti_export.evaluate.judge.spec import JudgeSpec
 from npti_export.evaluate.judge.verdicts import Asked, Verdict, unreadable
-from npti_export.evaluate.options import choose, find_options
+from npti_export.evaluate.options import Options, choose, find_options
 from npti_export.generators.base import RefusedError, Request, UnavailableError, UnusableAnswerError
 from npti_export.generators.endpoint import Endpoint, EndpointSettings, public_address
+
+if TYPE_CHECKING:
+    from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 
 Done = Callable[[int, Verdict | None], None]
 """Told the place of a request and its verdict; None where none came, which may be asked for again."""
@@ -35,6 +39,14 @@ class Rater(Protocol):
     """What a report calls it."""
     identity: str
     """What its verdicts are kept under."""
+
+    def check(self, asked: Asked) -> None:
+        """Ask once, without patience: whether anything is there that answers.
+
+        Raises:
+            EvaluationError: nothing, or it refuses.
+            ModelError: the model cannot be run.
+        """
 
     def rate(self, requests: Sequence[Asked], done: Done) -> None:
         """Ask for ratings in the given order; each is handed over as soon as it is there.
@@ -71,12 +83,28 @@ class EndpointRater:
             omit=spec.omit,
             extra=spec.extra,
             option="--judge",
-            flags="--judge-",
+            flags=None,  # evaluate has none for these
         )
         self._endpoint = Endpoint(self._settings, note)
         self._schema, self._settled = True, False
         self._readable = False
         self._unusable = self._silent = 0
+
+    def check(self, asked: Asked) -> None:
+        """See :class:`Rater`."""
+        hasty = EndpointRater(replace(self._spec, patience=0.0), lambda _text: None)
+        try:
+            asyncio.run(hasty._once(asked))
+        except UnusableAnswerError:  # it answers, and the next answer may be better
+            return
+        except BenchError as error:
+            raise EvaluationError(f"--judge {self.name}: {error}") from error
+
+    async def _once(self, asked: Asked) -> None:
+        try:
+            await self._first_text(asked)
+        finally:
+            await self._endpoint.close()
 
     def rate(self, requests: Sequence[Asked], done: Done) -> None:
         """See :class:`Rater`."""
@@ -110,7 +138,9 @@ class EndpointRater:
         except UnavailableError as error:
             self._silent += 1
             if self._silent >= _MOST_SILENT:
-                raise EvaluationError(f"--judge {self.name}: {error}; what was judged is kept, so ask again") from error
+                raise EvaluationError(
+                    f"--judge {self.name}: {error}; what was judged is kept where there is a --judge-journal"
+                ) from error
             return None
         else:
             rating = read_rating(text)
@@ -189,8 +219,13 @@ class LocalRater:
         self._spec, self.name = spec, self._path.name
         self.identity = f"{self._path.name} {_sampled_digest(self._path)}"
 
-    def rate(self, requests: Sequence[Asked], done: Done) -> None:
-        """See :class:`Rater`. The file is loaded for as long as this runs."""
+    def check(self, asked: Asked) -> None:
+        """See :class:`Rater`."""
+        with self._opened() as (runtime, options):
+            choose(runtime, [asked.messages], options)
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[LlamaCppRuntime, Options]]:
         from npti_export.runtimes.llamacpp.context import Settings
         from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 
@@ -204,6 +239,11 @@ class LocalRater:
                     f"--judge {self.name}: 1 to 5 are not single tokens at the head of its answers; take another "
                     "model, or serve this one and give URL=MODEL"
                 )
+            yield runtime, options
+
+    def rate(self, requests: Sequence[Asked], done: Done) -> None:
+        """See :class:`Rater`. The file is loaded for as long as this runs."""
+        with self._opened() as (runtime, options):
             for places in _batches(requests):
                 choice = choose(runtime, [requests[place].messages for place in places], options)
                 expected = choice.shares @ np.array(RATINGS, np.float64)

@@ -6,12 +6,14 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.bench.definition import TraitDefinition
-from npti_export.errors import EvaluationError
+from npti_export.bench import shipped_folder
+from npti_export.bench.definition import TraitDefinition, read_definition
+from npti_export.errors import EvaluationError, NptiError, OutputError
 from npti_export.evaluate.document import Agreement, Estimate, JudgePart, JudgeScores
 from npti_export.evaluate.estimate import estimate
 from npti_export.evaluate.judge.agreement import agreement
@@ -24,6 +26,22 @@ Progress = Callable[[int, int], None]
 """Told how many verdicts of how many there are, over all judges."""
 _Pairs = dict[tuple[str, str], None]
 _Ratings = dict[What, dict[tuple[str, str], float | None]]
+
+
+def check_judges(judges: Sequence[JudgeSpec], journal: Path | None, note: Callable[[str], None]) -> None:
+    """Ask each judge one short thing, and read the journal: what is wrong with them is known before any work.
+
+    Raises:
+        EvaluationError: a judge is unusable, refuses or does not answer, or the journal is damaged.
+        BenchError: the packages of the extra ``bench`` are missing.
+        ModelError: a local judge cannot be run.
+        OutputError: the journal cannot be written.
+    """
+    VerdictJournal(journal).close()
+    definition = read_definition(shipped_folder("extraversion"))  # any: fluency is rated without it
+    asked = Asked("fluency", judge_messages("fluency", definition, "+", "How are you?", "Well, thank you."))
+    for rater in open_judges(judges, note):
+        rater.check(asked)
 
 
 def judge_answers(
@@ -40,6 +58,9 @@ def judge_answers(
 ) -> JudgePart:
     """Let judges rate answers: how strongly they show the wanted pole, and how fluent they are, 1 to 5.
 
+    A judge that fails is left out with a note, or, where verdicts of it came before, scores by these: the pile is
+    shuffled. A condition for which a judge gave no verdict that can be used is not among its scores.
+
     A judge sees question and answer only, never which condition made it, and the answers of all conditions in one
     seeded random order. The same answer to the same question is judged once, whoever gave it.
 
@@ -55,8 +76,9 @@ def judge_answers(
         note: told, in a sentence, what the user should know.
 
     Raises:
-        EvaluationError: nothing to judge, a judge is unusable, or the journal is damaged.
-        BenchError: an endpoint refuses or does not answer; verdicts that came are kept.
+        EvaluationError: nothing to judge, a judge is given twice, the journal is damaged; or no judge gave a verdict,
+            likewise the next two.
+        BenchError: an endpoint refuses or does not answer.
         ModelError: a local judge cannot be run.
         OutputError: the journal cannot be written.
     """
@@ -70,18 +92,39 @@ def judge_answers(
     pairs: _Pairs = dict.fromkeys(
         (question, text) for texts in answers.values() for question, text in zip(questions, texts, strict=True)
     )
+    found = _of_all(raters, definition, sign, list(pairs), seed, journal, progress, note)
+    return JudgePart(
+        judges=[_scores(name, ratings, questions, answers, seed) for name, ratings in found.items()],
+        agreement=_agreements(list(found), list(found.values())),
+    )
+
+
+def _of_all(
+    raters: Sequence[Rater],
+    definition: TraitDefinition,
+    sign: str,
+    pairs: Sequence[tuple[str, str]],
+    seed: int,
+    journal: Path | None,
+    progress: Progress | None,
+    note: Callable[[str], None],
+) -> dict[str, _Ratings]:
+    """Ratings by the names of the judges that gave any."""
     kept = VerdictJournal(journal)
     try:
         meter = _Meter(len(raters) * len(WHAT) * len(pairs), progress)
-        found = [_ratings(rater, definition, sign, list(pairs), seed, kept, meter) for rater in raters]
+        made = {
+            rater.name: _ratings_or_fault(rater, definition, sign, pairs, seed, kept, meter, note) for rater in raters
+        }
     finally:
         kept.close()
-    return JudgePart(
-        judges=[
-            _scores(rater.name, ratings, questions, answers, seed) for rater, ratings in zip(raters, found, strict=True)
-        ],
-        agreement=_agreements([rater.name for rater in raters], found),
-    )
+    faults = [one for one in made.values() if isinstance(one, NptiError)]
+    found = {name: one for name, one in made.items() if not isinstance(one, NptiError)}
+    if not found:
+        raise faults[0]
+    for fault in faults:
+        note(f"a judge is left out: {fault}")
+    return found
 
 
 def _agreements(names: Sequence[str], found: Sequence[_Ratings]) -> list[Agreement]:
@@ -108,6 +151,16 @@ class _Meter:
             self._progress(self._done, self._total)
 
 
+def _ratings_or_fault(rater: Rater, *more: Any) -> _Ratings | NptiError:
+    """Those of :func:`_ratings`, or why there are none; a disk that is full is everybody's fault."""
+    try:
+        return _ratings(rater, *more)
+    except OutputError:
+        raise
+    except NptiError as error:
+        return error
+
+
 def _ratings(
     rater: Rater,
     definition: TraitDefinition,
@@ -116,8 +169,9 @@ def _ratings(
     seed: int,
     kept: VerdictJournal,
     meter: _Meter,
+    note: Callable[[str], None],
 ) -> _Ratings:
-    """All ratings of one judge, in the order of the pairs."""
+    """All ratings of one judge, in the order of the pairs; where it fails in between, those that came."""
     asked = {
         (what, pair): Asked(what, judge_messages(what, definition, sign, *pair)) for what in WHAT for pair in pairs
     }
@@ -135,8 +189,16 @@ def _ratings(
             verdicts[place] = verdict
         meter.step()
 
-    if missing:
-        rater.rate([asked[place] for place in missing], done)
+    try:
+        if missing:
+            rater.rate([asked[place] for place in missing], done)
+    except OutputError:
+        raise
+    except NptiError as error:
+        came = sum(verdict is not None and verdict.rating is not None for verdict in verdicts.values())
+        if not came:
+            raise
+        note(f"--judge {rater.name}: failed, and scores by the {came} of {len(asked)} verdicts that came: {error}")
     ratings = {place: verdict.rating if verdict is not None else None for place, verdict in verdicts.items()}
     if all(rating is None for rating in ratings.values()):
         faults = [verdict.fault for verdict in verdicts.values() if verdict is not None]
@@ -157,7 +219,8 @@ def _scores(
             values = [ratings[what][pair] for pair in zip(questions, texts, strict=True)]
             usable = [value for value in values if value is not None]
             unusable += len(values) - len(usable)
-            by_condition[name] = estimate(usable, seed=seed)
+            if usable:
+                by_condition[name] = estimate(usable, seed=seed)
         return by_condition
 
     trait, fluency = of("trait"), of("fluency")
