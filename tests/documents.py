@@ -193,6 +193,7 @@ def sample_document(pole="neuroticism-", questions=90, **changes):
         "seconds": {"answers": 214.0, "scores": 188.2, "capability": 61.5},
         "trait_contrast": ContrastPart(
             personas=4, base=near(0.004), steered=near(0.075), gain=near(0.071), null=near(0.002),
+            beyond_null=near(0.069),
             share_of_prompt=0.845,
             by_facet={facet: near(0.05 + 0.012 * place, 0.028, 15) for place, facet in enumerate(FACETS[trait])},
         ),
@@ -254,7 +255,7 @@ def bare_document():
             "cross_talk": None,
             "capability": CapabilityPart(kl_neutral=near(0.061, 0.004, 64), tasks=[]),
             "trait_contrast": part.trait_contrast.model_copy(
-                update={"null": None, "share_of_prompt": None, "by_facet": {}}
+                update={"null": None, "beyond_null": None, "share_of_prompt": None, "by_facet": {}}
             ),
             "baselines": {},
             "conditions": conditions,

@@ -194,6 +194,9 @@ def test_verdict_by_cases():
     assert findings(changed("trait_contrast", to=other))[0].answer == "No, the other way"
     null = contrast.model_copy(update={"null": near(0.05)})
     assert levels(changed("trait_contrast", to=null))[0] == "fair"
+    chance = contrast.model_copy(update={"beyond_null": near(0.01, 0.02)})
+    assert levels(changed("trait_contrast", to=chance))[0] == "fair"
+    assert "The gain beyond that" in findings(changed("trait_contrast", to=chance))[0].detail
     worse = good.fluency.model_copy(update={"log_likelihood": change(-1.17, -1.6, 0.03)})
     assert levels(changed("fluency", to=worse))[1] == "fair"  # less fluent than the prompt's -1.51
     broken = worse.model_copy(update={"perplexity": change(3.2, 9.0, 0.1)})

@@ -76,7 +76,7 @@ def _remark(one: Condition, levels: dict[str, Any]) -> str:
     if one.gain is not None and one.gain.low <= 0 <= one.gain.high:
         remarks.append("not clear of zero")
     level = levels.get(one.name)
-    damage = level.get("damage") if isinstance(level, dict) else None
+    damage = level.get("damage") if isinstance(level, dict) else one.damage
     if isinstance(damage, int | float):
         remarks.append(f"KL {damage:.3f} on neutral text")
     return ", ".join(remarks)
@@ -86,6 +86,9 @@ def _lines(document: Document) -> Iterable[str]:
     contrast, capability = document.trait_contrast, document.capability
     if contrast.share_of_prompt is not None:
         yield f"The gain is {contrast.share_of_prompt:.0%} of the better prompt's."
+    if contrast.beyond_null is not None:
+        beyond = interval(contrast.beyond_null)
+        yield f"Gain beyond random neurons or directions, drawn anew for every few questions: {beyond}."
     kl = capability.kl_neutral
     yield (
         f"On neutral text it is {kl.mean:.3f} nats per token from the unsteered model (KL, {kl.low:.3f} to "

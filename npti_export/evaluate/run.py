@@ -30,7 +30,7 @@ from npti_export.progress import Progress
 from npti_export.runtimes.base import Runtime
 from npti_export.traits import FACETS
 
-QUESTIONS = 48  # unless another number is asked for; 32 take 316 to 402 s on the default model (benchmarks/poles.py)
+QUESTIONS = 32  # unless another number is asked for; how long they take: README, Performance
 BASELINES = (*baselines.METHODS, baselines.NULL)  # in every evaluation
 KNOWN_BASELINES = (*BASELINES, baselines.LORA)
 PROMPTED: dict[str, tuple[str, Prompting]] = {

@@ -65,11 +65,23 @@ def figure(value: Estimate | None, digits: int = 3, *, sign: bool = False, share
 
 def conditions(found: Sequence[Condition]) -> Table:
     """Every condition, and what its answers are like."""
-    heads = ("condition", "gain", "contrast", "fluency", "perplexity", "repetition", "distinct", "tokens", "seconds")
+    heads = (
+        "condition",
+        "gain",
+        "KL",
+        "contrast",
+        "fluency",
+        "perplexity",
+        "repetition",
+        "distinct",
+        "tokens",
+        "seconds",
+    )
     rows = [
         (
             Cell(f"{place}  {one.label}"),
             figure(one.gain, sign=True),
+            Cell(MISSING if one.damage is None else number(one.damage, 3)),
             figure(one.contrast, sign=True),
             figure(one.fluency, 2),
             figure(one.perplexity, 2),
@@ -82,8 +94,9 @@ def conditions(found: Sequence[Condition]) -> Table:
     ]
     marked = frozenset(place for place, one in enumerate(found) if one.name == "steered")
     note = (
-        "Gain: contrast minus the unsteered model's, question by question. Contrast: nats per token towards the wanted "
-        "pole. Fluency: log-likelihood per token after the plain question. Both by the unsteered model."
+        "Gain: contrast minus the unsteered model's, question by question. KL: from it, on the neutral text by which "
+        "methods are brought to the steered model's. Contrast: nats per token towards the wanted pole. "
+        "Fluency: log-likelihood per token after the plain question. Both by the unsteered model."
     )
     return Table("Conditions, with 95% intervals", heads, rows, note, marked)
 
@@ -98,6 +111,8 @@ def contrast(document: Document) -> Table:
     ]
     if part.null is not None:
         rows.append((Cell("gain of the null trait"), figure(part.null, sign=True), Cell(str(part.null.n))))
+    if part.beyond_null is not None:
+        rows.append((Cell("gain beyond it"), figure(part.beyond_null, sign=True), Cell(str(part.beyond_null.n))))
     rows += [(Cell(f"gain, {facet}"), figure(one, sign=True), Cell(str(one.n))) for facet, one in part.by_facet.items()]
     note = f"The wanted pole is {judged(document)}. Each answer is scored by {part.personas} pairs of personas."
     if part.share_of_prompt is not None:

@@ -111,10 +111,13 @@ def _shows(document: Document) -> Finding:
     elif best_prompt(document) is None:
         detail += " No persona prompt was measured beside it."
     if part.null is not None and not few:
+        beyond = part.gain if part.beyond_null is None else part.beyond_null
         clear = part.null.low > 0 or part.null.high < 0
-        detail += f" As many neurons or a direction at random: {estimate(part.null, sign=True)}"
+        detail += f" As many neurons or directions at random: {estimate(part.null, sign=True)}"
         detail += ", which is not zero either: read the gain with care." if clear else ", no effect."
-        level = "fair" if clear and level == "good" else level
+        if beyond.low <= 0 < gain.low:
+            detail += f" The gain beyond that, {interval(beyond, sign=True)}, is not clear of zero."
+        level = "fair" if level == "good" and (clear or beyond.low <= 0) else level
     detail = " ".join(filter(None, (judged_aside(document), detail)))
     prompt = best_prompt(document)
     marks = {"the persona prompt's": prompt.gain.mean} if prompt and prompt.gain else {}
