@@ -184,7 +184,7 @@ def test_profiles_hold_what_the_recipe_asks_for(runtimes, tmp_path):
     assert profile.matched_plus is None
     assert profile.origin["questions"] == 0
     rule = build_rule(profile, TraitSpec("extraversion", "-", 0.5), recipe)
-    np.testing.assert_allclose(rule.constant, 1.5 * 0.5 * profile.matched_minus, rtol=1e-6)
+    np.testing.assert_allclose(rule.constant, 0.5 * profile.matched_minus, rtol=1e-6)
     assert rule.shifted == rule.clamped == 0
     again = profile_for(place, bench, ["-"], recipe, Silent())
     np.testing.assert_array_equal(again.matched_minus, profile.matched_minus)
