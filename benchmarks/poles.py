@@ -15,13 +15,14 @@ import argparse
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from common import OUT, say
 
 from npti_export.evaluate.document import read_document
-from npti_export.evaluate.run import BASELINES, KNOWN_BASELINES, EvaluationJob, evaluate
+from npti_export.evaluate.run import BASELINES, KNOWN_BASELINES, PROMPTED, EvaluationJob, evaluate
 from npti_export.evaluate.subject import SubjectJob
 from npti_export.identify.collect import cache_folder
 from npti_export.job import Job
@@ -51,13 +52,19 @@ def main():
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--whole", nargs="*", default=[], help="poles that also take the inventory and the LoRA row")
+    parser.add_argument(
+        "--no-adjective", action="store_true", help="leave the adjective prompt out, which saves a sixth"
+    )
     parser.add_argument("--samples", action="store_true", help="print the first two answers of each pole")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--figures", type=Path)
     arguments = parser.parse_args()
     if not (arguments.table or arguments.samples or arguments.figures):
-        for pole in arguments.poles:
-            one_pole(pole, arguments)
+        if arguments.no_adjective:
+            PROMPTED.pop("prompt-adjective")
+        for measure in (one_pole, alone):
+            for pole in arguments.poles:
+                measure(pole, arguments)
     documents = {pole: read_document(place(pole)) for pole in arguments.poles if place(pole).is_file()}
     everything = {pole: read_document(place(pole, ".all")) for pole in documents if place(pole, ".all").is_file()}
     same_settings([*documents.values()])
@@ -84,33 +91,49 @@ def same_settings(documents):
         sys.exit(f"{RESULTS}: evaluations of different kinds lie there, {ways}; remove those that are old")
 
 
+@contextmanager
+def made(pole, arguments):
+    """The pole's file, as the main job makes it, ready to be evaluated."""
+    runtime = RuntimeSettings(threads=arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        run_job(Job((TraitSpec(pole[:-1], pole[-1]),), path, runtime=runtime, cache=cache_folder()), Silent())
+        yield SubjectJob(path, runtime=runtime, cache=cache_folder())
+
+
 def one_pole(pole, arguments):
-    if place(pole, ".all").is_file():
+    """With everything beside it, on some of the test questions."""
+    if place(pole).is_file():
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "model.gguf"
-        runtime = RuntimeSettings(threads=arguments.threads)
-        run_job(Job((TraitSpec(pole[:-1], pole[-1]),), made, runtime=runtime, cache=cache_folder()), Silent())
+    with made(pole, arguments) as subject:
         middle = time.time()
         whole = pole in arguments.whole
         job = EvaluationJob(
-            SubjectJob(made, runtime=runtime, cache=cache_folder()),
+            subject,
             questions=arguments.questions,
             skips=frozenset() if whole else frozenset({"inventory"}),
             baselines=KNOWN_BASELINES if whole else BASELINES,
         )
         document = evaluate(job, Silent())
-        place(pole).write_text(document.to_json(), encoding="utf-8")
-        skips = frozenset({"inventory", "capability", "cross-talk"})
-        alone = EvaluationJob(job.subject, questions=0, baselines=(), prompted=False, skips=skips)
-        place(pole, ".all").write_text(evaluate(alone, Silent()).to_json(), encoding="utf-8")
+    place(pole).write_text(document.to_json(), encoding="utf-8")
     gain = document.trait_contrast.gain
     say(
         f"{pole}: {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f}), KL {document.capability.kl_neutral.mean:.3f},"
     )
     say(f"  made in {middle - started:.0f} s, evaluated in {time.time() - middle:.0f} s: {document.seconds}")
+
+
+def alone(pole, arguments):
+    """The unsteered and the steered model only, on all test questions."""
+    if place(pole, ".all").is_file():
+        return
+    skips = frozenset({"inventory", "capability", "cross-talk"})
+    with made(pole, arguments) as subject:
+        document = evaluate(EvaluationJob(subject, questions=0, baselines=(), prompted=False, skips=skips), Silent())
+    place(pole, ".all").write_text(document.to_json(), encoding="utf-8")
+    say(f"{pole}, all test questions: {document.seconds}")
 
 
 def table(documents):

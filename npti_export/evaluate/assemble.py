@@ -123,7 +123,9 @@ def _contrast(conditions: list[Condition], answered: list[Answered], test: Test)
     null = next((one for one in answered if one.way.kind == "null"), None)
     beyond = None
     if null is not None:
-        beyond = estimate(steered.towards(test.sign) - null.towards(test.sign), seed=test.seed, groups=null.groups)
+        own = next(one for one in answered if one.way.name == null.way.against)
+        chance = null.towards(test.sign) - own.towards(test.sign)
+        beyond = estimate(gains - chance, seed=test.seed, groups=null.groups)
     facets = dict.fromkeys(question.facet for question in test.questions if question.facet is not None)
     own = {facet: np.array([question.facet == facet for question in test.questions]) for facet in facets}
     return ContrastPart(

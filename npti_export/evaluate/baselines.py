@@ -26,8 +26,7 @@ NULL = "null"
 LORA = "fine-tuned"  # of :mod:`npti_export.evaluate.finetune`; it has no strength to be levelled by
 _STEPS = 8  # of the search for a strength
 _LEAST, _MOST = 1 / 32, 32.0
-_NEAR = 0.1  # of the wanted damage, where the search ends
-_MISS = 0.15  # of the wanted damage: beyond it a method is not at the same damage, and its label says so
+_NEAR = 0.15  # of the wanted damage, where the search ends; beyond it a method's label says that it is not at it
 _NOTHING = 1e-9  # nats: rounding may bring a distance of nothing below 0
 
 
@@ -49,7 +48,7 @@ class Levelled:
 def off_level(damage: float, wanted: float) -> str:
     """How a damage that is not the wanted one is told; empty where it is near enough."""
     ratio = damage / max(wanted, _NOTHING)
-    return "" if abs(ratio - 1) <= _MISS else f"at {ratio:.2g} times the damage"
+    return "" if abs(ratio - 1) <= _NEAR else f"at {ratio:.2g} times the damage"
 
 
 def scaled(rule: SteeringRule, strength: float) -> SteeringRule:

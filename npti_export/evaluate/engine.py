@@ -92,21 +92,15 @@ class TorchEngine:
             yield self._runtime
 
 
-def engine_for(source: ModelSource, models: Models, recipe: Recipe, runtime: Runtime | None = None) -> Engine:
-    """Where rules for a model run.
-
-    Args:
-        source: the model.
-        models: what loads it.
-        recipe: see :class:`LlamaEngine`.
-        runtime: the model, unsteered, that rules run in; None takes what its neurons are identified in.
+def engine_for(source: ModelSource, models: Models, recipe: Recipe) -> Engine:
+    """Where rules for a model run: the runtime that its neurons are identified in.
 
     Raises:
         ArchitectureError: a GGUF of a family that no rule can be baked into.
     """
     from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 
-    runtime = models.fast() if runtime is None else runtime
+    runtime = models.fast()
     if isinstance(runtime, LlamaCppRuntime):
         return LlamaEngine(source, runtime, runtime.model.path, models.settings.llama, recipe)
     return TorchEngine(cast("TransformersRuntime", runtime))

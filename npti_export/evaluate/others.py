@@ -1,4 +1,8 @@
-"""Other methods on the same questions and the same weights as the artifact: at its damage, as far as they get there."""
+"""Other methods on the same questions as the artifact: at its damage, as far as they get there.
+
+They run where the model computes fastest, which may be in another type than the artifact's: a bfloat16 copy of a
+quantised file, say. So that a gain is that of the method and not of the type, it is over that very model's own answers.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
-import numpy as np
-
 from npti_export.errors import ProfileError
 from npti_export.evaluate import baselines
 from npti_export.evaluate.capability.neutral import NeutralText
 from npti_export.evaluate.capability.tasks import neutral_passages
-from npti_export.evaluate.conditions import Test, Told, Way, ask
+from npti_export.evaluate.conditions import Kind, Test, Told, Way, ask
 from npti_export.evaluate.distribution import distribution, trait_neurons
 from npti_export.evaluate.document import Distribution
 from npti_export.evaluate.engine import Engine
@@ -32,10 +34,7 @@ QUESTIONS = 96  # that neurons are identified on for the other methods, if nobod
 DRAWS = 8  # of random neurons or directions, a share of the questions each: one draw says little of chance
 KEPT_BYTES = 4 << 30  # of what the base predicts, where it cannot be asked again while it is steered
 _UNTUNED = "unsteered-fine-tuned"  # the model that is fine-tuned, before
-
-
-def _null(engine: Engine, rule: SteeringRule) -> Way:
-    return Way(baselines.NULL, "Random neurons", "null", lambda: engine.steered(rule))
+_PLAIN = "unsteered-methods"  # that other methods steer, where it is not the artifact's own
 
 
 @dataclass
@@ -81,7 +80,7 @@ class Others:
         if baselines.NULL in names and saved is None:
             self.progress.note(f"{self.subject.artifact.name}: holds no rule, so random neurons have nothing to match")
         self.progress.start("baselines", len(rules) + chance)
-        found = []
+        found = self._plain(engine) if rules or chance else []
         for name, rule in rules.items():
             found.append(self._method(name, rule, engine, neutral))
             self.progress.advance(1)
@@ -89,6 +88,17 @@ class Others:
             found.append(self._chance(saved.rule, engine, neutral))
             self.progress.advance(1)
         return found
+
+    def _plain(self, engine: Engine) -> list[Told]:
+        """The model that they steer, unsteered, where it is another one than the artifact's."""
+        if engine.base is self.subject.base:
+            return []
+        label = f"Unsteered, as other methods steer it ({self.subject.models.dtype()})"
+        return [ask(Way(_PLAIN, label, "base", lambda: unsteered(engine.base)), engine.base, self.test)]
+
+    def _way(self, name: str, label: str, kind: Kind, engine: Engine, rule: SteeringRule) -> Way:
+        against = "unsteered" if engine.base is self.subject.base else _PLAIN
+        return Way(name, label, kind, lambda: engine.steered(rule), against=against)
 
     def _rules(self, names: Sequence[str]) -> dict[str, SteeringRule]:
         """The rules of methods, at their own strengths; one that selects no neuron of this model is left out."""
@@ -118,7 +128,7 @@ class Others:
     def _method(self, name: str, rule: SteeringRule, engine: Engine, neutral: NeutralText) -> Told:
         level = self._levelled(name, rule, engine, neutral)
         label = self._label(name, baselines.METHODS[name], level.damage)
-        way = Way(name, label, "baseline", lambda: engine.steered(level.rule))
+        way = self._way(name, label, "baseline", engine, level.rule)
         with way.open() as runtime:
             return replace(ask(way, runtime, self.test), damage=level.damage)
 
@@ -134,26 +144,24 @@ class Others:
         """The null trait: the same numbers at random neurons, drawn anew for every few questions.
 
         An interval over questions alone would take one draw for chance itself: a random direction moves the contrast
-        of all answers a little, one way or the other.
+        of all answers a little, one way or the other. All draws have the strength of the first.
         """
         name, questions = baselines.NULL, self.test.questions
         draws = min(DRAWS, len(questions))
         groups = [place * draws // len(questions) for place in range(len(questions))]
         first = self._levelled(name, baselines.null_rule(rule, self.seed), engine, neutral)
-        found, damages = [], [first.damage]
+        self.strengths[name] |= {"draws": draws}
+        what = "Random neurons" if rule.shifted or rule.clamped else "Random directions"
+        label = self._label(name, f"{what}, {draws} draws", first.damage)
+        found = []
         for draw in range(draws):
             drawn = baselines.scaled(baselines.null_rule(rule, self.seed + draw), first.strength)
             own = [one for one, group in zip(questions, groups, strict=True) if group == draw]
-            with engine.steered(drawn) as runtime:
-                found.append(ask(_null(engine, drawn), runtime, replace(self.test, questions=own)))
-                if draw:
-                    damages.append(float(neutral.kl(runtime).mean()))
-        damage = float(np.mean(damages))
-        self.strengths[name] |= {"draws": draws, "damage": round(damage, 5)}
-        what = "Random neurons" if rule.shifted or rule.clamped else "Random directions"
-        way = replace(found[0].way, label=self._label(name, f"{what}, {draws} draws", damage))
+            way = self._way(name, label, "null", engine, drawn)
+            with way.open() as runtime:
+                found.append(ask(way, runtime, replace(self.test, questions=own)))
         tokens = [answer for one in found for answer in one.tokens]
-        return Told(way, tokens, sum(one.seconds for one in found), damage, tuple(groups))
+        return Told(found[0].way, tokens, sum(one.seconds for one in found), first.damage, tuple(groups))
 
     def _fine_tuned(self) -> list[Told]:
         """The paper's fine-tuning row, behind the model that is tuned: the artifact's own may run elsewhere.

@@ -70,12 +70,13 @@ class Subject:
         recipe: that it was made with; for such a file, the one for the model.
         benches: of its traits.
         base: the unsteered model, in the runtime and the types of the artifact.
-        scorer: the same model where it computes fastest, or in the runtime that the user wants: scores answers.
+        scorer: the same model where it computes fastest, or in the runtime that the user wants: scores answers, and
+            bears the other methods.
         steered: opens the artifact; ``base`` and ``scorer`` are not to be used meanwhile where :attr:`shares` is set.
         read: opens an adapter that steers the response only where a text is read in one pass, all of it as if the
             model had said it: there is no response there that it could steer. None where the artifact is the same.
         shares: whether the artifact is the base's own runtime with something attached.
-        engine: runs other rules on the very weights of ``base``; None where no rule can be compiled for it.
+        engine: runs other rules on the weights of ``scorer``; None where no rule can be compiled for it.
         place: where profiles are made.
         models: what loads it.
         limit: KL to its rule that is accepted; None where that was not measured.
@@ -194,7 +195,7 @@ def _subject(artifact: Path, ready: Prepared, spec: TraitSpec, models: Models, p
     place = Place(models.fast, source, models.dtype(), models.device(), ready.job.cache)
     engine: Engine | None
     try:
-        engine = engine_for(source, models, recipe, base)
+        engine = engine_for(source, models, recipe)
     except ArchitectureError:
         engine = None
     return Subject(
