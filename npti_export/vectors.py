@@ -92,11 +92,12 @@ def _from_safetensors(path: Path) -> SteeringVector:
                 held = ", ".join(sorted(names)[:3])
                 raise VectorError(f"{path}: holds {shortened(held)}, not one tensor called {TENSOR}; write it as that")
             values = stored.get_tensor(TENSOR)
-    except (SafetensorError, TypeError, OSError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise VectorError(f"{path}: is damaged ({shortened(str(error), 200)}); make it again") from error
     if values.ndim != 2 or values.dtype != np.float32:
         raise VectorError(
-            f"{path}: {TENSOR} is {values.dtype} {values.shape}, not a float32 matrix [layers, width]; write it as that"
+            f"{path}: {TENSOR} is {values.dtype} {shortened(values.shape)}, not a float32 matrix [layers, width]; "
+            "write it as that"
         )
     return SteeringVector(None, values, about.get("fingerprint"))
 
