@@ -18,7 +18,7 @@ from npti_export.errors import ModelError
 
 LONGEST_TEMPLATE = 1 << 20  # characters; the longest in use have some tens of thousands
 LONGEST_PROMPT = 1 << 20  # characters that a template may make of a few words
-SECONDS, MEGABYTES = 5, 512  # of processor time and memory, for a few words
+SECONDS, MEGABYTES = 2, 512  # of processor time and memory, for a few words
 _PATIENCE = 60.0  # seconds by the clock, on a machine with much else to do
 _TRIAL = Path(__file__).with_name("template_trial.py")
 _CHATS = (

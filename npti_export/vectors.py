@@ -112,7 +112,9 @@ def _from_json(path: Path) -> SteeringVector:
         raise VectorError(f"{path}: is not an object of {', '.join(known[:3])} (and fingerprint); see the README")
     layers, width, rows, fingerprint = content["layers"], content["width"], content[TENSOR], content.get("fingerprint")
     if not (_whole(layers, 1 << 9) and _whole(width, 1 << 24) and layers * width < 1 << 25):
-        raise VectorError(f"{path}: layers and width are {layers!r} and {width!r}; give the model's numbers")
+        raise VectorError(
+            f"{path}: layers and width are {shortened(layers)} and {shortened(width)}; give the model's numbers"
+        )
     if fingerprint is not None and not isinstance(fingerprint, str):
         raise VectorError(f"{path}: fingerprint is not a text; leave it out")
     values, seen = np.zeros((layers, width), np.float32), np.zeros((layers, width), np.bool_)

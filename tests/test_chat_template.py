@@ -31,13 +31,11 @@ ENDLESS = {
     "memory": "{{ ('a' * 99999999999)[:1] }}",
     "width": "{{ '%99999999999d' % 1 }}",
     "format": "{{ '{:99999999999}'.format(1)[:1] }}",
-    "power": "{{ 9 ** 9 ** 9 ** 9 }}",
     "doubling": "{% set ns = namespace(a='x') %}{% for i in range(60) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
     "nested": "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}"
     "{{ ns.a }}",
     "macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "filter": "{{ 'a' | center(99999999999) | length }}",
-    "lipsum": "{{ lipsum(n=99999999) | length }}",
     "content": "{% for a in messages[0].content * 999 %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}",
 }
 ESCAPES = [
@@ -74,9 +72,8 @@ def test_simple_templates_need_no_process(monkeypatch):
     chat_template._kept_limits.cache_clear()
     for template in (CHATML, FALLBACK_TEMPLATE):
         check_template(template, "m.gguf")
-    for template in (RICH, *ENDLESS.values(), *ESCAPES):
-        if "include" not in template and "extends" not in template:
-            assert not chat_template._is_plain(template), template
+    for template in (RICH, *ENDLESS.values()):
+        assert not chat_template._is_plain(template), template
 
 
 @pytest.mark.parametrize("name", ENDLESS)

@@ -64,9 +64,13 @@ def parse_judge(text: str, **more: Any) -> JudgeSpec:
     if not text.lower().endswith(".gguf"):
         hint = "; an address begins with http:// or https://" if "=" in text else ""
         raise EvaluationError(f"--judge {shortened(text)}: {_FORMS}{hint}")
-    path = Path(text).expanduser()
-    on_hub = ":" in text and text.count("/") >= 1 and not path.exists()
-    if not on_hub and not path.is_file():
+    try:
+        path = Path(text).expanduser()
+        exists, there = path.exists(), path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, no home
+        exists = there = False
+    on_hub = ":" in text and text.count("/") >= 1 and not exists
+    if not on_hub and not there:
         raise EvaluationError(f"--judge {shortened(text)}: there is no such file; {_FORMS}")
     return JudgeSpec(text if on_hub else str(path), **more)
 
