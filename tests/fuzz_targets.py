@@ -47,6 +47,7 @@ from npti_export.evaluate.supplements import AblationRecord, TrialRecord, Tuning
 from npti_export.export.convert import plan_conversion
 from npti_export.export.gguf import check_base
 from npti_export.fingerprint import Fingerprint
+from npti_export.generators.address import is_address, public_address
 from npti_export.gguf.shards import read_model
 from npti_export.inspection import inspect_file
 from npti_export.models import ModelShape, gguf_source, resolve_model
@@ -530,6 +531,13 @@ def _text(parse):
     return lambda path: parse(path.read_bytes().decode("utf-8", "replace"))
 
 
+def _address(text):
+    assert isinstance(public_address(text), str)
+    if is_address(text):
+        assert text.lower().startswith("http")
+        assert "@" not in public_address(text).partition("/")[0]
+
+
 def _rating(text):
     found = read_rating(text)
     assert found is None or found in (1, 2, 3, 4, 5)
@@ -629,6 +637,7 @@ TARGETS = {
     "mix": Target("text", "t", _plain("extraversion+:0.7,calm", "calm,moody:2"), _text(parse_mix)),
     "poles": Target("text", "t", _plain("extraversion+,calm", "all"), _text(parse_poles)),
     "judge": Target("text", "t", _plain("http://127.0.0.1:8080/v1=qwen", "judge.gguf"), _text(parse_judge)),
+    "address": Target("text", "t", _plain("http://127.0.0.1:8080/v1", "https://[::1]:1/v1"), _text(_address), ()),
     "program": Target("text", "t", _plain("budget:5%", "lowrank:4", "kl:0.1", "exact"), _text(parse_program)),
     "rating": Target("text", "t", _plain('{"rating": 4}', "Rating: 3/5"), _text(_rating), ()),
     "items": Target("text", "t", _plain(*_SAID), _text(_items), ()),

@@ -19,7 +19,19 @@ from npti_export.errors import NptiError
 # Those of GGUF files get thousands in test_fuzz.py; a template and a model's folder start a process, or import torch.
 HEAVY = {"chat-template", "report-page", "config.json", "tokenizer_config", "weight-index", "weights", "model-card"}
 QUICK = [name for name in TARGETS if not name.startswith("gguf-") and name not in {*HEAVY, "overlaps"}]
-SPOKEN = ["trait", "whole-trait", "mix", "poles", "judge", "program", "rating", "items", "override", "topics"]
+SPOKEN = [
+    "trait",
+    "whole-trait",
+    "mix",
+    "poles",
+    "judge",
+    "address",
+    "program",
+    "rating",
+    "items",
+    "override",
+    "topics",
+]
 
 
 def test_mutated_files_of_every_kind():

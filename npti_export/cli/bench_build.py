@@ -233,8 +233,8 @@ def _endpoint(options: dict[str, Any], url: str, model: str, key_variable: str, 
         name, _, value = one.partition("=")
         try:
             extra[name] = json.loads(value)
-        except ValueError:
-            raise click.UsageError(f"--extra {one}: give a field and a JSON value, such as top_p=0.9") from None
+        except (ValueError, RecursionError):
+            raise click.UsageError(f"--extra {one[:60]}: give a field and a JSON value, such as top_p=0.9") from None
     return Endpoint(
         EndpointSettings(
             url,

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from npti_export.errors import EvaluationError, shortened
 
 FORMAT: Literal[1] = 1
+_MOST_DIGITS = 300  # of a whole number, which has to fit into a float
 
 
 class _Part(BaseModel):
@@ -239,9 +240,15 @@ def read_plain(path: Path) -> Any:
         ValueError: it is something else.
         RecursionError: it is nested too deeply.
     """
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
     json.dumps(raw, ensure_ascii=False, allow_nan=False).encode()  # a number may be infinite, a text no text
     return raw
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def faults_of(error: ValidationError) -> str:

@@ -18,7 +18,8 @@ from npti_export.evaluate.judge.spec import JudgeSpec
 from npti_export.evaluate.judge.verdicts import Asked, Verdict, unreadable
 from npti_export.evaluate.options import choose, find_options
 from npti_export.generators.base import RefusedError, Request, UnavailableError, UnusableAnswerError
-from npti_export.generators.endpoint import Endpoint, EndpointSettings, public_address
+from npti_export.generators.address import public_address
+from npti_export.generators.endpoint import Endpoint, EndpointSettings
 
 Done = Callable[[int, Verdict | None], None]
 """Told the place of a request and its verdict; None where none came, which may be asked for again."""
