@@ -17,8 +17,8 @@ from npti_export.evaluate.judge.prompts import BEGINNINGS, RATINGS, SCHEMA, read
 from npti_export.evaluate.judge.spec import JudgeSpec
 from npti_export.evaluate.judge.verdicts import Asked, Verdict, unreadable
 from npti_export.evaluate.options import choose, find_options
-from npti_export.generators.base import RefusedError, Request, UnavailableError, UnusableAnswerError
 from npti_export.generators.address import public_address
+from npti_export.generators.base import RefusedError, Request, UnavailableError, UnusableAnswerError
 from npti_export.generators.endpoint import Endpoint, EndpointSettings
 
 Done = Callable[[int, Verdict | None], None]
