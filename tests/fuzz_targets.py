@@ -578,7 +578,7 @@ TARGETS = {
     "ablation": Target("json", "a.json", _ablation, lambda path: read_ablation(path).to_json()),
     "recipe": Target("text", "r.toml", _plain(_RECIPE), _recipe),
     "recipe-json": Target("json", "r.json", lambda folder: [load_recipe("npti").to_json().encode()], _recipe_inside),
-    "override": Target("text", "o.txt", _plain("rule.gamma=0.7", "select.threshold=none"), _override),
+    "override": Target("text", "o.txt", _plain("rule.gamma=0.7", "select.at_most=none"), _override),
     "trait.toml": Target("text", "trait.toml", _with_trait("trait.toml"), _definition),
     "personas": Target("lines", "personas.jsonl", _with_trait("personas.jsonl"), _bench),
     "questions": Target("lines", "questions.jsonl", _with_trait("questions.jsonl"), _bench),
