@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +17,8 @@ from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 from npti_export.runtimes.llamacpp.sampling import Sampler
 from npti_export.runtimes.llamacpp.speaking import Speaker
+from npti_export.terminal import printable
 
-_LAYOUT = "\n\t"  # control characters that a text may hold
-_DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # could turn what follows round
 FORMAT = 1
 
 
@@ -205,20 +203,6 @@ class Conversation:
         with atomic_output(path) as temporary:
             text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-
-
-def printable(text: str) -> str:
-    """Text that does nothing to a terminal: control characters other than tab and newline are spelt out.
-
-    A model's output is nobody's word: an escape sequence in it could move the cursor, set the title, or worse.
-    """
-    return "".join(
-        one if one in _LAYOUT or not _acts(one) else one.encode("unicode_escape").decode("ascii") for one in text
-    )
-
-
-def _acts(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTIONS
 
 
 @contextmanager

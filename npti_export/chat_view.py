@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from npti_export.chat import Conversation, Piece, printable
+from npti_export.chat import Conversation, Piece
 from npti_export.errors import NptiError
+from npti_export.terminal import printable
 
 _COLUMN = 40  # characters: narrower columns are hard to read
 _FRAMES = 12  # a second

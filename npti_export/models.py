@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from npti_export.activations import SILU
 from npti_export.architectures import Architecture, GGUFFamily, by_model_type, check_bakeable, gguf_family
-from npti_export.errors import ArchitectureError, GGUFError, ModelError
+from npti_export.errors import ArchitectureError, GGUFError, ModelError, shortened
 from npti_export.fingerprint import Fingerprint, fingerprint
 from npti_export.gguf.experts import experts_of
 from npti_export.gguf.reader import GGUFFile, is_mixture, layer_count, mlp_widths
@@ -27,7 +27,9 @@ DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the file was made from
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(?::(?P<file>[\w./-]+\.gguf))?$")
 _WEIGHTS = ("README.md", "*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "*.txt", "*.py")
-
+# Layers, hidden size, experts, neurons of an MLP: far beyond any model, and small enough for lists of names.
+_MOST = (1 << 10, 1 << 20, 1 << 14, 1 << 24)
+_LONGEST_LICENSE = 200  # characters; an SPDX expression has some tens
 _NOT_OURS = ("consolidated*", "original/*")  # the same weights again, for other programs
 
 
@@ -190,7 +192,7 @@ def model_type_ahead(spec: str | None) -> str | None:
                 return None
             path = _download(spec, "config.json").parent
         return str(json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: nested too deeply, too
         return None
 
 
@@ -233,27 +235,35 @@ def _directory_source(path: Path, name: str) -> ModelSource:
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
         model_type = config["model_type"]
+        if not isinstance(model_type, str):
+            raise TypeError("model_type is no text")
         shape = _shape(config)
     except FileNotFoundError:
         raise ModelError(f"{path}: has no config.json; give a transformers directory or a .gguf file") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        reason = shortened(str(error), 200)
         raise ModelError(
-            f"{config_path}: not a usable model configuration ({type(error).__name__}: {error})"
+            f"{config_path}: not a usable model configuration ({type(error).__name__}: {reason})"
         ) from error
     row = by_model_type(model_type, str(path))
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         raise ArchitectureError(f"{path}: only some of its layers have experts, which is not supported; take another")
+    activation = _activation(config)
     identity = fingerprint(_checkpoint_norms(path, row, shape), row.norm_offset)
     return ModelSource(
-        name, "directory", path, row, model_type, shape, _activation(config), identity, license=_card_license(path)
+        name, "directory", path, row, model_type, shape, activation, identity, license=_card_license(path)
     )
 
 
 def _shape(config: dict[str, Any]) -> ModelShape:
     layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
     experts = int(config.get("num_local_experts") or config.get("num_experts") or 1)
-    width = config.get("moe_intermediate_size", config["intermediate_size"])
-    return ModelShape(layers, experts * int(width), hidden, experts)
+    width = int(config.get("moe_intermediate_size", config["intermediate_size"]))
+    sizes = {"layers": layers, "hidden size": hidden, "experts": experts, "width": width}
+    for (name, value), most in zip(sizes.items(), _MOST, strict=True):
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} {shortened(value)} is not from 1 to {most}")
+    return ModelShape(layers, experts * width, hidden, experts)
 
 
 def _activation(config: dict[str, Any]) -> str:
@@ -270,7 +280,8 @@ def _card_license(path: Path) -> str | None:
         found = (metadata_load(path / "README.md") or {}).get("license")
     except Exception:  # a card is prose: whatever yaml or the disk says about it is no reason to refuse the model
         return None
-    return str(found) if found else None
+    text = str(found) if found else ""
+    return text if text and text.isprintable() and len(text) <= _LONGEST_LICENSE else None
 
 
 def _gguf_norms(header: GGUFFile, family: GGUFFamily, shape: ModelShape) -> Iterator[npt.NDArray[np.float32]]:
@@ -310,12 +321,22 @@ def weight_files(directory: Path) -> dict[Path, set[str] | None]:
     try:
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         for name, file in sorted(places.items(), key=lambda one: one[1]):
+            if not _is_file_name(file):
+                raise ValueError(f"weight_map names {shortened(file)}, no file beside it")
             names = files.setdefault(directory / file, set())
             assert names is not None
             names.add(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: is damaged ({error}); download it again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = shortened(str(error), 200)
+        raise ModelError(f"{index}: is damaged ({reason}); download it again") from error
+    if not files:
+        raise ModelError(f"{index}: names no file of weights; download it again")
     return files
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether it names a file in the same folder, and no other place."""
+    return isinstance(name, str) and name.endswith(".safetensors") and re.fullmatch(r"[\w.+ -]+", name) is not None
 
 
 def _checkpoint_norms(path: Path, row: Architecture, shape: ModelShape) -> Iterator[npt.NDArray[np.float32]]:
@@ -331,9 +352,19 @@ def _checkpoint_norms(path: Path, row: Architecture, shape: ModelShape) -> Itera
             if name not in where:
                 raise ModelError(f"{path}: tensor {name} is in none of its .safetensors files; it is incomplete")
             with safe_open(where[name], framework="pt") as tensors:
-                yield tensors.get_tensor(name).float().numpy()
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: a .safetensors file is damaged ({error}); download it again") from error
+                held = tuple(tensors.get_slice(name).get_shape())
+                if held != (shape.hidden,):
+                    raise ModelError(
+                        f"{path}: {name} is {shortened(held)}, not ({shape.hidden},) as config.json says; it is damaged"
+                    )
+                weights: npt.NDArray[np.float32] = tensors.get_tensor(name).float().numpy()
+            if not np.isfinite(weights).all():
+                raise ModelError(f"{path}: {name} holds values that are not finite; download it again")
+            yield weights
+    except (SafetensorError, OSError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"{path}: a .safetensors file is damaged ({shortened(str(error), 200)}); download it again"
+        ) from error
 
 
 def _download(repository: str, file: str | None) -> Path:

@@ -143,18 +143,22 @@ def read_profile(path: Path) -> NeuronProfile:
             there = set(tensors.keys())
             optional = [name for name in (*MOMENTS, *MATCHED) if name in there]
             arrays = {name: tensors.get_tensor(name) for name in (*FIELDS, *optional)}
-        profile = NeuronProfile(
-            trait=described["trait"], fingerprint=described["fingerprint"], origin=described["origin"], **arrays
-        )
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ProfileError(f"{path}: not a neuron profile, or damaged ({type(error).__name__}: {error})") from error
+        trait, mark, origin = described["trait"], described["fingerprint"], described["origin"]
+        if not (isinstance(mark, str | None) and isinstance(origin, dict)):
+            raise TypeError("fingerprint is no text, or origin no object")
+        profile = NeuronProfile(trait=trait, fingerprint=mark, origin=origin, **arrays)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = shortened(str(error), 200)
+        raise ProfileError(f"{path}: not a neuron profile, or damaged ({type(error).__name__}: {reason})") from error
     if not (isinstance(profile.trait, str) and (profile.trait in FACETS or is_own_name(profile.trait))):
         raise ProfileError(f"{path}: is a profile of {shortened(profile.trait)}, which is no name of a trait")
     for name, array in arrays.items():
         if array.dtype != np.float32 or array.ndim != 2 or array.shape != arrays[FIELDS[0]].shape:
             raise ProfileError(
-                f"{path}: tensor {name} is {array.dtype} {array.shape}, not a float32 matrix like the others"
+                f"{path}: tensor {name} is {array.dtype} {shortened(array.shape)}, not a float32 matrix like the others"
             )
         if not np.isfinite(array).all():
             raise ProfileError(f"{path}: tensor {name} holds values that are not finite; identify again")
+        if name in FIELDS[:2] and array.size and not 0 <= array.min() <= array.max() <= 1:
+            raise ProfileError(f"{path}: tensor {name} holds values that are no probabilities; identify again")
     return profile

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from npti_export.errors import ProfileError
+from npti_export.errors import ProfileError, shortened
 from npti_export.files import atomic_output
 from npti_export.identify.select import pole_neurons
 from npti_export.models import ModelShape
 from npti_export.profile import FIELDS, NeuronProfile
 from npti_export.traits import FACETS, SIGNS, Sign
 
+_MOST = 1e30  # of a number, which becomes a float32
 _PUBLISHED_NAME = re.compile(r"^(?P<trait>[A-Za-z]+?)(?P<reversed>_reversed)?(?P<suffix>_dict)?\.json$")
 
 
@@ -74,8 +75,8 @@ def published_rows(file: Path, shape: ModelShape | None) -> list[tuple[int, int,
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ProfileError(f"{file}: not JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ProfileError(f"{file}: not JSON ({shortened(str(error), 200)})") from error
     if not isinstance(content, dict) or not content:
         raise ProfileError(f'{file}: holds no neurons; expected {{"layer": [[layer, neuron, delta, p, a95], …]}}')
     rows = []
@@ -83,14 +84,18 @@ def published_rows(file: Path, shape: ModelShape | None) -> list[tuple[int, int,
         for entry in entries if isinstance(entries, list) else [None]:
             if not (isinstance(entry, list) and len(entry) == 5 and all(_is_number(value) for value in entry)):
                 raise ProfileError(
-                    f"{file}: layer {key!r} has an entry that is not [layer, neuron, delta, p, a95]: {entry!r}"
+                    f"{file}: layer {shortened(key)} has an entry that is not [layer, neuron, delta, p, a95]: "
+                    f"{shortened(entry)}"
                 )
             if not (isinstance(entry[0], int) and isinstance(entry[1], int) and all(map(math.isfinite, entry[2:4]))):
-                raise ProfileError(f"{file}: layer {key!r} has an entry whose numbers make no sense: {entry!r}")
+                raise ProfileError(
+                    f"{file}: layer {shortened(key)} has an entry whose numbers make no sense: {shortened(entry)}"
+                )
             layer, neuron = entry[0], entry[1]
             if str(layer) != key or min(layer, neuron) < 0:
                 raise ProfileError(
-                    f"{file}: layer {key!r} has an entry of another layer or a negative number: {entry!r}"
+                    f"{file}: layer {shortened(key)} has an entry of another layer or a negative number: "
+                    f"{shortened(entry)}"
                 )
             if shape is not None and not (layer < shape.layers and neuron < shape.width):
                 raise ProfileError(f"{file}: names neuron {neuron} of layer {layer}, but the model has {shape}")
@@ -102,7 +107,9 @@ def published_rows(file: Path, shape: ModelShape | None) -> list[tuple[int, int,
 
 def _is_number(value: object) -> bool:
     # -inf is how the published code writes a quantile of a neuron that is almost never active
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and (value == -math.inf or abs(value) < _MOST)
+    )
 
 
 def write_published(

@@ -14,12 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from npti_export.architectures import Layout
 from npti_export.compiler.kinds import parse_program
-from npti_export.errors import RecipeError
+from npti_export.errors import RecipeError, shortened
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+_MOST_FAULTS = 10  # that a message lists
 
 
 class _Section(BaseModel):
@@ -230,8 +233,11 @@ def recipe_from_json(text: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     try:
         raw = json.loads(text)
-    except ValueError as error:
-        raise RecipeError(f"the recipe inside the artifact is not JSON: {error}; give one by --recipe") from error
+    except (ValueError, RecursionError) as error:
+        reason = shortened(str(error), 200)
+        raise RecipeError(f"the recipe inside the artifact is not JSON: {reason}; give one by --recipe") from error
+    if not isinstance(raw, dict):
+        raise RecipeError("the recipe inside the artifact is no JSON object; give one by --recipe")
     for override in overrides:
         _apply(raw, override)
     try:
@@ -265,17 +271,19 @@ def _read(name_or_path: str, seen: tuple[Path, ...]) -> tuple[str, dict[str, Any
     path = (seen[-1].parent if seen else Path()) / name_or_path
     if path.suffix != ".toml":
         path = recipe_folder() / f"{name_or_path}.toml"
-        if not path.is_file():
-            raise RecipeError(f"recipe {name_or_path!r}: not shipped; there are {', '.join(shipped_recipes())}")
-    path = path.resolve()
-    if path in seen:
-        raise RecipeError(f"{path}: 'extends' goes round in a circle")
+        if "/" in name_or_path or not path.name.isprintable() or len(path.name) > 200 or not path.is_file():
+            there = ", ".join(shipped_recipes())
+            raise RecipeError(f"recipe {shortened(name_or_path)}: not shipped; there are {there}")
     try:
+        path = path.resolve()
+        if path in seen:
+            raise RecipeError(f"{path}: 'extends' goes round in a circle")
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"{name_or_path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{name_or_path}: not valid TOML: {error}") from error
+        raise RecipeError(f"{shortened(name_or_path, 200)}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits, and of names with zeros
+        reason = shortened(str(error), 200)
+        raise RecipeError(f"{shortened(name_or_path, 200)}: not valid TOML: {reason}") from error
     parent = raw.pop("extends", None)
     if parent is None:
         return name_or_path, raw
@@ -297,16 +305,16 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not separator or len(keys) > 2 or not all(keys):
-        raise RecipeError(f"--set {override!r}: not of the form section.key=value")
+        raise RecipeError(f"--set {shortened(override)}: not of the form section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     section = raw
     for key in keys[:-1]:
         below = section.get(key, {})
         if not isinstance(below, Mapping):
-            raise RecipeError(f"--set {override!r}: {key!r} is a single value, not a section")
+            raise RecipeError(f"--set {shortened(override)}: {shortened(key)} is a single value, not a section")
         section[key] = dict(below)
         section = section[key]
     section[keys[-1]] = None if value == "none" else value
@@ -324,9 +332,12 @@ def _without(special: Any, section: str, key: str) -> Any:
 def _explain(source: str, error: ValidationError) -> str:
     faults = []
     for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"])
+        where = shortened(".".join(str(part) for part in fault["loc"]), 100).strip("'\"")
         if fault["type"] == "extra_forbidden":
             faults.append(f"unknown key '{where}'")
         else:
-            faults.append(f"'{where}': {fault['msg'].removeprefix('Value error, ')} (got {fault.get('input')!r})")
-    return f"recipe {source}: " + "; ".join(faults)
+            faults.append(
+                f"'{where}': {fault['msg'].removeprefix('Value error, ')} (got {shortened(fault.get('input'))})"
+            )
+    more = f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
+    return f"recipe {source}: " + "; ".join(faults[:_MOST_FAULTS]) + more

@@ -41,10 +41,12 @@ def check_strength(strength: Any) -> float:
     """
     try:
         value = float(strength)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise AdapterError(f"strength {strength}: give 0 (off) or more; for the other direction take the opposite pole")
+        raise AdapterError(
+            f"strength {shortened(strength)}: give 0 (off) or more; for the other direction take the opposite pole"
+        )
     return value
 
 
@@ -55,7 +57,7 @@ def check_where(where: Any) -> Where:
         AdapterError: something else.
     """
     if where not in ("all", "response"):
-        raise AdapterError(f"where={where!r}: give 'all' or 'response'")
+        raise AdapterError(f"where={shortened(where)}: give 'all' or 'response'")
     return "response" if where == "response" else "all"
 
 
@@ -159,7 +161,7 @@ def decode_rule(data: bytes, where: str) -> SteeringRule:
         clamp.ravel()[clamped] = True
         constant = _filled((layers, width), *(tensors[name] for name in _SPARSE_CONSTANT)) if has_constant else None
         return SteeringRule(_filled((layers, width), index, values), clamp, constant)
-    except (SafetensorError, KeyError, TypeError, ValueError, ProfileError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, ProfileError) as error:
         reason = shortened(str(error), 200)
         raise AdapterError(f"{where}: its steering rule is damaged ({reason}); make the file again") from error
 
@@ -299,15 +301,16 @@ def _from_adapter(directory: Path) -> SavedRule:
     config_path, weights = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
     config = _json(config_path)
     if config.get("peft_type") != PEFT_TYPE:
-        raise AdapterError(f"{config_path}: is a {config.get('peft_type')} adapter, not one of npti-export")
+        raise AdapterError(f"{config_path}: is a {str(config.get('peft_type'))[:40]} adapter, not one of npti-export")
     about = read_provenance(lambda: config["provenance"], str(config_path))
     try:
         with safe_open(weights, framework="np") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise AdapterError(f"{directory}: has no {ADAPTER_WEIGHTS}; the adapter is incomplete") from None
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{weights}: is damaged ({error}); download or make it again") from error
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = shortened(str(error), 200)
+        raise AdapterError(f"{weights}: is damaged ({reason}); download or make it again") from error
     return SavedRule(_stacked(tensors, config, about, str(weights)), about, check_where(config.get("where", "all")))
 
 
@@ -317,14 +320,17 @@ def _stacked(
     """The rule of an adapter's tensors, after a check of every name and shape."""
     try:
         layers, width = int(config["layers"]), int(config["width"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise AdapterError(
-            f"{where}: its {ADAPTER_CONFIG} does not say how many layers and neurons: {error}"
+            f"{where}: its {ADAPTER_CONFIG} does not say how many layers and neurons: {shortened(str(error), 200)}"
         ) from error
     strength = check_strength(config.get("strength", 1.0))
-    if layers > len(tensors) or width != max((tensor.size for tensor in tensors.values()), default=0):
+    held = sum(tensor.size for tensor in tensors.values())
+    widest = max((tensor.size for tensor in tensors.values()), default=0)
+    if not 1 <= layers <= len(tensors) or not 1 <= width == widest or layers * width > min(held, _MOST_NEURONS):
         raise AdapterError(
-            f"{where}: holds {len(tensors)} tensors, but its {ADAPTER_CONFIG} says {layers} layers of {width} neurons; "
+            f"{where}: holds {len(tensors)} tensors of {held} numbers, but its {ADAPTER_CONFIG} says "
+            f"{shortened(layers)} layers of {shortened(width)} neurons; "
             "make the adapter again"
         )
     tensors = {from_layers(name): tensor for name, tensor in tensors.items()}
@@ -334,8 +340,10 @@ def _stacked(
     check_names(set(expected), set(tensors), where)
     for name, like in expected.items():
         tensor = tensors[name]
-        if tensor.shape != like.shape or not np.isfinite(tensor).all():
-            fault = "holds values that are not finite" if tensor.shape == like.shape else f"is {tensor.shape}"
+        if tensor.dtype.kind not in "fiub" or tensor.shape != like.shape or not np.isfinite(tensor).all():
+            fault = "holds values that are not finite"
+            if tensor.shape != like.shape or tensor.dtype.kind not in "fiub":
+                fault = f"is {tensor.dtype} {shortened(tensor.shape)}"
             raise AdapterError(f"{where}: tensor {name} {fault}, not {like.shape} numbers; make the adapter again")
 
     def stacked(kind: str) -> np.ndarray[Any, Any]:
@@ -361,7 +369,9 @@ def check_names(expected: set[str], found: set[str], where: str) -> None:
     for what, names in (("is missing", expected - found), ("belongs to no layer of the model", found - expected)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise AdapterError(f"{where}: tensor {min(names)} {what}{more}; make the adapter for this model again")
+            raise AdapterError(
+                f"{where}: tensor {shortened(min(names), 200)} {what}{more}; make the adapter for this model again"
+            )
 
 
 def read_provenance(read: Callable[[], dict[str, Any]], where: str) -> Provenance:
@@ -373,7 +383,7 @@ def read_provenance(read: Callable[[], dict[str, Any]], where: str) -> Provenanc
     try:
         return Provenance.from_dict(read())
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, TraitError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = shortened((str(error).strip() or type(error).__name__).splitlines()[0], 200)
         raise AdapterError(f"{where}: does not say where its rule came from ({reason}); make it again") from error
 
 
@@ -381,7 +391,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: cannot be read ({error}); make it again") from error
+        raise AdapterError(f"{path}: cannot be read ({shortened(str(error), 200)}); make it again") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path}: is not a JSON object; make it again")
     return content

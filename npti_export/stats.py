@@ -265,9 +265,46 @@ def load_stats(path: Path) -> tuple[ContrastStats, dict[str, object]]:
             pairs, *lengths = map(int, record["spread"])
             products, mixed = (tensors.get_tensor(f"spread.{field}") for field in _SPREAD_FIELDS)
             spread = PairSpread(pairs, (lengths[0], lengths[1], lengths[2]), products, mixed)
-    except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
+            found, progress = ContrastStats(plus, minus, spread), record["progress"]
+            _check_shapes(found)
+            if not isinstance(progress, dict):
+                raise TypeError
+    except (
+        SafetensorError,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise ProfileError(f"{path}: damaged statistics; delete the file and run again") from error
-    return ContrastStats(plus, minus, spread), record["progress"]
+    return found, progress
+
+
+def _check_shapes(stats: ContrastStats) -> None:
+    """Raise a ValueError unless all that was read fits together."""
+    layers, width = stats.plus.active.shape
+    for one in (stats.plus, stats.minus):
+        wanted = {
+            "active": ((layers, width), np.int64),
+            "histogram": ((layers, width, BIN_COUNT), np.int32),
+            "largest": ((layers, width), np.float32),
+            "product": ((2, layers, width), np.float64),
+        }
+        for name, (shape, dtype) in wanted.items():
+            array = getattr(one, name)
+            if array is not None and (array.shape != shape or array.dtype != dtype or not np.isfinite(array).all()):
+                raise ValueError(name)
+        routed = one.routed
+        if routed is not None and (routed.ndim != 2 or len(routed) != layers or width % max(1, routed.shape[1])):
+            raise ValueError("routed")
+        if one.tokens < 0 or (one.active < 0).any() or (one.histogram < 0).any():
+            raise ValueError("a count is negative")
+    for array, kinds in ((stats.spread.products, 3), (stats.spread.mixed, 4)):
+        if array.shape != (kinds, layers, width) or array.dtype != np.int64:
+            raise ValueError("spread")
 
 
 def _read_pole(tensors: Any, name: str, tokens: int) -> ActivationStats:

@@ -89,6 +89,7 @@ EVERYDAY: dict[str, str] = {
 _NOTATION = re.compile(r"^\s*(?P<name>[A-Za-z][A-Za-z0-9 _-]*?)\s*(?P<sign>[+\-−])?\s*(?::(?P<strength>.*))?$")
 # The sign is the last one, as a folder's name may hold others; a strength holds none that could be taken for it.
 _PATH = re.compile(r"^\s*(?P<path>.+)(?P<sign>[+\-−])\s*(?::(?P<strength>[^/\\]*))?$", re.DOTALL)
+_LONGEST = 200  # characters of a name with its strength; longer ones would keep the pattern busy
 _OWN_NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 
 
@@ -133,7 +134,7 @@ def parse_trait(text: str, known: Collection[str] = ()) -> TraitSpec:
     """
     if _is_path(text):
         return _own_pole(text)
-    match = _NOTATION.match(text)
+    match = _notation(text)
     if match is None:
         raise TraitError(
             f"trait {shortened(text)}: not of the form NAME+, NAME- or NAME+:STRENGTH; see npti-export traits"
@@ -158,7 +159,7 @@ def parse_recorded(text: str) -> TraitSpec:
     Raises:
         TraitError: see :func:`parse_trait`.
     """
-    match = None if _is_path(text) else _NOTATION.match(text)
+    match = None if _is_path(text) else _notation(text)
     if match is None:
         raise TraitError(f"trait {shortened(text)}: not of the form NAME+, NAME- or NAME+:STRENGTH")
     return parse_trait(text, known=[match["name"]] if is_own_name(match["name"]) else ())
@@ -224,6 +225,10 @@ def own_name(folder: Path) -> str:
     if name in EVERYDAY:
         raise TraitError(f"{folder / FILE_NAME}: 'name' is {name!r}, which means {EVERYDAY[name]}; choose another name")
     return name
+
+
+def _notation(text: str) -> re.Match[str] | None:
+    return _NOTATION.match(text) if len(text) <= _LONGEST else None
 
 
 def _is_path(text: str) -> bool:

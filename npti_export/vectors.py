@@ -92,11 +92,12 @@ def _from_safetensors(path: Path) -> SteeringVector:
                 held = ", ".join(sorted(names)[:3])
                 raise VectorError(f"{path}: holds {shortened(held)}, not one tensor called {TENSOR}; write it as that")
             values = stored.get_tensor(TENSOR)
-    except (SafetensorError, TypeError, OSError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise VectorError(f"{path}: is damaged ({shortened(str(error), 200)}); make it again") from error
     if values.ndim != 2 or values.dtype != np.float32:
         raise VectorError(
-            f"{path}: {TENSOR} is {values.dtype} {values.shape}, not a float32 matrix [layers, width]; write it as that"
+            f"{path}: {TENSOR} is {values.dtype} {shortened(values.shape)}, not a float32 matrix [layers, width]; "
+            "write it as that"
         )
     return SteeringVector(None, values, about.get("fingerprint"))
 
@@ -111,7 +112,9 @@ def _from_json(path: Path) -> SteeringVector:
         raise VectorError(f"{path}: is not an object of {', '.join(known[:3])} (and fingerprint); see the README")
     layers, width, rows, fingerprint = content["layers"], content["width"], content[TENSOR], content.get("fingerprint")
     if not (_whole(layers, 1 << 9) and _whole(width, 1 << 24) and layers * width < 1 << 25):
-        raise VectorError(f"{path}: layers and width are {layers!r} and {width!r}; give the model's numbers")
+        raise VectorError(
+            f"{path}: layers and width are {shortened(layers)} and {shortened(width)}; give the model's numbers"
+        )
     if fingerprint is not None and not isinstance(fingerprint, str):
         raise VectorError(f"{path}: fingerprint is not a text; leave it out")
     values, seen = np.zeros((layers, width), np.float32), np.zeros((layers, width), np.bool_)

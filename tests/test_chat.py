@@ -17,10 +17,11 @@ from rich.console import Console
 from test_bake import bake
 
 from npti_export import chat_view
-from npti_export.chat import Conversation, LlamaVoice, Partner, Sampling, open_conversation, printable
+from npti_export.chat import Conversation, LlamaVoice, Partner, Sampling, open_conversation
 from npti_export.errors import ModelError
 from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
+from npti_export.terminal import printable
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
 

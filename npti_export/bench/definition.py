@@ -23,6 +23,7 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max
 # Of a trait: no space, as artifacts record poles in a row.
 TraitName = Annotated[str, StringConstraints(pattern=re.compile(r"\A[a-z][a-z0-9]*([_-][a-z0-9]+)*\Z"), max_length=64)]
 Name = Annotated[str, StringConstraints(pattern=re.compile(r"\A[a-z][a-z0-9]*([ _-][a-z0-9]+)*\Z"), max_length=64)]
+_MOST_FAULTS = 10  # that a message lists
 
 
 class _Table(BaseModel):
@@ -126,10 +127,13 @@ def read_definition(folder: Path) -> TraitDefinition:
         raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise BenchError(f"{path}: cannot be read ({error.strerror}); a trait's folder needs one") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BenchError(f"{path}: not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
+        raise BenchError(f"{path}: not valid TOML: {shortened(str(error), 200)}") from error
     try:
         return TraitDefinition.model_validate(raw)
     except ValidationError as error:
-        faults = (f"'{'.'.join(map(str, one['loc'])) or 'trait'}': {one['msg']}" for one in error.errors())
+        faults = (
+            f"'{shortened('.'.join(map(str, one['loc'])) or 'trait', 100)[1:-1]}': {one['msg']}"
+            for one in error.errors()[:_MOST_FAULTS]
+        )
         raise BenchError(f"{path}: {'; '.join(faults)}") from error

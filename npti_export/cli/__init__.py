@@ -61,5 +61,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"npti-export: {' '.join(message.split())}", file=sys.stderr)
+    from npti_export.terminal import printable
+
+    print(f"npti-export: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from npti_export.cli.options import FILE, RichProgress, trial_options
+from npti_export.terminal import tame_console
 
 
 @click.command()
@@ -28,7 +29,6 @@ def ablate(json_path: Path | None, force: bool, **options: Any) -> None:
       npti-export ablate --trait extraversion+
       npti-export ablate --trait calm --recipe npti --json calm-sweeps.json
     """
-    from rich.console import Console
 
     from npti_export.cli.options import trial_subject
 
@@ -38,5 +38,5 @@ def ablate(json_path: Path | None, force: bool, **options: Any) -> None:
     from npti_export.tuning.delivery import deliver_ablation
 
     job = AblationJob(subject, **options)
-    with RichProgress(Console(stderr=True)) as progress:
-        deliver_ablation(job, Console(), progress, json_path=json_path, force=force)
+    with RichProgress(tame_console(stderr=True)) as progress:
+        deliver_ablation(job, tame_console(), progress, json_path=json_path, force=force)

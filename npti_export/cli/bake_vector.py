@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from npti_export.cli.options import FILE, RichProgress, llama_options, llama_settings
+from npti_export.terminal import echo_json, tame_console
 
 
 @click.command("bake-vector")
@@ -32,18 +33,15 @@ def bake_vector(as_json: bool, **options: Any) -> None:
     \b
       npti-export bake-vector happy.gguf --model Llama-3.2-1B-Instruct-Q4_K_M.gguf --scale 0.8 --out happy-llama.gguf
     """
-    import json
-
-    from rich.console import Console
 
     from npti_export.bake_vector import VectorJob
     from npti_export.bake_vector import bake_vector as bake
     from npti_export.report import render_vector
 
     job = VectorJob(settings=llama_settings(options), **options)
-    with RichProgress(Console(stderr=True)) as progress:
+    with RichProgress(tame_console(stderr=True)) as progress:
         report = bake(job, progress)
     if as_json:
-        click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        echo_json(report)
     else:
-        render_vector(report, Console())
+        render_vector(report, tame_console())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from npti_export.cli.options import FILE, llama_options, llama_settings
+from npti_export.terminal import echo, echo_json, tame_console
 
 if TYPE_CHECKING:
     from npti_export.bench.definition import TraitDefinition
@@ -103,7 +104,6 @@ def build(context: click.Context, /, trait: str, out: Path, dry_run: bool, as_js
           --model gpt-5-nano --concurrency 64 --price-in 0.05 --price-out 0.4 --out pirate-bench/ --dry-run
       npti-export bench build calm --what personas --personas 80 --model Llama-3.2-3B-Instruct-Q4_K_M.gguf --out p/
     """
-    from rich.console import Console
 
     from npti_export.bench.making.report import estimate
 
@@ -114,7 +114,7 @@ def build(context: click.Context, /, trait: str, out: Path, dry_run: bool, as_js
     if dry_run:
         found = estimate(plan, options["rounds"], prices)
         if as_json:
-            click.echo(json.dumps(found, indent=2))
+            echo_json(found)
         else:
             _render_estimate(found, plan, options["rounds"])
         return
@@ -124,7 +124,7 @@ def build(context: click.Context, /, trait: str, out: Path, dry_run: bool, as_js
     from npti_export.cli.bench_display import RichDisplay, render
 
     folder, limits = Folder(out), (options["rounds"], options["max_tokens"] or 0, options["keep_rejected"])
-    with RichDisplay(Console(stderr=True), prices) as display:
+    with RichDisplay(tame_console(stderr=True), prices) as display:
         # Mistakes are found before the folder is touched, and a folder of another plan before a model is loaded.
         start, judge = _generator(options, settings, display), _judge_endpoint(options, display)
         with folder.opened(plan, force=options["force"]):
@@ -139,9 +139,9 @@ def build(context: click.Context, /, trait: str, out: Path, dry_run: bool, as_js
             display,
         )
     if as_json:
-        click.echo(json.dumps(summary, indent=2, ensure_ascii=False))
+        echo_json(summary)
     else:
-        render(summary, out, Console())
+        render(summary, out, tame_console())
     context.exit(0 if summary["complete"] else SHORT_EXIT)
 
 
@@ -233,8 +233,8 @@ def _endpoint(options: dict[str, Any], url: str, model: str, key_variable: str, 
         name, _, value = one.partition("=")
         try:
             extra[name] = json.loads(value)
-        except ValueError:
-            raise click.UsageError(f"--extra {one}: give a field and a JSON value, such as top_p=0.9") from None
+        except (ValueError, RecursionError):
+            raise click.UsageError(f"--extra {one[:60]}: give a field and a JSON value, such as top_p=0.9") from None
     return Endpoint(
         EndpointSettings(
             url,
@@ -269,8 +269,8 @@ def _judge(plan: Plan, options: dict[str, Any], generator: Generator) -> Judge |
 
 def _render_estimate(found: dict[str, Any], plan: Plan, rounds: int) -> None:
     tokens = found["tokens"]
-    click.echo(f"{found['items']} {plan.what} of {plan.definition.name} in {found['cells']} cells")
-    click.echo(f"requests: {found['requests']} if every item is kept, at most {found['requests_at_most']}")
-    click.echo(f"tokens: about {tokens['in']} in and {tokens['out']} out, at most {rounds} times that")
+    echo(f"{found['items']} {plan.what} of {plan.definition.name} in {found['cells']} cells")
+    echo(f"requests: {found['requests']} if every item is kept, at most {found['requests_at_most']}")
+    echo(f"tokens: about {tokens['in']} in and {tokens['out']} out, at most {rounds} times that")
     if found["cost"] is not None:
-        click.echo(f"cost: about {found['cost']:.2f}, at most {found['cost_at_most']:.2f}")
+        echo(f"cost: about {found['cost']:.2f}, at most {found['cost_at_most']:.2f}")

@@ -9,6 +9,7 @@ import click
 
 from npti_export.cli.bench_views import PLACE
 from npti_export.cli.options import FILE
+from npti_export.terminal import echo
 
 if TYPE_CHECKING:
     from npti_export.bench.imports import Imported
@@ -33,8 +34,8 @@ def new(name: str, parent: Path) -> None:
     from npti_export.bench.scaffold import scaffold
 
     folder = scaffold(name, parent)
-    click.echo(f"{folder}: replace every PLACEHOLDER in trait.toml, personas.jsonl and questions.jsonl")
-    click.echo(f"npti-export bench lint {folder} says what is left; then --trait {_typed(folder)}+")
+    echo(f"{folder}: replace every PLACEHOLDER in trait.toml, personas.jsonl and questions.jsonl")
+    echo(f"npti-export bench lint {folder} says what is left; then --trait {_typed(folder)}+")
 
 
 def _typed(folder: Path) -> str:
@@ -62,7 +63,7 @@ def export_command(out: Path, places: tuple[str, ...], force: bool) -> None:
 
     benches = [load_bench(trait, folder) for trait, folder in map(bench_folder, places or tuple(FACETS))]
     export_layout(benches, out, force=force)
-    click.echo(f"{out}: {', '.join(bench.trait for bench in benches)}")
+    echo(f"{out}: {', '.join(bench.trait for bench in benches)}")
 
 
 @click.command("import")
@@ -122,19 +123,19 @@ def _refuse(context: click.Context, source: Path, kind: str) -> None:
 
 def _say(done: Imported, out: Path) -> None:
     if done.columns:
-        click.echo(f"columns: {', '.join(f'{meaning} = {header}' for meaning, header in done.columns.items())}")
+        echo(f"columns: {', '.join(f'{meaning} = {header}' for meaning, header in done.columns.items())}")
     names = {"+": "personas +", "-": "personas -", "search": "search questions", "test": "test questions"}
     for trait, counts in sorted(done.counts.items()):
-        click.echo(f"{trait}: {', '.join(f'{counts[kind]} {names.get(kind, kind)}' for kind in sorted(counts))}")
+        echo(f"{trait}: {', '.join(f'{counts[kind]} {names.get(kind, kind)}' for kind in sorted(counts))}")
     if done.repeated:
-        click.echo(f"{done.repeated} were there already")
+        echo(f"{done.repeated} were there already")
     if done.faults.count:
-        click.echo(f"malformed lines left out: {done.faults.count}", err=True)
+        echo(f"malformed lines left out: {done.faults.count}", err=True)
         for fault in done.faults.first:
-            click.echo(f"  {fault}", err=True)
+            echo(f"  {fault}", err=True)
         if done.faults.count > len(done.faults.first):
-            click.echo(f"  and {done.faults.count - len(done.faults.first)} more", err=True)
-    click.echo(f"written to {out}")
+            echo(f"  and {done.faults.count - len(done.faults.first)} more", err=True)
+    echo(f"written to {out}")
 
 
 def _columns(given: tuple[str, ...]) -> dict[str, str]:

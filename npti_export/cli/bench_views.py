@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from npti_export.terminal import echo_json, tame_console
 
 if TYPE_CHECKING:
     from npti_export.bench import Question, TraitBench
@@ -27,7 +28,6 @@ def lint(context: click.Context, /, place: str, as_json: bool) -> None:
       npti-export bench lint ./pirate
       npti-export bench lint extraversion --json
     """
-    from rich.console import Console
     from rich.text import Text
 
     from npti_export.bench.lint import lint as findings_of
@@ -37,9 +37,9 @@ def lint(context: click.Context, /, place: str, as_json: bool) -> None:
     trait, folder = bench_folder(place)
     found = findings_of(trait, folder)
     if as_json:
-        click.echo(json.dumps([one.to_dict() for one in found], indent=2, ensure_ascii=False))
+        echo_json([one.to_dict() for one in found])
     else:
-        console = Console(soft_wrap=True)
+        console = tame_console(soft_wrap=True)
         for one in found:
             style = {"error": "bold red", "warning": "yellow", "note": "dim"}[one.severity]
             console.print(Text.assemble((one.severity, style), f" {one.place}: {one.text}; {one.mend}"))
@@ -68,7 +68,7 @@ def stats(places: tuple[str, ...], by: By | None, as_json: bool) -> None:
         raise click.UsageError("--by makes tables, and --json counts by trait only; give one of the two")
     benches = opened(places)
     if as_json:
-        click.echo(json.dumps({bench.trait: counts(bench) for bench in benches}, indent=2))
+        echo_json({bench.trait: counts(bench) for bench in benches})
         return
     columns = ("personas +", "personas -", "search", "test")
     if by is None:
@@ -140,7 +140,6 @@ def opened(places: tuple[str, ...]) -> list[TraitBench]:
 
 
 def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -150,4 +149,4 @@ def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    Console().print(table)
+    tame_console().print(table)

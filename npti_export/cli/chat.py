@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from npti_export.cli.options import FILE, llama_options, llama_settings
+from npti_export.terminal import echo_json, tame_console
 
 
 @click.command()
@@ -43,10 +44,6 @@ def chat(model: Path, base: Path | None, alone: bool, messages: tuple[str, ...],
     if as_json and not messages:
         raise click.UsageError("--json prints what --message asks; give a --message")
 
-    import json
-
-    from rich.console import Console
-
     from npti_export.chat import Sampling, open_conversation
     from npti_export.chat_view import show, talk
 
@@ -55,7 +52,7 @@ def chat(model: Path, base: Path | None, alone: bool, messages: tuple[str, ...],
             signal.signal(getattr(signal, name), _leave)
     settings = llama_settings(options)
     sampling = Sampling(options["temperature"], options["seed"], options["max_new_tokens"])
-    console = Console(highlight=False)
+    console = tame_console(highlight=False)
     with open_conversation(
         model, base, sampling, settings=settings, system=options["system"], alone=alone
     ) as conversation:
@@ -66,7 +63,7 @@ def chat(model: Path, base: Path | None, alone: bool, messages: tuple[str, ...],
             else:
                 show(conversation, console, message)
         if as_json:
-            click.echo(json.dumps(conversation.to_dict(), indent=2))
+            echo_json(conversation.to_dict())
         elif not messages:
             talk(conversation, console, _asked)
 

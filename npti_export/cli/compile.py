@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from npti_export.cli.options import RichProgress, base_options, job_options, model_options, rule_options
+from npti_export.terminal import echo_json, tame_console
 
 
 @click.command("compile")
@@ -38,9 +39,6 @@ def compile_command(
       npti-export compile --trait calm --recipe npti --explain
       npti-export compile --trait calm --recipe npti --program exact --program bias --program budget:5% --measure
     """
-    import json
-
-    from rich.console import Console
 
     from npti_export.traits import parse_trait
 
@@ -51,10 +49,10 @@ def compile_command(
     from npti_export.pipeline import Job
     from npti_export.report import render_programs
 
-    with RichProgress(Console(stderr=True)) as progress:
+    with RichProgress(tame_console(stderr=True)) as progress:
         found = explain(Job(traits=specs, out=None, **fields), programs, progress, measures=measures)
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        echo_json(found)
     else:
-        console = Console()
-        render_programs(found, console if console.is_terminal else Console(width=160), every_pass=explained)
+        console = tame_console()
+        render_programs(found, console if console.is_terminal else tame_console(width=160), every_pass=explained)

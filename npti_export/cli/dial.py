@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from npti_export.cli.options import FILE, RichProgress, base_options, job_options, model_options, rule_options
+from npti_export.terminal import echo, tame_console
 
 
 @click.group(invoke_without_command=True)
@@ -52,7 +53,6 @@ def dial(context: click.Context, /, traits: str | None, out: Path | None, mixed:
 
 
 def _make(traits: str, out: Path, mixed: int, options: dict[str, Any]) -> None:
-    from rich.console import Console
 
     from npti_export.dial.index import parse_poles
 
@@ -64,10 +64,10 @@ def _make(traits: str, out: Path, mixed: int, options: dict[str, Any]) -> None:
     from npti_export.job import Job
 
     job = Job(traits=specs, out=out, format="dial", **fields)
-    with RichProgress(Console(stderr=True)) as progress:
+    with RichProgress(tame_console(stderr=True)) as progress:
         index = make_dial(job, mixed, progress)
     for line in closing_lines(index, str(out)):
-        click.echo(line)
+        echo(line)
 
 
 @dial.command()
@@ -92,4 +92,4 @@ def request(folder: Path, mix: str, message: str | None) -> None:
     body = made.request(parse_mix(mix, {pole[:-1] for pole in made.poles}))
     if message is not None:
         body = {"messages": [{"role": "user", "content": message}], **body}
-    click.echo(json.dumps(body, ensure_ascii=False))
+    echo(json.dumps(body, ensure_ascii=False))

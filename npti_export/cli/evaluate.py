@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from npti_export.cli.options import FILE, RichProgress, runtime_options, runtime_settings, trait_dir_option
+from npti_export.terminal import tame_console
 
 _BASELINES = "npti,dpn-le,dpn-le-any,mean-shift,null"
 
@@ -75,16 +76,15 @@ def evaluate(
       npti-export evaluate calm/ --card calm/README.md
       npti-export evaluate calm/ --judge http://127.0.0.1:8080/v1=qwen3-8b
     """
-    from rich.console import Console
 
     from npti_export.evaluate.delivery import deliver, evaluation_job
 
     settings = runtime_settings(options)
     job = evaluation_job(artifact, settings, options)
-    with RichProgress(Console(stderr=True)) as progress:
+    with RichProgress(tame_console(stderr=True)) as progress:
         deliver(
             job,
-            Console(),
+            tame_console(),
             progress,
             json_path=json_path,
             html_path=html_path,

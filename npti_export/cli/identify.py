@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from npti_export.cli.options import FILE, RichProgress, job_options, model_options
+from npti_export.terminal import echo, tame_console
 
 
 @click.command()
@@ -33,7 +34,6 @@ def identify(trait: str, out: Path, **options: Any) -> None:
       npti-export identify --trait extraversion --out Extraversion_dict.json
       npti-export identify --trait ./pirate --out pirate.safetensors
     """
-    from rich.console import Console
 
     from npti_export.traits import parse_whole
 
@@ -41,13 +41,13 @@ def identify(trait: str, out: Path, **options: Any) -> None:
 
     from npti_export.pipeline import Job, identify_only
 
-    with RichProgress(Console(stderr=True)) as progress:
+    with RichProgress(tame_console(stderr=True)) as progress:
         job = Job(traits=(spec,), out=None, save_profile=out, **job_options(options))
         profile, seconds = identify_only(job, progress)
     plus, minus = (int((profile.delta * sign >= 0.1).sum()) for sign in (1, -1))
     tokens = profile.origin["tokens"]
-    click.echo(
+    echo(
         f"{spec.trait}: {plus} neurons fire for + and {minus} for - with |delta| >= 0.1, "
         f"over {tokens['+']} + {tokens['-']} tokens"
     )
-    click.echo(f"wrote {out} ({seconds.get('identify', 0):.0f} s)")
+    echo(f"wrote {out} ({seconds.get('identify', 0):.0f} s)")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from npti_export.cli.options import FILE
+from npti_export.terminal import echo, echo_json
 
 
 @click.command()
@@ -25,9 +26,9 @@ def inspect(file: Path, as_json: bool) -> None:
 
     found = inspect_file(file)
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        echo_json(found)
         return
     width = max(map(len, found))
     for key, value in found.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        click.echo(f"{key:<{width}}  {text}")
+        echo(f"{key:<{width}}  {text}")

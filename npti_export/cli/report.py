@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from npti_export.cli.options import FILE
+from npti_export.terminal import echo
 
 
 @click.command("report")
@@ -31,4 +32,4 @@ def report_command(evaluations: tuple[Path, ...], html: Path | None, figures: Pa
     from npti_export.report_page.delivery import write_report
 
     for line in write_report(evaluations, html=html, figures=figures, force=force):
-        click.echo(f"wrote {line}")
+        echo(f"wrote {line}")

@@ -30,6 +30,7 @@ from npti_export.cli.strip import strip
 from npti_export.cli.traits import traits
 from npti_export.cli.tune import tune
 from npti_export.cli.verify import verify
+from npti_export.terminal import echo, tame_console
 from npti_export.version import __version__
 
 
@@ -147,7 +148,6 @@ def _refuse_beside_from(context: click.Context) -> None:
 
 
 def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: dict[str, Any]) -> None:
-    from rich.console import Console
 
     from npti_export.traits import parse_trait
 
@@ -162,7 +162,7 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
     from npti_export.report import render, save_report
 
     job = Job(traits=specs, report=report_path, **fields)
-    with RichProgress(Console(stderr=True)) as progress:
+    with RichProgress(tame_console(stderr=True)) as progress:
         if automatic:
             from npti_export.tuning.strength import with_strengths
 
@@ -170,10 +170,10 @@ def _main_job(trait_names: tuple[str, ...], report_path: Path | None, options: d
         report = run(job, progress)
     if report_path is not None:
         save_report(report, report_path, force=fields["force"])
-    render(report, Console())
+    render(report, tame_console())
     if job.push_to is not None:
-        with RichProgress(Console(stderr=True)) as progress:
-            click.echo(f"pushed {push(job, report, progress)}")
+        with RichProgress(tame_console(stderr=True)) as progress:
+            echo(f"pushed {push(job, report, progress)}")
 
 
 COMMANDS = (

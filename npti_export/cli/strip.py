@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from npti_export.cli.options import FILE
+from npti_export.terminal import echo
 
 
 @click.command()
@@ -24,6 +25,6 @@ def strip(file: Path, out: Path, force: bool) -> None:
 
     digest = strip_file(file, out, force=force)
     first, *others = shard_paths(out, len(read_model(file).parts))
-    click.echo(f"wrote {first}, the base file bit for bit (sha256 {digest})")
+    echo(f"wrote {first}, the base file bit for bit (sha256 {digest})")
     for path in others:
-        click.echo(f"wrote {path}, bit for bit")
+        echo(f"wrote {path}, bit for bit")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from npti_export.cli.options import FILE, RichProgress, trial_options
+from npti_export.terminal import tame_console
 
 
 @click.command()
@@ -45,7 +46,6 @@ def tune(out: Path | None, json_path: Path | None, force: bool, **options: Any) 
       npti-export tune --trait extraversion+ --out tuned.toml
       npti-export tune --trait calm --model Llama-3.2-1B-Instruct-Q4_K_M.gguf --minutes 60 --max-kl 0.05 --json t.json
     """
-    from rich.console import Console
 
     from npti_export.cli.options import trial_subject
 
@@ -58,5 +58,5 @@ def tune(out: Path | None, json_path: Path | None, force: bool, **options: Any) 
     budget = Budget(options.pop("max_kl"), options.pop("max_fluency_loss"))
     methods = tuple(dict.fromkeys(name.strip() for name in options.pop("methods").split(",")))
     job = TuneJob(subject, budget=budget, methods=methods, **options)
-    with RichProgress(Console(stderr=True)) as progress:
-        deliver_tuning(job, Console(), progress, out=out, json_path=json_path, force=force)
+    with RichProgress(tame_console(stderr=True)) as progress:
+        deliver_tuning(job, tame_console(), progress, out=out, json_path=json_path, force=force)

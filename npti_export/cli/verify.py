@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from npti_export.cli.options import FILE, RichProgress, runtime_options, runtime_settings, trait_dir_option
+from npti_export.terminal import echo_json, tame_console
 
 
 @click.command()
@@ -31,16 +32,13 @@ def verify(context: click.Context, /, artifact: Path, as_json: bool, **options: 
       npti-export verify calm/ --model ./Llama-3.2-1B-Instruct
       npti-export verify pirate.gguf --trait-dir ./pirate
     """
-    import json
-
-    from rich.console import Console
 
     from npti_export.pipeline import Job, verify_artifact
     from npti_export.report import render_verdict
     from npti_export.rule_io import artifact_format
 
     settings = runtime_settings(options)
-    with RichProgress(Console(stderr=True)) as progress:
+    with RichProgress(tame_console(stderr=True)) as progress:
         job = Job(
             traits=(),
             out=None,
@@ -52,7 +50,7 @@ def verify(context: click.Context, /, artifact: Path, as_json: bool, **options: 
         )
         verdict = verify_artifact(job, progress)
     if as_json:
-        click.echo(json.dumps(verdict, indent=2, ensure_ascii=False))
+        echo_json(verdict)
     else:
-        render_verdict(verdict, Console())
+        render_verdict(verdict, tame_console())
     context.exit(3 if verdict["fault"] else 0)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from npti_export.errors import RecipeError
+from npti_export.errors import RecipeError, shortened
 
 Name = Literal["exact", "bias", "lowrank", "budget", "kl"]
 _FORMS = "exact, bias, lowrank:R (units), budget:N% (extra width) or kl:X (nats)"
@@ -49,10 +49,10 @@ def parse_program(text: str) -> ProgramKind:
         number = float(value.removesuffix("%") if name == "budget" else value)
     except ValueError:
         number = math.nan
-    if name == "lowrank" and number >= 1 and number == int(number):
+    if name == "lowrank" and 1 <= number < math.inf and number == int(number):
         return ProgramKind("lowrank", number)
     if name == "budget" and value.endswith("%") and 0 <= number <= 1000:
         return ProgramKind("budget", number)
     if name == "kl" and 0 < number < math.inf:
         return ProgramKind("kl", number)
-    raise RecipeError(f"program {text!r}: is none of {_FORMS}")
+    raise RecipeError(f"program {shortened(text)}: is none of {_FORMS}")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 from npti_export.compiler.dial import AdapterPlan, Kind, overlap_scale
 from npti_export.errors import AdapterError, TraitError, shortened
 from npti_export.files import DIAL_INDEX, DIAL_KEY
-from npti_export.traits import TraitSpec, parse_trait
+from npti_export.traits import TraitSpec, parse_recorded, parse_trait
 
 FORMAT = 1  # of the index
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,250}\.gguf")
+_MOST_MIXED = 64
 
 
 @dataclass(frozen=True)
@@ -146,15 +149,15 @@ def load_dial(folder: Path) -> Dial:
         raise AdapterError(
             f"{path}: cannot be read ({error.strerror}); name a directory that npti-export dial made"
         ) from error
-    except ValueError as error:
-        raise AdapterError(f"{path}: is not JSON ({error}); make the dial again") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: is not JSON ({shortened(str(error), 200)}); make the dial again") from error
     if not isinstance(raw, dict) or raw.get(DIAL_KEY) != FORMAT:
         raise AdapterError(f"{path}: is not the index of a dial of this version ({DIAL_KEY} is not {FORMAT})")
     try:
         found = TypeAdapter(_Index).validate_python(raw)
     except ValidationError as error:
         fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
+        place = ".".join(map(str, fault["loc"]))[:100]
         raise AdapterError(f"{path}: {place}: {fault['msg'].lower()}; make the dial again") from error
     adapters = tuple(
         Adapter(one.kind, tuple(one.traits or ([one.trait] if one.trait else [])), one.file) for one in found.adapters
@@ -162,9 +165,23 @@ def load_dial(folder: Path) -> Dial:
     if not adapters or not all(one.traits for one in adapters):
         raise AdapterError(f"{path}: adapters: are missing, or one names no trait; make the dial again")
     for name in (found.base, *(one.file for one in adapters)):
-        if PurePath(name).name != name or "\\" in name:
+        if _FILE.fullmatch(name) is None:  # it also stands in command lines that we print
             raise AdapterError(f"{path}: {shortened(name)} is not the name of a file beside it; make the dial again")
+    for pole in {pole for one in adapters for pole in one.traits}:
+        if not _is_pole(pole):
+            raise AdapterError(f"{path}: {shortened(pole)} is no pole of a trait; make the dial again")
+    if not 1 <= found.mixed <= _MOST_MIXED:
+        raise AdapterError(
+            f"{path}: mixed is {shortened(found.mixed)}, not from 1 to {_MOST_MIXED}; make the dial again"
+        )
     return Dial(found.base, adapters, found.mixed)
+
+
+def _is_pole(text: str) -> bool:
+    try:
+        return parse_recorded(text).pole == text
+    except TraitError:
+        return False
 
 
 @dataclass(frozen=True)

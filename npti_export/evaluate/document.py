@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from npti_export.errors import EvaluationError
+from npti_export.errors import EvaluationError, shortened
 
 FORMAT: Literal[1] = 1
+_MOST_DIGITS = 300  # of a whole number, which has to fit into a float
 
 
 class _Part(BaseModel):
@@ -219,13 +220,38 @@ def read_document(path: Path) -> Document:
         EvaluationError: unreadable, of another version, or not such a file; the fields are named.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_plain(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise EvaluationError(f"{path}: not an evaluation ({type(error).__name__}: {error})") from error
+        reason = shortened(str(error), 200)
+        raise EvaluationError(f"{path}: not an evaluation ({type(error).__name__}: {reason})") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise EvaluationError(f"{path}: not an evaluation of this version (format {FORMAT}); evaluate again")
     try:
         return Document.model_validate(raw)
     except ValidationError as error:
-        faults = [f"'{'.'.join(map(str, fault['loc']))}': {fault['msg']}" for fault in error.errors()[:5]]
-        raise EvaluationError(f"{path}: not an evaluation: {'; '.join(faults)}") from error
+        raise EvaluationError(f"{path}: not an evaluation: {faults_of(error)}") from error
+
+
+def read_plain(path: Path) -> Any:
+    """JSON of finite numbers and of texts that can be written again.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is something else.
+        RecursionError: it is nested too deeply.
+    """
+    raw = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
+    json.dumps(raw, ensure_ascii=False, allow_nan=False).encode()  # a number may be infinite, a text no text
+    return raw
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def faults_of(error: ValidationError) -> str:
+    """The first fields that are wrong, and why."""
+    faults = (f"'{'.'.join(map(str, one['loc']))[:100]}': {one['msg'][:200]}" for one in error.errors()[:5])
+    return "; ".join(faults)

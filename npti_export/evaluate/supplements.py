@@ -9,8 +9,16 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from npti_export.errors import EvaluationError
-from npti_export.evaluate.document import Condition, Document, Estimate, ParetoPoint, Sweep
+from npti_export.errors import EvaluationError, shortened
+from npti_export.evaluate.document import (
+    Condition,
+    Document,
+    Estimate,
+    ParetoPoint,
+    Sweep,
+    faults_of,
+    read_plain,
+)
 from npti_export.recipe import Recipe, recipe_from_json
 from npti_export.traits import parse_recorded
 from npti_export.version import __version__
@@ -104,14 +112,12 @@ def read_ablation(path: Path) -> AblationRecord:
 
 def _read(path: Path, kind: type[_Kind], command: str) -> _Kind:
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate(read_plain(path))
     except OSError as error:
         raise EvaluationError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValidationError as error:
-        faults = [f"'{'.'.join(map(str, fault['loc']))}': {fault['msg']}" for fault in error.errors()[:3]]
-        raise EvaluationError(
-            f"{path}: not what npti-export {command} --json of this version writes: {'; '.join(faults)}"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        why = faults_of(error) if isinstance(error, ValidationError) else shortened(str(error), 200)
+        raise EvaluationError(f"{path}: not what npti-export {command} --json of this version writes: {why}") from error
 
 
 def check_same(record: TuningRecord | AblationRecord, path: Path, poles: list[str], fingerprint: str) -> None:

@@ -46,6 +46,9 @@ unknown unlicense wtfpl zlib
 """
 
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
 def model_card(report: dict[str, Any], evaluation: str = "", results: Sequence[EvalResult] = ()) -> str:
     """The text of README.md for the export that a report describes: front matter and body.
 
@@ -86,18 +89,19 @@ def _front_matter(report: dict[str, Any], traits: list[TraitSpec], results: Sequ
         if results
         else None,  # the Hub wants a name for what has results
         eval_results=list(results) or None,
-        **_license(report["model"]["license"]),
+        **_license(report["model"]["license"], base),
     )
     return str(data.to_yaml(line_break="\n"))
 
 
-def _license(name: str | None) -> dict[str, Any]:
+def _license(name: str | None, base: str | None) -> dict[str, Any]:
     if name is None:
         return {}
     if name.lower() in _LICENSES.split():
         return {"license": name.lower()}
     slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
-    return {"license": "other", "license_name": slug or "unnamed"}
+    link = {"license_link": f"https://huggingface.co/{base}"} if base and _HUB_ID.fullmatch(base) else {}
+    return {"license": "other", "license_name": slug or "unnamed", **link}
 
 
 def _added(neurons: dict[str, Any]) -> str:
@@ -320,7 +324,8 @@ For research on personality in language models, for fiction, games and dialogue 
 - Do not present it as a person: whoever talks to it must be able to know that it is a language model.
 - {texts}
 - All limits and biases of the base model are still there. Steering may also weaken what it was taught to refuse.
-- The base model's licence applies to this model, too. {terms}"""
+- The base model's licence applies to this model, too. {terms} npti-export, which made it, is Apache-2.0; no code of it
+  or of what it depends on is in this export."""
 
 
 def _constants(report: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npti_export.architectures import bakes_once_converted
-from npti_export.errors import ArchitectureError, ModelError
+from npti_export.errors import ArchitectureError, ModelError, shortened
 from npti_export.gguf.requantise import refuse_full_disk
 from npti_export.models import ModelSource, model_type_ahead, weight_files
 from npti_export.processes import ending, run_captured
@@ -149,8 +149,9 @@ def _refuse_code(directory: Path, *, trust_remote_code: bool) -> None:
             content = json.loads((directory / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{directory / name}: cannot be read ({error}); download it again") from error
+        except (OSError, ValueError, RecursionError) as error:
+            reason = shortened(str(error), 200)
+            raise ModelError(f"{directory / name}: cannot be read ({reason}); download it again") from error
         if isinstance(content, dict) and "auto_map" in content:
             raise ModelError(
                 f"{directory / name}: names code of its own (auto_map), which {SCRIPT} would run; pass "

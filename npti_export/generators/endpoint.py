@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from npti_export.errors import BenchError, shortened
+from npti_export.generators.address import is_address, public_address
 from npti_export.generators.base import Answer, RefusedError, Request, UnavailableError, UnusableAnswerError
 
 LONGEST_ANSWER = 1 << 20  # bytes of a response's body: a hundred times what is asked for
@@ -66,12 +67,12 @@ class Endpoint:
             import tenacity
         except ModuleNotFoundError as error:
             raise BenchError(f"{settings.option} needs {error.name}: pip install 'npti-export[bench]'") from error
-        parts = urlsplit(settings.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+        if not is_address(settings.url):
             raise BenchError(
                 f"{settings.option} {public_address(settings.url)}: give its address without a key, such as "
                 "http://127.0.0.1:8080/v1"
             )
+        parts = urlsplit(settings.url)
         self.settings, self.concurrency, self._note = settings, settings.concurrency, note
         self._openai, self._tenacity = openai, tenacity
         self._key = os.environ.get(settings.key_variable, "")
@@ -209,16 +210,6 @@ class Endpoint:
         if self._key:
             text = text.replace(self._key, "***")
         return shortened(" ".join("".join(char if char.isprintable() else " " for char in text).split()), _NAMES_SHOWN)
-
-
-def public_address(url: str) -> str:
-    """An address without what may be a secret in it: user, password and query."""
-    parts = urlsplit(url)
-    try:
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        port = ""
-    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
 
 
 def _retry_after(error: BaseException | None) -> float:

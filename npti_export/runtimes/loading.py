@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npti_export.chat_template import check_template
 from npti_export.errors import ModelError
 from npti_export.gguf.blocks import type_name
 from npti_export.gguf.reader import read_gguf
@@ -31,7 +32,8 @@ def load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> tu
     """A model and its tokenizer.
 
     Raises:
-        ModelError: transformers cannot load it; the reason given is its own.
+        ModelError: transformers cannot load it (the reason given is its own), or see
+            :func:`npti_export.chat_template.check_template`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
@@ -44,15 +46,26 @@ def load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> tu
         with _quiet(transformers), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tokenizer = transformers.AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+            _check_templates(tokenizer.chat_template, str(source.path))
+            # of a directory nothing but safetensors: other weights are programs that run as they are read
+            only = {} if source.kind == "gguf" else {"use_safetensors": True}
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                **where, dtype=dtype, trust_remote_code=trust_remote_code
+                **where, **only, dtype=dtype, trust_remote_code=trust_remote_code
             )
+    except ModelError:
+        raise
     except Exception as error:  # these libraries raise anything, tokenizers a bare Exception, on a damaged file
         if source.kind == "gguf" and source.path.is_file():
             _check_types(source.path)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source.path}: transformers cannot load it: {reason}") from error
     return model, tokenizer
+
+
+def _check_templates(found: str | dict[str, str] | None, where: str) -> None:
+    """A tokenizer has no template, one, or several by name."""
+    for template in found.values() if isinstance(found, dict) else [found or ""]:
+        check_template(template, where)
 
 
 def _check_types(path: Path) -> None:

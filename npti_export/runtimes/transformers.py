@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from npti_export.chat_template import check_prompt
 from npti_export.errors import ModelError
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import FALLBACK_TEMPLATE, Exchange, Message
@@ -94,12 +95,12 @@ class TransformersRuntime:
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """See :class:`Runtime`. Templates that refuse a system turn get it at the head of the user's turn."""
-        import jinja2
-
         template = FALLBACK_TEMPLATE if self.uses_fallback_template else None
         try:
-            text = self._render(messages, template)
-        except jinja2.TemplateError as error:
+            text = check_prompt(self._render(messages, template), self.source.name)
+        except ModelError:
+            raise
+        except Exception as error:  # a template is a program, and raises anything
             if len(messages) != 2:
                 raise ModelError(f"{self.source.name}: its chat template fails on a question: {error}") from error
             joined = "\n\n".join(message["content"] for message in messages)

@@ -106,8 +106,10 @@ class Folder:
             with atomic_output(path) as temporary:
                 temporary.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             return
-        except (OSError, ValueError) as error:
-            raise BenchError(f"{path}: is damaged ({error}); pass --force to start anew") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise BenchError(
+                f"{path}: is damaged ({shortened(str(error), 200)}); pass --force to start anew"
+            ) from error
         if before != now:
             names = [name for name in now if not isinstance(before, dict) or before.get(name) != now[name]]
             told = "; ".join(f"{name} was {_told(before, name)}, is {_told(now, name)}" for name in names[:3])

@@ -54,7 +54,8 @@ def _numbered(lines: Sequence[str]) -> list[str]:
 
 def _clean(entry: str) -> str:
     # A little more than is kept, so that what is too long stays too long and is rejected for it.
-    text = " ".join(unicodedata.normalize("NFC", entry[: _LONGEST_ITEM + 1]).split())
+    whole = entry[: _LONGEST_ITEM + 1].encode("utf-8", "replace").decode()  # JSON spells out halves of surrogate pairs
+    text = " ".join(unicodedata.normalize("NFC", whole).split())
     if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
     return text

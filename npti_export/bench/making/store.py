@@ -37,6 +37,18 @@ CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT NOT NULL) WIT
 """
 
 
+def _counts(text: str) -> Counter[str]:
+    """Numbers by name.
+
+    Raises:
+        ValueError: something else.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict) or any(type(value) is not int for value in found.values()):
+        raise ValueError("counts are not numbers by name")
+    return Counter(found)
+
+
 class Store:
     """Kept and rejected items, counts, and an index of 3-grams that finds near-duplicates.
 
@@ -54,6 +66,7 @@ class Store:
         self._path = path
         with self._translated():
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA trusted_schema=OFF")  # of a file that somebody else made
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")  # consistent after a power cut, if not the newest
             self._db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
@@ -64,11 +77,11 @@ class Store:
                 {(cell, split): count for cell, split, count in self._db.execute("SELECT * FROM taken")}
             )
             state = dict(self._db.execute("SELECT key, value FROM state"))
-        self.done: int = json.loads(state.get("done", "0"))
-        self.turn: int = json.loads(state.get("turn", "0"))
-        self.turn_begins: int = json.loads(state.get("turn_begins", "-1"))
-        self.totals = Counter[str](json.loads(state.get("totals", "{}")))
-        self.reasons = Counter[str](json.loads(state.get("reasons", "{}")))
+            self.done = int(json.loads(state.get("done", "0")))
+            self.turn = int(json.loads(state.get("turn", "0")))
+            self.turn_begins = int(json.loads(state.get("turn_begins", "-1")))
+            self.totals = _counts(state.get("totals", "{}"))
+            self.reasons = _counts(state.get("reasons", "{}"))
         self._changed: set[tuple[int, str]] = set()
         self._committed = time.monotonic()
 
@@ -190,7 +203,7 @@ class Store:
                     f"{self._path}: the disk is full ({error}); make room and run the command again, nothing is lost"
                 ) from error
             raise OutputError(f"{self._path}: cannot be written ({error})") from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.Error, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise OutputError(
                 f"{self._path}: is damaged ({error}); delete it and the files {self._path.name}-* beside it: it is "
                 "made again from the answers"

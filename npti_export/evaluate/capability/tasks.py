@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,7 +174,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             cells = {key: value for key, value in row.items() if value}
             if None in row:
                 raise EvaluationError(f"{path}:{rows.line_num}: has more cells than the first line has columns")
-            names = sorted(key for key in cells if key.startswith(_OPTION) and key[len(_OPTION) :].isdecimal())
+            names = sorted(key for key in cells if re.fullmatch(rf"{_OPTION}[0-9]{{1,9}}", key))
             options = [cells.pop(name) for name in sorted(names, key=lambda name: int(name[len(_OPTION) :]))]
             yield rows.line_num, cells | ({"options": options} if options else {})
     except csv.Error as error:

@@ -18,8 +18,9 @@ from npti_export.evaluate.judge.prompts import BEGINNINGS, RATINGS, SCHEMA, read
 from npti_export.evaluate.judge.spec import JudgeSpec
 from npti_export.evaluate.judge.verdicts import Asked, Verdict, unreadable
 from npti_export.evaluate.options import Options, choose, find_options
+from npti_export.generators.address import public_address
 from npti_export.generators.base import RefusedError, Request, UnavailableError, UnusableAnswerError
-from npti_export.generators.endpoint import Endpoint, EndpointSettings, public_address
+from npti_export.generators.endpoint import Endpoint, EndpointSettings
 
 if TYPE_CHECKING:
     from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime

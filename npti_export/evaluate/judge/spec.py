@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from npti_export.errors import EvaluationError, shortened
+from npti_export.generators.address import is_address
 
 _FORMS = "give URL=MODEL, such as http://127.0.0.1:8080/v1=qwen3-8b, or a .gguf file"
 
@@ -55,24 +55,27 @@ def parse_judge(text: str, **more: Any) -> JudgeSpec:
     """
     if "://" in text:
         url, _, model = text.rpartition("=")
-        parts = urlsplit(url)
         if not url or not model.strip():
             raise EvaluationError(f"--judge {_shown(text)}: names no model; {_FORMS}")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+        if not is_address(url):
             raise EvaluationError(f"--judge {_shown(url)}: is no address of an endpoint without a key in it; {_FORMS}")
         return JudgeSpec(model.strip(), url, **more)
     if not text.lower().endswith(".gguf"):
         hint = "; an address begins with http:// or https://" if "=" in text else ""
         raise EvaluationError(f"--judge {shortened(text)}: {_FORMS}{hint}")
-    path = Path(text).expanduser()
-    on_hub = ":" in text and text.count("/") >= 1 and not path.exists()
-    if not on_hub and not path.is_file():
+    try:
+        path = Path(text).expanduser()
+        exists, there = path.exists(), path.is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, no home
+        exists = there = False
+    on_hub = ":" in text and text.count("/") >= 1 and not exists
+    if not on_hub and not there:
         raise EvaluationError(f"--judge {shortened(text)}: there is no such file; {_FORMS}")
     return JudgeSpec(text if on_hub else str(path), **more)
 
 
 def _shown(text: str) -> str:
     """An address without what may be a secret in it."""
-    scheme, _, rest = text.partition("://")
+    scheme, _, rest = text[:200].partition("://")
     host = rest.partition("/")[0].rpartition("@")[2]
     return f"{scheme}://{host}{'/…' if '/' in rest else ''}"

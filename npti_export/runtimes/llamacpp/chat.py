@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+from npti_export.chat_template import check_prompt, check_template
 from npti_export.errors import ModelError
 from npti_export.runtimes.base import FALLBACK_TEMPLATE, Message
 from npti_export.runtimes.llamacpp.context import Model
@@ -19,7 +20,7 @@ class Chat:
         model: stays open for as long as this is used.
 
     Raises:
-        ModelError: the file's template is none.
+        ModelError: the file's template is none, or takes too much time or room.
     """
 
     def __init__(self, model: Model) -> None:
@@ -31,8 +32,10 @@ class Chat:
         template = lib.llama_model_chat_template(model.pointer, None)
         self.uses_fallback = not template
         try:
+            source = template.decode("utf-8") if template else FALLBACK_TEMPLATE
+            check_template(source, str(model.path))
             self._formatter: Any = Jinja2ChatFormatter(
-                template.decode("utf-8") if template else FALLBACK_TEMPLATE,
+                source,
                 eos_token=self._special(lib.llama_vocab_eos(model.vocabulary)),
                 bos_token=self._special(lib.llama_vocab_bos(model.vocabulary)),
             )
@@ -57,7 +60,7 @@ class Chat:
                 raise ModelError(f"{self._model.path}: its chat template fails on a question: {error}") from error
             joined = "\n\n".join(message["content"] for message in messages[:2])
             return self.encode([{"role": "user", "content": joined}, *messages[2:]])
-        return self.tokenize(text, special=self.uses_fallback)
+        return self.tokenize(check_prompt(text, str(self._model.path)), special=self.uses_fallback)
 
     def tokenize(self, text: str, *, special: bool, spelt_out: bool = True) -> tuple[int, ...]:
         """Token ids of a text; ``special`` adds the model's own around it, ``spelt_out`` reads those in the text."""

@@ -1,0 +1,125 @@
+"""Chat templates are programs that come with a model: whether one may be run at all.
+
+They are rendered in jinja2's sandbox, from which they reach neither files nor our objects. The sandbox bounds no time
+and no memory, so a template that is more than loops over the messages is first tried in a process of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from npti_export.errors import ModelError
+
+LONGEST_TEMPLATE = 1 << 20  # characters; the longest in use have some tens of thousands
+LONGEST_PROMPT = 1 << 20  # characters that a template may make of a few words
+SECONDS, MEGABYTES = 2, 512  # of processor time and memory, for a few words
+_PATIENCE = 60.0  # seconds by the clock, on a machine with much else to do
+_TRIAL = Path(__file__).with_name("template_trial.py")
+_CHATS = (
+    [{"role": "user", "content": "How are you?"}],
+    [{"role": "system", "content": "You are kind."}, {"role": "user", "content": "How are you?"}],
+    [
+        {"role": "user", "content": "How are you?"},
+        {"role": "assistant", "content": "Fine."},
+        {"role": "user", "content": "Why?"},
+    ],
+)
+_PLAIN = (
+    "Template", "Output", "TemplateData", "If", "For", "Const", "Name", "Getitem", "Getattr", "Compare", "Operand",
+    "And", "Or", "Not", "Add", "Concat", "CondExpr",
+)  # fmt: skip
+_DEEPEST = 2  # loops over the messages inside each other
+
+
+def check_template(template: str, where: str) -> None:
+    """Raise unless a chat template can be rendered within bounds.
+
+    Args:
+        template: its source.
+        where: file or model that it came with, for messages.
+
+    Raises:
+        ModelError: too long, or it takes too much time, memory or room on a chat of a few words.
+    """
+    if len(template) > LONGEST_TEMPLATE:
+        raise ModelError(f"{where}: its chat template has {len(template)} characters, more than any in use; {_MEND}")
+    if not _kept_limits(template):
+        raise ModelError(
+            f"{where}: its chat template takes more than {SECONDS} s, {MEGABYTES} MB or {LONGEST_PROMPT} characters "
+            f"for a chat of a few words; {_MEND}"
+        )
+
+
+_MEND = "take the model from its maker, or mend it with gguf-py's gguf_new_metadata.py --chat-template"
+
+
+def check_prompt(text: str, where: str) -> str:
+    """What a template made of a chat, unless it is longer than a prompt can be.
+
+    Raises:
+        ModelError: it is.
+    """
+    if len(text) > LONGEST_PROMPT:
+        raise ModelError(f"{where}: its chat template makes {len(text)} characters of a question; {_MEND}")
+    return text
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_limits(template: str) -> bool:
+    return _is_plain(template) or _tried(template)
+
+
+def _tried(template: str) -> bool:
+    """Whether the template kept the limits in a process of its own."""
+    asked = {"template": template, "chats": _CHATS, "seconds": SECONDS, "megabytes": MEGABYTES}
+    command = [sys.executable, "-I", str(_TRIAL)]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps({**asked, "characters": LONGEST_PROMPT}).encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_PATIENCE,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def _is_plain(template: str) -> bool:
+    """Whether a template is so simple that its length bounds what it can do."""
+    import jinja2
+
+    try:
+        tree = jinja2.Environment().parse(template)
+    except (jinja2.TemplateError, RecursionError, ValueError, OverflowError):
+        return False  # whoever renders it in earnest says what is wrong
+    return _plain_below(tree, 0)
+
+
+def _plain_below(node: Any, depth: int) -> bool:
+    import jinja2.nodes
+
+    name = type(node).__name__
+    if name == "For":
+        depth += 1
+        if depth > _DEEPEST or node.recursive or not _is_messages(node.iter):
+            return False
+    elif name == "Filter":
+        if node.name != "trim" or node.args or node.kwargs:
+            return False
+    elif name not in _PLAIN:
+        return False
+    children: Sequence[jinja2.nodes.Node] = list(node.iter_child_nodes())
+    return all(_plain_below(child, depth) for child in children)
+
+
+def _is_messages(node: Any) -> bool:
+    return type(node).__name__ == "Name" and node.name == "messages"

@@ -1,0 +1,202 @@
+"""What is installed, and what we hand on: pins with hashes, licences, and a wheel that is built the same way twice."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+from jobs import main_job
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from npti_export.version import __version__
+
+ROOT = Path(__file__).parents[1]
+OPEN = {
+    "0BSD", "Apache-2.0", "BSD", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC", "MIT",
+    "MIT-CMU", "MPL-2.0", "PSF-2.0", "Public Domain", "Zlib", "Apache-2.0 WITH LLVM-exception",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def licences():
+    spec = importlib.util.spec_from_file_location("make_licences", ROOT / "docs" / "make_licences.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def lock():
+    """Name to version and hashes."""
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    entries = re.split(r"\n(?=[A-Za-z0-9])", "\n" + text)[1:]
+    found = {}
+    for entry in entries:
+        requirement = Requirement(entry.partition("\\")[0].strip())
+        (pin,) = requirement.specifier
+        assert pin.operator == "=="
+        found.setdefault(canonicalize_name(requirement.name), []).append(
+            (pin.version, re.findall(r"--hash=sha256:([0-9a-f]{64})\b", entry))
+        )
+    return found
+
+
+def pins():
+    """What constraints.txt pins for the Pythons that the lock file is for, 3.11 and newer."""
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"python_version": "3.12"}):
+                (pin,) = requirement.specifier
+                yield canonicalize_name(requirement.name), pin.version
+
+
+def test_every_pin_is_locked_with_its_hashes(lock):
+    assert all(hashes for entries in lock.values() for _, hashes in entries)
+    for name, version in pins():
+        assert version in [found for found, _ in lock[name]], name
+    assert len(lock) > 100
+
+
+def test_what_we_depend_on_is_pinned():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [one for name, extra in project["optional-dependencies"].items() if name != "harness" for one in extra]
+    pinned = dict(pins())
+    for text in [*project["dependencies"], *extras]:
+        requirement = Requirement(text)
+        if requirement.name == "npti-export" or requirement.marker is not None:
+            continue
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), text
+    (jinja,) = (Requirement(one) for one in project["dependencies"] if one.startswith("jinja2"))
+    assert not jinja.specifier.contains(Version("3.1.5"))  # its sandbox has known ways out
+
+
+def test_licences_are_open_and_listed(licences):
+    text = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^ |]+) ([^|]+) \| ([^|]+) \| [^|]+ \|$", text, re.MULTILINE)
+    listed = {name: (version, licence) for name, version, licence in rows if name != "package"}
+    pinned = licences.pinned()
+    assert listed.keys() == pinned.keys(), "run docs/make_licences.py"
+    for name, (version, licence) in listed.items():
+        assert version.split(" or ") == sorted(one.removeprefix("==") for one in pinned[name]), name
+        for one in re.split(r" AND | OR ", licence):
+            assert one.strip("()") in OPEN, (name, licence)
+        try:
+            installed = distribution(name).version
+        except PackageNotFoundError:
+            continue
+        if installed.partition("+")[0] in version:
+            assert licence == licences.stated(name), f"{name}: run docs/make_licences.py"
+
+
+def build(source, out, umask, epoch):
+    """Wheel and sdist of a copy of the source, built offline."""
+    pytest.importorskip("hatchling", reason="the build backend is not installed (extra dev)")
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(out), "-t", "sdist", "-t", "wheel"]
+    environment = os.environ | {"SOURCE_DATE_EPOCH": epoch}
+    before = os.umask(umask)
+    try:
+        done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    finally:
+        os.umask(before)
+    assert done.returncode == 0, done.stderr
+    return {path.name: path for path in out.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The same files in two folders with other modes and dates, built at other umasks."""
+    if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("not a checkout: there is nothing to say which files belong to it")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "-c", "-o", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
+    names = [one for one in tracked.stdout.decode().split("\0") if one and (ROOT / one).is_file()]
+    found = []
+    for turn, umask in enumerate((0o022, 0o077)):
+        folder = tmp_path_factory.mktemp(f"turn{turn}") / f"source{turn}"
+        for name in names if turn == 0 else reversed(names):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((ROOT / name).read_bytes())
+            path.chmod(0o644 if turn == 0 else 0o600)
+            os.utime(path, (10**9 + turn, 10**9 + turn))
+        found.append(build(folder, folder.parent / "dist", umask, "1700000000"))
+    return found
+
+
+def test_wheel_and_sdist_are_built_the_same_way_twice(built):
+    first, second = built
+    assert sorted(first) == sorted(second) == [
+        f"npti_export-{__version__}-py3-none-any.whl", f"npti_export-{__version__}.tar.gz"
+    ]  # fmt: skip
+    for name in first:
+        digests = {hashlib.sha256(one[name].read_bytes()).hexdigest() for one in built}
+        assert len(digests) == 1, name
+
+
+def test_what_the_wheel_holds(built):
+    first = built[0]
+    with zipfile.ZipFile(next(path for name, path in first.items() if name.endswith(".whl"))) as wheel:
+        names = set(wheel.namelist())
+        metadata = wheel.read(f"npti_export-{__version__}.dist-info/METADATA").decode()
+    held = {path.relative_to(ROOT).as_posix() for path in (ROOT / "npti_export").rglob("*") if path.is_file()}
+    assert {one for one in held if "__pycache__" not in one} <= names
+    assert {f"npti_export/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml")} <= names
+    assert f"npti_export-{__version__}.dist-info/licenses/LICENSE" in names
+    assert all(one.startswith(("npti_export/", f"npti_export-{__version__}.dist-info/")) for one in names)
+    assert "License-Expression: Apache-2.0" in metadata
+    with tarfile.open(next(path for name, path in first.items() if name.endswith(".tar.gz"))) as sdist:
+        inside = {one.partition("/")[2] for one in sdist.getnames()}
+    assert {"constraints.txt", "requirements.lock", "docs/licences.md", "tests/test_supply.py", "LICENSE"} <= inside
+
+
+def test_the_wheel_works_outside_the_source_tree(built, tiny, tmp_path):
+    """In an environment of its own, which borrows what we depend on, with nothing of this folder in sight."""
+    (wheel,) = (path for name, path in built[0].items() if name.endswith(".whl"))
+    venv.create(tmp_path / "env", symlinks=os.name != "nt")
+    python = tmp_path / "env" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+    with zipfile.ZipFile(wheel) as archive:  # what pip does with a wheel that has no scripts; it would need the network
+        archive.extractall(site)
+    ours = {str(ROOT), str(ROOT / "tests")}
+    borrowed = [one for one in sys.path if one.endswith(("site-packages", "dist-packages")) and one not in ours]
+    (site / "borrowed.pth").write_text("".join(f"{one}\n" for one in borrowed))
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "NPTI"))}
+    environment = kept | {"OMP_NUM_THREADS": "1", "NPTI_CACHE": str(tmp_path / "cache")}
+    away = tmp_path / "away"
+    away.mkdir()
+
+    def command(*arguments):
+        main = "import sys; from npti_export.cli import main; main(sys.argv[1:])"
+        return subprocess.run(
+            [python, "-c", main, *map(str, arguments)], cwd=away, env=environment, capture_output=True, text=True
+        )
+
+    where = "import npti_export; print(npti_export.__file__)"
+    found = subprocess.run([python, "-c", where], cwd=away, env=environment, capture_output=True, text=True)
+    assert Path(found.stdout.strip()).is_relative_to(site), found.stderr
+    done = command("--help")
+    assert done.returncode == 0, done.stderr
+    assert "fixed personality" in done.stdout
+    assert command("traits").returncode == 0
+    assert command("bench", "stats", "openness").returncode == 0
+    done = command(*main_job(tiny, "calm.gguf"))
+    assert done.returncode == 0, done.stderr
+    done = command("inspect", "calm.gguf", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["npti.trait"] == "extraversion+"
