@@ -15,7 +15,7 @@ from npti_export.errors import DamagedError
 from npti_export.files import atomic_output
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-_RECORD, _DIGEST = "npti", "sha256"
+_RECORD = "npti"  # "sha256:<digest> <record>": a second key would come in any order, and other bytes each time
 _UNSIGNED = b"0" * 64  # stands for the digest while it is computed
 _LENGTH = 8  # bytes of the header's length
 _LONGEST_HEADER = 1 << 24
@@ -34,7 +34,8 @@ def save_checked(path: Path, arrays: Arrays, record: Mapping[str, object]) -> No
     from safetensors.numpy import save
 
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    data = memoryview(save(whole, metadata={_RECORD: json.dumps(record), _DIGEST: _UNSIGNED.decode()}))
+    written = json.dumps(record, sort_keys=True)
+    data = memoryview(save(whole, metadata={_RECORD: f"sha256:{_UNSIGNED.decode()} {written}"}))
     end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
     header = bytes(data[:end])
     digest = hashlib.sha256(data).hexdigest().encode()
@@ -55,7 +56,7 @@ def load_checked(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any
     try:
         _check(path)
         with safe_open(path, framework="np") as tensors:
-            record = json.loads(tensors.metadata()[_RECORD])
+            record = json.loads(tensors.metadata()[_RECORD].partition(" ")[2])
             return {name: tensors.get_tensor(name) for name in tensors.keys()}, record  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: is damaged ({error}); delete the file and run again") from error
@@ -68,7 +69,7 @@ def _check(path: Path) -> None:
         if size > _LONGEST_HEADER:
             raise ValueError("its header is too long")
         header = stream.read(size)
-        claimed = str(json.loads(header)["__metadata__"][_DIGEST]).encode()
+        claimed = str(json.loads(header)["__metadata__"][_RECORD])[7:71].encode()
         if len(claimed) != len(_UNSIGNED) or header.count(_field(claimed)) != 1:
             raise ValueError("it holds no checksum")
         digest = hashlib.sha256(length + header.replace(_field(claimed), _field(_UNSIGNED)))
@@ -84,4 +85,4 @@ def _chunks(stream: Any) -> Iterator[bytes]:
 
 
 def _field(digest: bytes) -> bytes:
-    return b'"%s":"%s"' % (_DIGEST.encode(), digest)
+    return b'"%s":"sha256:%s ' % (_RECORD.encode(), digest)

@@ -15,7 +15,7 @@ ARRAYS = {
     "values": np.linspace(-1, 1, 6, dtype=np.float32),
     "nothing": np.zeros((0, 3), np.float64),
 }
-RECORD = {"batches": 3, "note": 'a "sha256":"' + "0" * 64 + '" that is none, \u00df'}
+RECORD = {"batches": 3, "note": 'an "npti":"sha256:' + "0" * 64 + ' " that is none, \u00df'}
 
 
 @pytest.fixture
@@ -32,6 +32,9 @@ def test_read_back(kept):
     for name, array in ARRAYS.items():
         assert arrays[name].dtype == array.dtype
         np.testing.assert_array_equal(arrays[name], array)
+    before = kept.read_bytes()
+    save_checked(kept, ARRAYS, dict(reversed(RECORD.items())))
+    assert kept.read_bytes() == before
     np.testing.assert_array_equal(load_file(kept)["counts"], ARRAYS["counts"])  # a file like any other
 
 
