@@ -41,6 +41,7 @@ OUT = Path(__file__).parent / "out" / "faults.jsonl"
 NAME = "model.gguf"
 JOB = ["--threads", "1", "--set", "rule.matched=0.5", "--set", "identify.matched_questions=2"]
 JOB += ["--set", "compile.calibration_tokens=64"]
+VERIFY = ["--threads", "1", "--set", "verify.prompts=2", "--set", "verify.answer_tokens=8"]
 NOBODY = 65534
 AT_A_WRITE = 0.3  # share of the kills that aim at a file that is being written
 MOST_IN_A_ROW = 3
@@ -82,7 +83,7 @@ class Place:
         for folder in (self.out, self.cache):
             folder.mkdir(parents=True)
         self.file = self.out / NAME
-        self.wrong = []
+        self.wrong, self.said = [], ""
 
     def start(self, *more, prepare=None):
         arguments = self.setting.job(*more, model=self.model)
@@ -276,23 +277,17 @@ def damaged_input(place, draw):
     """An input that is not what it was: base, profile, adapter, recipe. Refused, or used as what it now says."""
     setting = place.setting
     which = draw.choice(["base", "profile", "adapter", "recipe"])
-    source = {"base": setting.model, "profile": setting.profile, "adapter": setting.adapter, "recipe": setting.recipe}
-    copy = place.out.parent / source[which].name
-    more = {"profile": ["--profile", copy], "recipe": ["--recipe", copy]}.get(which, [])
-    if which == "adapter":
-        shutil.copytree(source[which], copy)
+    source = inputs(setting)[which]
+    copy = target = place.out.parent / source.name
+    if source.is_dir():
+        shutil.copytree(source, copy)
         target = draw.choice(sorted(path for path in copy.iterdir() if path.name != "README.md"))
     else:
-        shutil.copy(source[which], copy)
-        target = copy
+        shutil.copy(source, copy)
     target.write_bytes(damaged(target.read_bytes(), draw))
-    if which == "base":
-        place.model = copy
-    if which == "adapter":
-        arguments = ["--from", copy, "--model", setting.model, "--out", NAME, "--threads", "1"]
-        ended = Run(arguments, place.out, setting.environment(place.cache)).wait()
-    else:
-        ended = place.start(*more).wait()
+    arguments = used(setting, which, copy)
+    ended = Run(arguments, place.out, setting.environment(place.cache)).wait()
+    place.said = ended.sentence if ended.code else ""
     if ended.fault:
         place.wrong.append(f"{ended.fault}: {ended.said[-600:]}")
     if place.leftovers() or (ended.code != 0 and place.file.exists()):
@@ -380,16 +375,36 @@ def prepared(root, kinds):
     if second.wrong or ended.code != 0:
         sys.exit(f"two undisturbed runs differ: {second.wrong}")
     if setting.profile is not None:
-        for path, more in ((setting.profile, ["--save-profile", setting.profile]), (setting.adapter, [])):
-            target = path if not more else root / "unused.gguf"
-            form = [] if more else ["--format", "peft"]
-            arguments = [*main_job(setting.model, target), *JOB, *more, *form]
-            ended = Run(arguments, root, setting.environment(second.cache)).wait()
-            if ended.code != 0:
-                sys.exit(f"{path}: {ended.said}")
+        made_inputs(setting, second)
     if threads() > 1:
         sys.exit(f"this process has {threads()} threads; a fork of it would not be a run like any other")
     return setting
+
+
+def made_inputs(setting, place):
+    """A profile and an adapter; they, and the recipe, are used where nobody damages them."""
+    runs = {
+        "profile": setting.job("--save-profile", setting.profile, "--force"),
+        "adapter": [*main_job(setting.model, setting.adapter), *JOB, "--format", "peft"],
+    }
+    runs |= {f"the {which} used": used(setting, which, copy) for which, copy in inputs(setting).items()}
+    for what, arguments in runs.items():
+        ended = Run([*arguments, "--force"], place.out, setting.environment(place.cache)).wait()
+        if ended.code != 0:
+            sys.exit(f"{what}: {ended.said}")
+
+
+def inputs(setting):
+    return {"base": setting.model, "profile": setting.profile, "adapter": setting.adapter, "recipe": setting.recipe}
+
+
+def used(setting, which, path):
+    """The command line of a job that reads an input."""
+    if which == "adapter":
+        return ["--from", path, "--model", setting.model, "--out", NAME, *VERIFY]
+    if which == "recipe":
+        return [*setting.job(), "--recipe", path]
+    return setting.job("--profile", path) if which == "profile" else setting.job(model=path)
 
 
 def trial(setting, kind, number, seed):
@@ -401,7 +416,7 @@ def trial(setting, kind, number, seed):
         met, after = KINDS[kind](place, draw)
         kills = sum("too late" not in one for one in met) if kind == "kill" else 0
         return {"kind": kind, "number": number, "seed": seed, "met": met, "after": after, "kills": kills,
-                "wrong": place.wrong}  # fmt: skip
+                "wrong": place.wrong, "said": place.said}  # fmt: skip
 
 
 def table(found, skipped):

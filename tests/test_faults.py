@@ -46,8 +46,10 @@ def wait_for_batches(cache, process, count=1, timeout=120):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_run_goes_on_where_it_stopped_and_gives_the_same_bytes(finished, tiny, cli_environment, tmp_path, how):
     folder, _ = finished
+    log = tmp_path / "cache" / "run.log"
+    log.parent.mkdir()
     process = subprocess.Popen(
-        [*COMMAND, *map(str, main_job(tiny, "model.gguf"))],
+        [*COMMAND, *map(str, main_job(tiny, "model.gguf", "--log", log))],
         env=cli_environment,
         cwd=tmp_path,
         stderr=subprocess.PIPE,
@@ -61,6 +63,7 @@ def test_a_killed_run_goes_on_where_it_stopped_and_gives_the_same_bytes(finished
         assert process.returncode == 130
         assert "interrupted" in errors.splitlines()[-1]
         assert {path.name for path in tmp_path.iterdir()} == {"cache"}
+        assert log.read_text().endswith("interrupted; the same command goes on from the last finished batch\n")
     done = npti(*main_job(tiny, "model.gguf"), environment=cli_environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
