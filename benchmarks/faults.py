@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE=
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from families import cut_tokenizer, write_tiny
-from forked import Run, import_what_a_run_imports, threads
+from forked import BEFORE, Run, import_what_a_run_imports, threads
 from jobs import main_job
 
 from npti_export.checked import load_checked
@@ -161,6 +162,28 @@ def kill(place, draw):
     if place.file.exists() and not old and not more and sha256_file(place.file) == place.setting.whole:
         return met, "was complete"
     return met, place.finish(*more)
+
+
+def interrupt(place, draw):
+    """Ctrl-C, or a shutdown's SIGTERM: one line that says how to go on, and nothing left beside the output."""
+    number = draw.choice([signal.SIGINT, signal.SIGTERM])
+    run = place.start()
+    moment = draw.uniform(0, place.setting.seconds)
+    run.wait_until(lambda: time.monotonic() - run.began >= moment)
+    sent = not run.poll()
+    if sent:
+        os.kill(run.pid, number)
+    ended = run.wait()
+    if sent and ended.code in (-number, 70) and ended.stage == BEFORE:
+        met = "before the command line had begun"  # which is up to Python
+    else:
+        place.check(ended)
+        met = f"{number.name}: {ending(ended)}, {ended.stage}"
+        if ended.code not in (0, 130) or (ended.code == 130 and "interrupted; nothing was" not in ended.sentence):
+            place.wrong.append(f"no word of the interruption: {ended.said[-600:]}")
+        if place.leftovers():
+            place.wrong.append(f"left over: {place.leftovers()}")
+    return [met], place.finish()
 
 
 def file_size_limit(place, draw):
@@ -315,6 +338,7 @@ def damaged_cache(place, draw):
 
 KINDS = {
     "kill": kill,
+    "interrupt": interrupt,
     "file size limit": file_size_limit,
     "disk full": disk_full,
     "read-only folder": read_only,

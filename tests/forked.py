@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LIMIT = 600.0  # seconds after which a run counts as hanging
+BEFORE = "before the first stage"
 _POLL = 0.001
 
 
@@ -45,7 +46,7 @@ class Ended:
     def stage(self):
         """The last stage that had begun."""
         stages = [line.split(" tiny")[0].rstrip(" …") for line in self.said.splitlines() if line.endswith("…")]
-        return stages[-1] if stages else "before the first stage"
+        return stages[-1] if stages else BEFORE
 
 
 class Run:

@@ -31,7 +31,7 @@ def test_kills(tmp_path):
 
 
 def test_other_faults(tmp_path):
-    kinds = ["file size limit", "folder removed", "base lost", "two jobs", "damaged cache"]
+    kinds = ["interrupt", "file size limit", "folder removed", "base lost", "two jobs", "damaged cache"]
     done, found = faults(tmp_path / "f.jsonl", "--others", "1", "--kinds", *kinds)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {one["kind"] for one in found} == set(kinds)
