@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from npti_export.files import translate_os_errors
 
+_SUM = re.compile(rb',"sum":"([0-9a-f]{16})"\}\n?$')  # first 64 bits of the SHA-256 of the line without it
 _SYNC_SECONDS = 2.0  # a power cut loses no more than this; a killed process loses nothing that was written
 
 
 class AppendOnly:
-    """JSON lines, one value each. A last line that a crash tore is cut off when the file is opened.
+    """JSON lines, one value each, with a checksum. A last line that a crash tore is cut off when the file is opened.
 
     Attributes:
         mended: whether that was so.
@@ -47,7 +50,8 @@ class AppendOnly:
         Raises:
             DiskFullError: no room; what was written of the line is cut off by the next opening.
         """
-        line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+        body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        line = b'%s,"sum":"%s"}\n' % (body[:-1], _sum(body))
         with translate_os_errors(self.path):
             view = memoryview(line)
             while view:  # a write to a file that is nearly full may take a part only
@@ -58,9 +62,12 @@ class AppendOnly:
                 self._synced = now
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Lines as they are, with their numbers from 1."""
+        """The values' JSON, with their lines' numbers from 1; of a line that is not what was written, nothing (b"")."""
         with self.path.open("rb") as lines:
-            yield from enumerate(lines, 1)
+            for number, line in enumerate(lines, 1):
+                found = _SUM.search(line)
+                body = b"" if found is None else line[: found.start()] + b"}"
+                yield number, body if found is not None and found[1] == _sum(body) else b""
 
     def _cut_torn_line(self) -> bool:
         size = self.path.stat().st_size
@@ -76,3 +83,7 @@ class AppendOnly:
         if keep < size:
             os.truncate(self.path, keep)
         return keep < size
+
+
+def _sum(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest()[:16].encode()

@@ -8,8 +8,6 @@ float copy is needed.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +40,7 @@ from npti_export.gguf.shards import read_model
 from npti_export.loader import Timings
 from npti_export.models import ModelSource, gguf_source
 from npti_export.progress import Progress
+from npti_export.temporaries import BASE, temporary_beside
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,8 @@ def made_base(plan: BasePlan, out: Path, progress: Progress, timings: Timings) -
     """
     check_place(out, plan.nbytes)  # whether it may be replaced was asked before
     with translate_os_errors(out):
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.", suffix=".base.partial", dir=out.absolute().parent))
+        temporary = temporary_beside(out, folder=True, suffix=BASE)
+    folder = temporary.path
     try:
         path = (
             plan.origin if isinstance(plan.origin, Path) else _converted(plan.origin, plan, folder, progress, timings)
@@ -180,7 +180,7 @@ def made_base(plan: BasePlan, out: Path, progress: Progress, timings: Timings) -
             path = _quantised(path, plan.file_type, plan, folder, progress, timings)
         yield path
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        temporary.remove()
 
 
 def _converted(conversion: Conversion, plan: BasePlan, folder: Path, progress: Progress, timings: Timings) -> Path:

@@ -46,6 +46,10 @@ class ProfileError(NptiError):
     """A neuron profile that is damaged, selects nothing, or belongs to another model."""
 
 
+class DamagedError(NptiError):
+    """A file that was kept for a later run and is not what was written; it is made again."""
+
+
 class AdapterError(NptiError):
     """An adapter or steered file whose rule is missing, damaged or of another model, or cannot do what is asked."""
 

@@ -7,12 +7,12 @@ import hashlib
 import itertools
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from npti_export.errors import DiskFullError, OutputError
+from npti_export.temporaries import REPLACED, temporary_beside
 
 _HASH_CHUNK = 1 << 22
 # What lies beside the weights of a model and belongs to it.
@@ -76,6 +76,7 @@ def check_place(path: Path, need_bytes: int) -> None:
 def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; publish it on success, remove it on any failure.
 
+    A job that is killed leaves the temporary file, which the next one for ``path`` removes.
     The temporary file is fsynced, then renamed over ``path``; without ``force`` an existing ``path`` is
     refused both before and after the work, so that two jobs cannot overwrite each other's result.
     A caller may move the temporary file elsewhere (a rejected artifact): then nothing is published.
@@ -86,17 +87,14 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     """
     check_writable(path, force=force)
     with translate_os_errors(path):
-        handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=".partial", dir=path.absolute().parent)
-        os.close(handle)
-    temporary = Path(name)
+        temporary = temporary_beside(path, folder=False)
     try:
         with translate_os_errors(path):
-            yield temporary
-            if temporary.exists():
-                _publish(temporary, path, force=force)
+            yield temporary.path
+            if temporary.path.exists():
+                _publish(temporary.path, path, force=force)
     finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        temporary.remove()
 
 
 @contextmanager
@@ -115,7 +113,8 @@ def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path
         check_writable(path, force=force)
     first, *others = paths
     with translate_os_errors(first):
-        folder = Path(tempfile.mkdtemp(prefix=_prefix(first), suffix=".partial", dir=first.absolute().parent))
+        temporary = temporary_beside(first, folder=True)
+    folder = temporary.path
     published: list[Path] = []
     try:
         with translate_os_errors(first):
@@ -131,7 +130,7 @@ def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path
             path.unlink(missing_ok=True)
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        temporary.remove()
 
 
 def set_aside(temporary: Path, out: Path) -> Path:
@@ -206,15 +205,15 @@ def atomic_directory(path: Path, *, force: bool = False, ours: Callable[[Path], 
     """
     check_directory_writable(path, force=force, ours=ours)
     with translate_os_errors(path):
-        temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".partial", dir=path.absolute().parent))
+        temporary = temporary_beside(path, folder=True)
     try:
         with translate_os_errors(path):
-            yield temporary
-            if temporary.exists():
+            yield temporary.path
+            if temporary.path.exists():
                 check_directory_writable(path, force=force, ours=ours)
-                _publish_directory(temporary, path)
+                _publish_directory(temporary.path, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.remove()
 
 
 def _publish_directory(temporary: Path, path: Path) -> None:
@@ -225,7 +224,7 @@ def _publish_directory(temporary: Path, path: Path) -> None:
     temporary.chmod(0o777 & ~_umask())  # mkdtemp makes directories private
     old = None
     if path.exists():
-        old = temporary.with_suffix(".replaced")
+        old = temporary.with_suffix(REPLACED)
         path.rename(old)
     try:
         temporary.rename(path)
@@ -249,10 +248,6 @@ def translate_os_errors(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full; nothing was left behind, make room and run the command again"
             ) from error
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def _prefix(path: Path) -> str:
-    return f".{path.name[:100]}."
 
 
 def _publish(temporary: Path, path: Path, *, force: bool) -> None:

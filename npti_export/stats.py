@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,8 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.errors import ProfileError
-from npti_export.files import atomic_output
+from npti_export.checked import load_checked, save_checked
+from npti_export.errors import DamagedError, ProfileError
 
 # Positive activations go into geometric bins, ten an octave from 2^-7 to 2^5, with one bin below (from 0) and one
 # above. A bin is 7% wide, so a quantile interpolated inside it is within about 1%; the published code's bins of
@@ -232,9 +231,7 @@ class ContrastStats:
 
 
 def save_stats(path: Path, stats: ContrastStats, progress: dict[str, object]) -> None:
-    """Write statistics and a JSON-able progress record to one safetensors file, atomically."""
-    from safetensors.numpy import save
-
+    """Write statistics and a JSON-able progress record to one file, atomically, with its checksum."""
     poles = {"plus": stats.plus, "minus": stats.minus}
     tensors = {f"{name}.{field}": getattr(one, field) for name, one in poles.items() for field in _FIELDS}
     for field in _OPTIONAL:
@@ -245,40 +242,26 @@ def save_stats(path: Path, stats: ContrastStats, progress: dict[str, object]) ->
         "spread": [stats.spread.pairs, *stats.spread.lengths],
         "progress": progress,
     }
-    with atomic_output(path, force=True) as temporary:
-        # written by us, not by the library, so that a full disk is an OSError like everywhere else
-        temporary.write_bytes(save(tensors, metadata={"npti": json.dumps(record)}))
+    save_checked(path, tensors, record)
 
 
 def load_stats(path: Path) -> tuple[ContrastStats, dict[str, object]]:
     """Read what :func:`save_stats` wrote.
 
     Raises:
-        ProfileError: damaged.
+        ProfileError: damaged: not byte for byte what was written.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="np") as tensors:
-            record = json.loads(tensors.metadata()["npti"])
-            plus, minus = (_read_pole(tensors, name, int(record["tokens"][name])) for name in ("plus", "minus"))
-            pairs, *lengths = map(int, record["spread"])
-            products, mixed = (tensors.get_tensor(f"spread.{field}") for field in _SPREAD_FIELDS)
-            spread = PairSpread(pairs, (lengths[0], lengths[1], lengths[2]), products, mixed)
-            found, progress = ContrastStats(plus, minus, spread), record["progress"]
-            _check_shapes(found)
-            if not isinstance(progress, dict):
-                raise TypeError
-    except (
-        SafetensorError,
-        OSError,
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+        tensors, record = load_checked(path)
+        plus, minus = (_read_pole(tensors, name, int(record["tokens"][name])) for name in ("plus", "minus"))
+        pairs, *lengths = map(int, record["spread"])
+        products, mixed = (tensors[f"spread.{field}"] for field in _SPREAD_FIELDS)
+        spread = PairSpread(pairs, (lengths[0], lengths[1], lengths[2]), products, mixed)
+        found, progress = ContrastStats(plus, minus, spread), record["progress"]
+        _check_shapes(found)
+        if not isinstance(progress, dict):
+            raise TypeError
+    except (DamagedError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ProfileError(f"{path}: damaged statistics; delete the file and run again") from error
     return found, progress
 
@@ -307,10 +290,9 @@ def _check_shapes(stats: ContrastStats) -> None:
             raise ValueError("spread")
 
 
-def _read_pole(tensors: Any, name: str, tokens: int) -> ActivationStats:
-    there = set(tensors.keys())
-    more = {field: tensors.get_tensor(f"{name}.{field}") for field in _OPTIONAL if f"{name}.{field}" in there}
-    return ActivationStats(tokens, *(tensors.get_tensor(f"{name}.{field}") for field in _FIELDS), **more)
+def _read_pole(tensors: dict[str, npt.NDArray[Any]], name: str, tokens: int) -> ActivationStats:
+    more = {field: tensors[f"{name}.{field}"] for field in _OPTIONAL if f"{name}.{field}" in tensors}
+    return ActivationStats(tokens, *(tensors[f"{name}.{field}"] for field in _FIELDS), **more)
 
 
 def _has(stats: ActivationStats, field: str) -> bool:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import VOCABULARY, write_tiny
+from families import cut_tokenizer, write_tiny
 from jobs import main_job, npti
 
 from npti_export.models import default_model_path, gguf_source
@@ -35,19 +35,7 @@ def default_model():
 @pytest.fixture(scope="session")
 def tokenizer_fields(default_model):
     """The default model's tokenizer, cut to VOCABULARY tokens."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(default_model).fields
-    get = lambda key: fields[f"tokenizer.{key}"].contents()  # noqa: E731
-    tokens = get("ggml.tokens")[:VOCABULARY]
-    known = set(tokens)
-    merges = [merge for merge in get("ggml.merges") if merge.replace(" ", "") in known]
-    return {
-        "tokens": tokens,
-        "types": get("ggml.token_type")[:VOCABULARY],
-        "merges": merges,
-        "template": get("chat_template"),
-    }
+    return cut_tokenizer(default_model)
 
 
 def requantised(source, target, file_type):

@@ -65,6 +65,23 @@ MIXTURES = {
 EXPERTS, EXPERTS_USED, EXPERT_ROWS = 6, 2, 32
 
 
+def cut_tokenizer(model):
+    """The tokenizer of a GGUF, cut to VOCABULARY tokens."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(model).fields
+    get = lambda key: fields[f"tokenizer.{key}"].contents()  # noqa: E731
+    tokens = get("ggml.tokens")[:VOCABULARY]
+    known = set(tokens)
+    merges = [merge for merge in get("ggml.merges") if merge.replace(" ", "") in known]
+    return {
+        "tokens": tokens,
+        "types": get("ggml.token_type")[:VOCABULARY],
+        "merges": merges,
+        "template": get("chat_template"),
+    }
+
+
 class TinyWriter:
     """Writes random tensors in one type, single ones in another by their names; the same seed gives the same model."""
 

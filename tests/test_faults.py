@@ -46,8 +46,10 @@ def wait_for_batches(cache, process, count=1, timeout=120):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_run_goes_on_where_it_stopped_and_gives_the_same_bytes(finished, tiny, cli_environment, tmp_path, how):
     folder, _ = finished
+    log = tmp_path / "cache" / "run.log"
+    log.parent.mkdir()
     process = subprocess.Popen(
-        [*COMMAND, *map(str, main_job(tiny, "model.gguf"))],
+        [*COMMAND, *map(str, main_job(tiny, "model.gguf", "--log", log))],
         env=cli_environment,
         cwd=tmp_path,
         stderr=subprocess.PIPE,
@@ -61,22 +63,51 @@ def test_a_killed_run_goes_on_where_it_stopped_and_gives_the_same_bytes(finished
         assert process.returncode == 130
         assert "interrupted" in errors.splitlines()[-1]
         assert {path.name for path in tmp_path.iterdir()} == {"cache"}
+        assert log.read_text().endswith("interrupted; the same command goes on from the last finished batch\n")
     done = npti(*main_job(tiny, "model.gguf"), environment=cli_environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
     assert (tmp_path / "model.gguf").read_bytes() == (folder / "model.gguf").read_bytes()
 
 
-def test_a_damaged_cache_is_not_believed(finished, tiny, cli_environment, tmp_path):
+def half(data):
+    return data[: len(data) // 2]
+
+
+def one_bit_of_the_numbers(data):
+    """In the last quarter, which is numbers only: as a file it stays whole."""
+    place = len(data) - len(data) // 8
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [half, one_bit_of_the_numbers])
+def test_a_damaged_cache_is_not_believed(finished, tiny, cli_environment, tmp_path, damage):
     folder, _ = finished
     environment = {**cli_environment, "NPTI_CACHE": str(folder / "cache")}
     (state,) = (folder / "cache" / "identify").glob("*.safetensors")
     data = state.read_bytes()
     try:
-        state.write_bytes(data[: len(data) // 2])
+        state.write_bytes(damage(data))
         done = npti(*main_job(tiny, "m.gguf"), environment=environment, cwd=tmp_path)
     finally:
         state.write_bytes(data)
     assert done.returncode == 0, done.stderr
     assert "starting this identification afresh" in done.stderr.replace("\n", " ")
     assert (tmp_path / "m.gguf").read_bytes() == (folder / "model.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [half, one_bit_of_the_numbers])
+def test_a_damaged_constant_is_not_believed(tiny, cli_environment, tmp_path, damage):
+    job = [*main_job(tiny, "m.gguf"), "--recipe", "matched", "--set", "identify.matched_questions=2"]
+    done = npti(*job, environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (kept,) = (tmp_path / "cache" / "matched").glob("*.safetensors")
+    cached, whole = kept.read_bytes(), (tmp_path / "m.gguf").read_bytes()
+    again = npti(*job, "--force", environment=cli_environment, cwd=tmp_path)
+    assert "match" not in again.stderr  # taken from the cache
+    kept.write_bytes(damage(cached))
+    done = npti(*job, "--force", environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "damaged, matching afresh" in done.stderr.replace("\n", " ")
+    assert kept.read_bytes() == cached
+    assert (tmp_path / "m.gguf").read_bytes() == whole

@@ -10,6 +10,7 @@ from documents import sample_document
 from openai_stub import Stub, rating
 from scipy.stats import spearmanr
 
+from npti_export.append_only import AppendOnly
 from npti_export.bench import shipped_folder
 from npti_export.bench.definition import read_definition
 from npti_export.errors import EvaluationError, NptiError
@@ -327,12 +328,20 @@ def test_verdicts_that_did_not_come_are_asked_for_again(tmp_path):
         assert judge(spec(stub), journal=journal).judges[0].unusable == 0
 
 
-@pytest.mark.parametrize(
-    "line", ["nonsense", "[]", '{"key": 1, "rating": 2}', '{"key": "a", "rating": 7}', '{"key": "a"}']
-)
-def test_a_damaged_journal(line, tmp_path):
+@pytest.mark.parametrize("value", [{"key": 1, "rating": 2}, {"key": "a", "rating": 7}, {"key": "a"}, None])
+@pytest.mark.parametrize("damage", [("", ""), ("4", "3"), ('"sum', '"svm'), ("}", ""), ("{", "[{")])
+def test_a_damaged_journal(value, damage, tmp_path):
+    """No verdict, or a good one of which a character is not what was written."""
     journal = tmp_path / "verdicts.jsonl"
-    journal.write_text(f'{{"key": "a", "rating": 3}}\n{line}\n')
+    kept = AppendOnly(journal)
+    kept.append({"key": "a", "rating": 3})
+    kept.append(value or {"key": "b", "rating": 4})
+    kept.close()
+    if value is None:
+        first, second = journal.read_text().splitlines(keepends=True)
+        journal.write_text(first + second.replace(*damage, 1) + "\n" * (damage == ("", "")))
+        if damage == ("", ""):  # an empty line is none, either
+            journal.write_text(first + "\n" + second)
     with Stub() as stub, pytest.raises(EvaluationError, match=r"verdicts.jsonl:2: is no verdict"):
         judge(spec(stub), journal=journal)
 

@@ -213,13 +213,28 @@ def test_bad_studies_and_fruitless_searches(tmp_path):
 
     with study_of(None) as study, pytest.raises(EvaluationError, match=r"no trial gave a rule.*no neuron at all"):
         study.run(fails, [], Limits(None, 1.0), Silent())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "update trial_user_attributes set value_json = '{}' where key = 'gain'",
+        "update trial_user_attributes set value_json = replace(value_json, '0.1', '0.3') where key = 'gain'",
+        "update trial_user_attributes set value_json = replace(value_json, '1', '2') where key = 'fluency'",
+        "update trial_params set param_value = param_value + 0.25 where param_name = 'matched'",
+        "update trial_values set value = value + 1e-9",
+        "delete from trial_user_attributes where key = 'sha256'",
+    ],
+)
+def test_damaged_trials_are_refused(damage, tmp_path):
     good = tmp_path / "good.sqlite"
     with study_of(good) as study:
-        study.run(lambda _: figures(0.1), [], Limits(2, 1e9), Silent())
+        study.run(lambda _: figures(0.1), SPACE.starts(load_recipe("npti")), Limits(2, 1e9), Silent())
+        assert len(study.finished()) == 2
     with sqlite3.connect(good) as database:
-        database.execute("update trial_user_attributes set value_json = '{}' where key = 'gain'")
+        assert database.execute(damage).rowcount > 0
     database.close()
-    with study_of(good) as study, pytest.raises(EvaluationError, match="trial 0 of the study is damaged"):
+    with study_of(good) as study, pytest.raises(EvaluationError, match=r"trial \d of the study is damaged"):
         study.finished()
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from npti_export.cli.long_runs import ProgressLog
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
@@ -134,7 +136,9 @@ def model_options(command: Command) -> Command:
             "questions.jsonl; or, for one trait, with these files",
         ),
         runtime_options,
-        click.option("--no-cache", is_flag=True, help="Neither use nor keep saved identifications"),
+        click.option(
+            "--no-cache", is_flag=True, help="Neither use nor keep saved identifications [default: go on from them]"
+        ),
         click.option("--force", is_flag=True, help="Replace existing outputs"),
     ]
     return _decorated(command, decorators)
@@ -353,6 +357,7 @@ class RichProgress:
         )
         self._task: TaskID | None = None
         self._tokens = 0
+        self._log = ProgressLog()
 
     def __enter__(self) -> RichProgress:
         return self
@@ -364,6 +369,7 @@ class RichProgress:
 
     def start(self, stage: str, total: int) -> None:
         """See :class:`npti_export.progress.Progress`."""
+        self._log.start(stage, total)
         self._bars.start()  # not before there is something to show: bad input gets its one line only
         self._task = self._bars.add_task(stage, total=total, rate="")
         self._tokens = 0
@@ -374,6 +380,7 @@ class RichProgress:
         """See :class:`npti_export.progress.Progress`."""
         if self._task is None:
             return
+        self._log.advance(steps, tokens)
         self._bars.advance(self._task, steps)
         if tokens:
             self._tokens += tokens
@@ -383,4 +390,5 @@ class RichProgress:
 
     def note(self, text: str) -> None:
         """See :class:`npti_export.progress.Progress`."""
+        self._log.note(text)
         self._console.print(text, style="dim", markup=False)

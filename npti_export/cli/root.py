@@ -16,6 +16,7 @@ from npti_export.cli.dial import dial
 from npti_export.cli.evaluate import evaluate
 from npti_export.cli.identify import identify
 from npti_export.cli.inspect import inspect
+from npti_export.cli.long_runs import end_plainly_on_lost_files, log_option
 from npti_export.cli.options import (
     FILE,
     RichProgress,
@@ -99,7 +100,10 @@ def cli(context: click.Context, /, trait_names: tuple[str, ...], report: Path | 
       npti-export --trait calm --model ./Qwen2.5-0.5B-Instruct --format peft --out calm/
       npti-export --from calm/ --format checkpoint --out calm-qwen/
       npti-export dial --traits all --out persona/
+
+    What was identified is kept as it comes: the same command goes on where it was stopped or killed.
     """
+    end_plainly_on_lost_files()
     if context.invoked_subcommand is not None:
         if _given(context):
             raise click.UsageError(f"give the options of {context.invoked_subcommand} after its name")
@@ -194,3 +198,5 @@ COMMANDS = (
 )
 for command in COMMANDS:
     cli.add_command(command)
+for command in (cli, ablate, evaluate, identify, tune):  # what may take hours
+    command.params.append(log_option())

@@ -19,7 +19,7 @@ from npti_export.runtimes.base import Message, Runtime, chat
 from npti_export.stats import ContrastStats, PairSpread, load_stats, save_stats
 from npti_export.traits import SIGNS, Sign
 
-_CACHE_FORMAT = 5  # raise when the meaning of cached statistics changes
+_CACHE_FORMAT = 6  # raise when the meaning of cached statistics changes
 
 
 def cache_folder() -> Path:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from npti_export.bench import TraitBench
-from npti_export.errors import ArchitectureError
-from npti_export.files import atomic_output, translate_os_errors
+from npti_export.checked import load_checked, save_checked
+from npti_export.errors import ArchitectureError, DamagedError
+from npti_export.files import translate_os_errors
 from npti_export.identify.collect import cache_key, collect
 from npti_export.identify.matched import match
 from npti_export.models import ModelSource
@@ -106,8 +107,6 @@ def profile_for(
 
 
 def _matched(place: Place, bench: TraitBench, sign: Sign, recipe: Recipe, progress: Progress) -> Matrix:
-    from safetensors.numpy import save
-
     source = place.source
     if source.architecture.mixture:
         raise ArchitectureError(
@@ -130,17 +129,13 @@ def _matched(place: Place, bench: TraitBench, sign: Sign, recipe: Recipe, progre
     if kept is not None:
         with translate_os_errors(kept):
             kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_output(kept, force=True) as temporary:
-            temporary.write_bytes(save({_KEY: values}))
+        save_checked(kept, {_KEY: values}, {})
     return values
 
 
 def _read(path: Path) -> Matrix | None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     try:
-        values: Matrix = load(path.read_bytes())[_KEY]
-    except (SafetensorError, OSError, KeyError, ValueError):
+        values = load_checked(path)[0].get(_KEY)
+    except DamagedError:
         return None
-    return values if values.dtype == np.float32 and bool(np.isfinite(values).all()) else None
+    return values if values is not None and values.dtype == np.float32 and bool(np.isfinite(values).all()) else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ _AT_RANDOM = 12  # trials before the sampler learns from them, the enqueued ones
 _FRUITLESS = 200  # failed trials after which there is no point in going on
 _FIGURES = ("gain", "fluency", "damage")
 _CONFIRMED = "confirmed"
+_DIGEST = "sha256"  # of a trial's point and figures: a file that was damaged must not choose
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,7 @@ class Study:
             return error
         for name in _FIGURES:
             trial.set_user_attr(name, getattr(figures, name).model_dump())
+        trial.set_user_attr(_DIGEST, _digest(trial.params, trial.user_attrs))
         for name, value in zip(("damage", "fluency"), self._excess(figures), strict=True):
             trial.set_constraint(name, value)
         self._study.tell(trial, [figures.gain.mean, figures.damage.mean])
@@ -177,9 +181,21 @@ class Study:
 
 def _figures(trial: optuna.trial.FrozenTrial) -> Figures:
     try:
-        return Figures(**{name: Estimate.model_validate(trial.user_attrs[name]) for name in _FIGURES})
+        if trial.user_attrs[_DIGEST] != _digest(trial.params, trial.user_attrs):
+            raise ValueError("its checksum is wrong")
+        figures = Figures(**{name: Estimate.model_validate(trial.user_attrs[name]) for name in _FIGURES})
+        if trial.values != [figures.gain.mean, figures.damage and figures.damage.mean]:
+            raise ValueError("its values are not its figures")
+        return figures
     except (KeyError, ValueError) as error:
         raise EvaluationError(f"trial {trial.number} of the study is damaged; name another --storage") from error
+
+
+def _digest(parameters: Mapping[str, object], attributes: Mapping[str, object]) -> str:
+    # a file gives 1.0 back where 1 was put in
+    point = {name: float(value) if isinstance(value, int) else value for name, value in parameters.items()}
+    told = [point, {name: attributes[name] for name in _FIGURES}]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
