@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -230,9 +230,25 @@ class ContrastStats:
     def __add__(self, other: ContrastStats) -> ContrastStats:
         return ContrastStats(self.plus + other.plus, self.minus + other.minus, self.spread + other.spread)
 
+    def counts(self) -> ContrastStats:
+        """Without histograms and sums, which are most of the bytes: what the forecast of the overlap needs."""
+        plus, minus = (
+            replace(one, histogram=one.histogram[..., :0], largest=one.largest[:0], product=None)
+            for one in (self.plus, self.minus)
+        )
+        return ContrastStats(plus, minus, self.spread)
+
 
 def save_stats(path: Path, stats: ContrastStats, progress: dict[str, object]) -> None:
     """Write statistics and a JSON-able progress record to one safetensors file, atomically."""
+    data = encode_stats(stats, progress)
+    with atomic_output(path, force=True) as temporary:
+        # written by us, not by the library, so that a full disk is an OSError like everywhere else
+        temporary.write_bytes(data)
+
+
+def encode_stats(stats: ContrastStats, progress: dict[str, object], *, narrow: bool = False) -> bytes:
+    """What :func:`save_stats` writes; ``narrow``: counts in the fewest bytes that hold them, for few questions."""
     from safetensors.numpy import save
 
     poles = {"plus": stats.plus, "minus": stats.minus}
@@ -245,9 +261,22 @@ def save_stats(path: Path, stats: ContrastStats, progress: dict[str, object]) ->
         "spread": [stats.spread.pairs, *stats.spread.lengths],
         "progress": progress,
     }
-    with atomic_output(path, force=True) as temporary:
-        # written by us, not by the library, so that a full disk is an OSError like everywhere else
-        temporary.write_bytes(save(tensors, metadata={"npti": json.dumps(record)}))
+    if narrow:
+        tensors = {name: _narrowed(values) for name, values in tensors.items()}
+    return save(tensors, metadata={"npti": json.dumps(record)})
+
+
+def _narrowed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if values.dtype.kind != "i":
+        return values
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))))  # counts are never negative
+
+
+def _widened(values: npt.NDArray[Any], kind: type[np.signedinteger[Any]]) -> npt.NDArray[Any]:
+    """Counts as they are computed with, whatever they were kept in."""
+    if values.dtype.kind not in "ui":
+        raise ValueError("counts that are no integers")
+    return values.astype(kind, copy=False)
 
 
 def load_stats(path: Path) -> tuple[ContrastStats, dict[str, object]]:
@@ -263,7 +292,7 @@ def load_stats(path: Path) -> tuple[ContrastStats, dict[str, object]]:
             record = json.loads(tensors.metadata()["npti"])
             plus, minus = (_read_pole(tensors, name, int(record["tokens"][name])) for name in ("plus", "minus"))
             pairs, *lengths = map(int, record["spread"])
-            products, mixed = (tensors.get_tensor(f"spread.{field}") for field in _SPREAD_FIELDS)
+            products, mixed = (_widened(tensors.get_tensor(f"spread.{field}"), np.int64) for field in _SPREAD_FIELDS)
             spread = PairSpread(pairs, (lengths[0], lengths[1], lengths[2]), products, mixed)
     except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ProfileError(f"{path}: damaged statistics; delete the file and run again") from error
@@ -273,7 +302,10 @@ def load_stats(path: Path) -> tuple[ContrastStats, dict[str, object]]:
 def _read_pole(tensors: Any, name: str, tokens: int) -> ActivationStats:
     there = set(tensors.keys())
     more = {field: tensors.get_tensor(f"{name}.{field}") for field in _OPTIONAL if f"{name}.{field}" in there}
-    return ActivationStats(tokens, *(tensors.get_tensor(f"{name}.{field}") for field in _FIELDS), **more)
+    if "routed" in more:
+        more["routed"] = _widened(more["routed"], np.int64)
+    active, histogram, largest = (tensors.get_tensor(f"{name}.{field}") for field in _FIELDS)
+    return ActivationStats(tokens, _widened(active, np.int64), _widened(histogram, np.int32), largest, **more)
 
 
 def _has(stats: ActivationStats, field: str) -> bool:
