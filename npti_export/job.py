@@ -11,6 +11,7 @@ from pathlib import Path
 from npti_export.base_file import BasePlan, check_layout, check_request, made_base, plan_base
 from npti_export.bench import TraitBench
 from npti_export.benches import held_out, load_benches
+from npti_export.distribute.plan import Distribution
 from npti_export.endings.base import BAKED, IN_LLAMACPP, SINGLE_FILES, Format
 from npti_export.errors import AdapterError, ModelError, OutputError, ProfileError, RecipeError
 from npti_export.export.gguf import strip
@@ -21,7 +22,7 @@ from npti_export.gguf.shards import named_shards, read_model, shard_paths
 from npti_export.loader import RuntimeSettings, Timings
 from npti_export.models import ModelSource, gguf_source, resolve_model
 from npti_export.profile import NeuronProfile
-from npti_export.profile_io import load_profile, profile_files
+from npti_export.profile_io import load_profile, profile_files, profile_paths
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe, recipe_from_json, select_recipe
 from npti_export.rule_io import SavedRule, Where, artifact_format, base_name, load_rule
@@ -54,13 +55,15 @@ class Job:
         recipe: name or path; None picks by model.
         overrides: ``section.key=value`` strings.
         profiles: saved profiles to re-use.
-        save_profile: where to keep the profile.
+        save_profile: where to keep the profile; of several traits a folder.
         report: where the caller will write the report; only checked here.
         bench: instead of the shipped bench, see :func:`npti_export.benches.load_benches`.
         trait_dirs: folders of traits of the user's own that ``rule_from`` records by name.
         any_model: accept a profile or rule of another model of the same shape.
         force: replace existing outputs.
         cache: folder of resumable state; None keeps none.
+        runtime: what runs the model, and how.
+        distribution: workers that identify; None does it in this process.
     """
 
     traits: tuple[TraitSpec, ...]
@@ -89,6 +92,7 @@ class Job:
     force: bool = False
     cache: Path | None = None
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    distribution: Distribution | None = None
 
 
 @dataclass(frozen=True)
@@ -195,9 +199,10 @@ def _check_outputs(job: Job, traits: Sequence[str]) -> list[Path]:
     """The files that the job will write beside its artifact can be written; returns all outputs."""
     files = [job.report] if job.report is not None else []
     if job.save_profile is not None:
-        if len(traits) > 1:
-            raise ProfileError("--save-profile takes one trait; save several with npti-export identify, one by one")
-        files += profile_files(job.save_profile, traits[0])
+        if len(traits) > 1 and job.out is not None:
+            raise ProfileError("--save-profile takes one trait; npti-export identify saves several, into a folder")
+        for path, trait in zip(profile_paths(job.save_profile, traits), traits, strict=True):
+            files += profile_files(path, trait)
     if job.out is not None and job.format in SINGLE_FILES:
         files.append(job.out)
     for path in files:

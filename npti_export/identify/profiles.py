@@ -85,9 +85,9 @@ def profile_for(
     Raises:
         NptiError: see :func:`identified` and :func:`npti_export.identify.matched.match`.
     """
-    by_neurons, matched = needed(bench, signs, recipe, whole=whole)
-    if by_neurons:
-        _, profile = identified(place, bench, recipe, progress)
+    neurons, matched = needed(bench, signs, recipe, whole=whole)
+    if neurons is not None:
+        _, profile = identified(place, bench, neurons, progress)
     else:
         shape = place.source.shape
         nothing = np.zeros((shape.layers, shape.width), np.float32)
@@ -99,10 +99,10 @@ def profile_for(
 
 def needed(
     bench: TraitBench, signs: Sequence[Sign], recipe: Recipe, *, whole: bool
-) -> tuple[bool, tuple[Sign, ...]]:
-    """Whether :func:`profile_for` identifies neurons, and the poles for which it matches constants."""
+) -> tuple[Recipe | None, tuple[Sign, ...]]:
+    """The recipe by which :func:`profile_for` identifies neurons, if it does, and the poles that it matches for."""
     rules = {sign: recipe.for_pole(f"{bench.trait}{sign}").rule for sign in signs}
-    neurons = whole or any(rule.by_neurons for rule in rules.values())
+    neurons = recipe if whole or any(rule.by_neurons for rule in rules.values()) else None
     return neurons, tuple(sign for sign, rule in rules.items() if rule.matched)
 
 
