@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from npti_export import errors
 from npti_export.distribute.cluster import Size
@@ -35,19 +35,39 @@ class _Running:
     started: float
 
 
+class Asked(NamedTuple):
+    """A batch that was answered.
+
+    Attributes:
+        trait: whose questions.
+        index: of the batch.
+        worker: number of the worker.
+        tokens: that were counted.
+        computing: seconds in which the model answered.
+        arrived: when it was known here, in seconds of :func:`time.monotonic`.
+    """
+
+    trait: str
+    index: int
+    worker: int
+    tokens: int
+    computing: float
+    arrived: float
+
+
 @dataclass
 class Log:
     """What was done, in the order in which it came back.
 
     Attributes:
-        asked: trait, batch, seconds in which the model answered, and seconds until the answers were here.
+        asked: batches.
         merged: sums of shards made.
         repeated: tasks handed out a second time because they took long.
         restarted: workers that Ray started again.
         lost: workers that stayed away.
     """
 
-    asked: list[tuple[str, int, float, float]] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
     merged: int = 0
     repeated: int = 0
     restarted: int = 0
@@ -80,6 +100,7 @@ class RayEngine:
         self._process: dict[int, str] = {}
         self._idle: list[int] = []
         self._running: dict[Any, _Running] = {}
+        self._arriving: list[_Running] = []
         self._failures: Counter[Task] = Counter()
         self._seconds: defaultdict[type, list[float]] = defaultdict(list)
         self._series: dict[str, Any] = {}
@@ -148,7 +169,7 @@ class RayEngine:
 
     def _next(self) -> Task | None:
         """What nobody does yet: sums first, as they free the disk, and what takes longest before what is short."""
-        under_way = [one.task for one in self._running.values()]
+        under_way = [one.task for one in (*self._running.values(), *self._arriving)]
         for trait, gathering in self._gatherings.items():
             merging = [one.node for one in under_way if isinstance(one, Merge) and one.trait == trait]
             for node in gathering.merges(merging):
@@ -235,6 +256,9 @@ class RayEngine:
             self._idle.append(run.actor)
             return
         self._idle.append(run.actor)
+        self._arriving = [run]
+        self._hand_out()  # the worker goes on while we look at what it brought
+        self._arriving = []
         if not self._open(run.task):  # done by another one meanwhile, or no longer needed
             return
         if isinstance(run.task, Merge) and isinstance(outcome, Fault) and outcome.kind == ProfileError.__name__:
@@ -260,8 +284,10 @@ class RayEngine:
             gathering.merged(task.node)
             self.log.merged += 1
             return
+        self.log.asked.append(
+            Asked(task.trait, task.index, run.actor, outcome.tokens, outcome.computing, run.started + elapsed)
+        )
         gathering.answered(task.index, outcome)
-        self.log.asked.append((task.trait, task.index, outcome.computing, elapsed))
         self._progress.advance(len(gathering.series.batch(task.index)), outcome.tokens)
 
     def _meet(self, number: int, process: str) -> None:
