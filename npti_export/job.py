@@ -62,7 +62,6 @@ class Job:
         any_model: accept a profile or rule of another model of the same shape.
         force: replace existing outputs.
         cache: folder of resumable state; None keeps none.
-        runtime: what runs the model, and how.
         distribution: workers that identify; None does it in this process.
     """
 

@@ -148,7 +148,7 @@ class Meanwhile(threading.Thread):
         self.start()
 
     def run(self):
-        limit = time.monotonic() + 100
+        limit = time.monotonic() + 300
         while time.monotonic() < limit:
             if len(shards_in(self.cache)) >= self.count:
                 self.result = self.what()
@@ -278,28 +278,28 @@ def test_errors_of_workers_are_their_own_sentences(cluster, model, recipe, tmp_p
         on_ray(model, recipe, tmp_path, workers=9)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_driver_that_is_killed_goes_on_and_asks_nothing_twice(cluster, model, recipe, alone, tmp_path, how):
-    """Killed outright it runs a Ray of this machine, with no set-up; interrupted, it has joined the cluster."""
+@pytest.mark.parametrize(("how", "joins"), [(signal.SIGKILL, False), (signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_driver_that_is_killed_goes_on_and_asks_nothing_twice(cluster, model, recipe, alone, tmp_path, how, joins):
+    """With a Ray of this machine, for which nothing is set up, or in the cluster."""
     environment = {**os.environ, "NPTI_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    where = ["--address", cluster.address] if how == signal.SIGINT else []
+    where = ["--address", cluster.address] if joins else []
     job = [*COMMAND, *JOB, "--model", str(model), "--out", "p.safetensors", *where]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(job, env=environment, cwd=tmp_path, text=True, **pipes)
-    limit = time.monotonic() + 100
+    limit = time.monotonic() + 300
     while len(shards_in(tmp_path / "cache")) < 5 and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.002)
     assert process.poll() is None, "it ended before it could be killed"
     started = workers_of(psutil.Process(process.pid))
     process.send_signal(how)
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=200)
     assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
     assert out == ""
-    if how == signal.SIGINT:
+    if how != signal.SIGKILL:
         assert "goes on from the last finished batch" in errors.splitlines()[-1]
-    else:
+    if not joins:
         assert len(started) == 2
-        assert psutil.wait_procs(started, timeout=30)[1] == []
+        assert psutil.wait_procs(started, timeout=120)[1] == []
     assert not (tmp_path / "p.safetensors").exists()
     (folder,) = (tmp_path / "cache").glob("identify/*.shards")
     done = {at for node in Shards(folder).found() for at in range(node.first, node.end)}
@@ -314,7 +314,7 @@ def test_a_driver_that_is_killed_goes_on_and_asks_nothing_twice(cluster, model, 
 def test_an_address_where_no_ray_is(model, tmp_path):
     environment = {**os.environ, "NPTI_CACHE": str(tmp_path / "cache"), "RAY_gcs_rpc_server_connect_timeout_s": "1"}
     job = [*COMMAND, *JOB, "--model", str(model), "--out", "p.safetensors", "--address", "127.0.0.1:1"]
-    done = subprocess.run(job, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(job, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "--address 127.0.0.1:1: no Ray answers there" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -18,7 +18,7 @@ def distribution_options(command: Command) -> Command:
     for option in (
         click.option(
             "--address",
-            metavar="HOST:PORT|auto",
+            metavar="HOST:PORT|auto|local",
             help="ray: a cluster to join, as Ray writes it [default: RAY_ADDRESS, or a Ray of this machine]",
         ),
         click.option(

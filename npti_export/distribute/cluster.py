@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +65,9 @@ def connected(distribution: Distribution, cores: int) -> Iterator[Any]:
         yield ray
         return
     address = place_of(distribution)
+    named = "--address" if distribution.address else "RAY_ADDRESS"
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if address is None:
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
@@ -71,9 +75,11 @@ def connected(distribution: Distribution, cores: int) -> Iterator[Any]:
             ray.init(address=address, **quiet)
     except (OSError, ValueError, RuntimeError, ImportError, ray.exceptions.RayError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        what = "Ray does not start here" if address is None else f"--address {address}: no Ray answers there"
+        what = "Ray does not start here" if address is None else f"{named} {address}: no Ray answers there"
         mend = "" if address is None else "; ray start --head starts one, and ray status shows where"
         raise ClusterError(f"{what} ({reason}){mend}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's own would end the process before anything is put in order
     try:
         yield ray
     finally:

@@ -193,7 +193,7 @@ class Outcome:
         computing: seconds in which the model answered.
         seconds: of the whole task, as the worker saw it.
         stats: without histograms; None for a constant.
-        data: the file to write, where the worker does not share the folder.
+        data: the file to write, where the worker does not share the folder; empty for a sum that it cannot make.
         tokens: that were counted.
     """
 

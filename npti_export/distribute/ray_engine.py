@@ -262,7 +262,7 @@ class RayEngine:
         if not self._open(run.task):  # done by another one meanwhile, or no longer needed
             return
         if isinstance(run.task, Merge) and isinstance(outcome, Fault) and outcome.kind == ProfileError.__name__:
-            self._gatherings[run.task.trait].damaged()
+            self._merge(run.task)  # it may not have seen what others wrote a moment ago
             return
         outcome = _unless_fault(outcome)
         self._meet(run.actor, outcome.process)
@@ -280,15 +280,27 @@ class RayEngine:
         gathering = self._gatherings[task.trait]
         if isinstance(task, Merge):
             if outcome.data is not None:  # it cannot see the files
-                gathering.shards.merge(task.node)
-            gathering.merged(task.node)
-            self.log.merged += 1
+                self._merge(task)
+            else:
+                gathering.merged(task.node)
+                self.log.merged += 1
             return
         self.log.asked.append(
             Asked(task.trait, task.index, run.actor, outcome.tokens, outcome.computing, run.started + elapsed)
         )
         gathering.answered(task.index, outcome)
         self._progress.advance(len(gathering.series.batch(task.index)), outcome.tokens)
+
+    def _merge(self, task: Merge) -> None:
+        """Sum shards here."""
+        gathering = self._gatherings[task.trait]
+        try:
+            gathering.shards.merge(task.node)
+        except ProfileError:
+            gathering.damaged()
+            return
+        gathering.merged(task.node)
+        self.log.merged += 1
 
     def _meet(self, number: int, process: str) -> None:
         if self._process[number] != process:

@@ -145,6 +145,8 @@ def _plan(request: Request, place: Place, progress: Progress) -> _Plan:
             path = matched_path(place, bench, sign, request.recipe)
             assert path is not None
             if kept_constant(path, place.source) is None:
+                if path.is_file():
+                    progress.note(f"{path}: damaged, matching afresh")
                 plan.matches.append(Match(trait, sign, request.recipe, path))
     return plan
 

@@ -69,8 +69,9 @@ class Worker:
     def _run(self, task: Task, series: Series) -> Outcome:
         shares, shards = self._setup.mark.is_file(), Shards(series.shards)
         if isinstance(task, Merge):
-            shards.merge(task.node)
-            return Outcome(self.process)
+            if shares:
+                shards.merge(task.node)
+            return Outcome(self.process, data=None if shares else b"")
         if isinstance(task, Match):
             found = match(self._runtime, series.bench, task.sign, task.recipe, Silent())
             data = encode_constant(found.constant)
