@@ -17,12 +17,13 @@ from npti_export.loader import Models
 from npti_export.runtimes.llamacpp.library import usable_cores
 
 _CORES_A_WORKER = 4  # where nobody says how many workers
-# Unless it is told not to, Ray sends usage statistics, warns of a change to come that does not concern us, and prints
-# what becomes of workers on standard output; we say what matters of that ourselves.
-_QUIET = {
+# Unless it is told not to, Ray sends usage statistics, warns of a change to come that does not concern us, prints what
+# becomes of workers on standard output (we say what matters of that ourselves), and starts workers at niceness 15.
+_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
+    "RAY_worker_niceness": "0",
 }
 
 
@@ -32,7 +33,7 @@ def import_ray() -> Any:
     Raises:
         ClusterError: it is not installed.
     """
-    for name, value in _QUIET.items():
+    for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
         import ray
