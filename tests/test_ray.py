@@ -164,7 +164,7 @@ def test_two_workers_count_what_one_process_counts(cluster, model, recipe, alone
     for trait, (found, record) in stats.items():
         assert_same(found, alone[trait])
         assert record == {"batches": BATCHES}
-    asked = sorted((trait, index) for trait, index, *_ in log.asked)
+    asked = sorted((one.trait, one.index) for one in log.asked)
     assert asked == [(trait, index) for trait in ("extraversion", "openness") for index in range(BATCHES)]
     assert (log.restarted, log.lost) == (0, 0)
     assert log.merged >= 2  # sums of eight, made by workers
@@ -204,7 +204,7 @@ def test_a_worker_that_is_killed_is_started_again(cluster, model, recipe, alone,
     assert log.restarted == 1
     assert [f":{killing.result} died; Ray started it again" in text for text in notes.texts] == [True]
     assert_same(stats["openness"][0], alone["openness"])
-    assert sorted(index for _, index, *_ in log.asked) == list(range(BATCHES))
+    assert sorted(one.index for one in log.asked) == list(range(BATCHES))
 
 
 def test_a_node_that_is_lost_takes_no_answer_with_it(cluster, model, recipe, alone, tmp_path):
@@ -219,7 +219,7 @@ def test_a_node_that_is_lost_takes_no_answer_with_it(cluster, model, recipe, alo
     assert sum(one["Alive"] for one in ray.nodes()) == 3
     assert log.repeated >= 1  # the lost worker's task was done a second time, by somebody else
     assert_same(stats["openness"][0], alone["openness"])
-    assert sorted(index for _, index, *_ in log.asked) == list(range(BATCHES))
+    assert sorted(one.index for one in log.asked) == list(range(BATCHES))
 
 
 def test_a_damaged_shard_is_asked_again(cluster, model, recipe, alone, tmp_path):
@@ -313,7 +313,7 @@ def test_a_driver_that_is_killed_goes_on_and_asks_nothing_twice(cluster, model, 
     assert 5 <= len(done) < BATCHES
     notes = Notes()
     stats, log = on_ray(model, recipe, tmp_path / "cache", notes=notes)
-    assert sorted(index for _, index, *_ in log.asked) == sorted(set(range(BATCHES)) - done)
+    assert sorted(one.index for one in log.asked) == sorted(set(range(BATCHES)) - done)
     assert f"{len(done)} finished shards are there already" in notes.texts[0]
     assert_same(stats["openness"][0], alone["openness"])
 

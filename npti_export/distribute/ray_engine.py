@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from npti_export import errors
 from npti_export.distribute.cluster import Size
@@ -35,7 +35,8 @@ class _Running:
     started: float
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True)
+class Asked:
     """A batch that was answered.
 
     Attributes:
