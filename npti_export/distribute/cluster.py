@@ -74,7 +74,8 @@ def connected(distribution: Distribution, cores: int) -> Iterator[Any]:
             ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)
-    except (OSError, ValueError, RuntimeError, ImportError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises anything, a bare Exception where its processes are late
+        ray.shutdown()
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = "Ray does not start here" if address is None else f"{named} {address}: no Ray answers there"
         mend = "" if address is None else "; ray start --head starts one, and ray status shows where"
