@@ -28,7 +28,7 @@ base's `general.license`.
 | package | licence | needed by |
 |---|---|---|
 """
-EXTRAS = ("bench", "convert", "dev", "fuzz")
+EXTRAS = ("bench", "convert", "dev", "fuzz", "ray")
 # What some packages write in place of an SPDX expression.
 SPDX = {
     "MIT License": "MIT", "Apache Software License": "Apache-2.0", "BSD License": "BSD", "Apache": "Apache-2.0",
@@ -36,6 +36,7 @@ SPDX = {
     "Apache2": "Apache-2.0", "Apache License, Version 2.0": "Apache-2.0", "BSD 3-Clause": "BSD-3-Clause",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0", "Python Software Foundation License": "PSF-2.0",
     "PSF": "PSF-2.0", "ISC License (ISCL)": "ISC", "The MIT License (MIT)": "MIT",
+    "3-Clause BSD License": "BSD-3-Clause",
 }  # fmt: skip
 
 

@@ -31,18 +31,28 @@ def save_checked(path: Path, arrays: Arrays, record: Mapping[str, object]) -> No
         OutputError: it cannot be written.
         DiskFullError: no room.
     """
+    header, rest = _signed(arrays, record)
+    with atomic_output(path, force=True) as temporary, temporary.open("wb") as stream:
+        # written by us, not by the library, so that a full disk is an OSError like everywhere else
+        stream.write(header)
+        stream.write(rest)
+
+
+def encode_checked(arrays: Arrays, record: Mapping[str, object]) -> bytes:
+    """The bytes that :func:`save_checked` writes."""
+    return b"".join(_signed(arrays, record))
+
+
+def _signed(arrays: Arrays, record: Mapping[str, object]) -> tuple[bytes, memoryview]:
+    """The header of the file, which holds the checksum, and what follows it."""
     from safetensors.numpy import save
 
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     written = json.dumps(record, sort_keys=True)
     data = memoryview(save(whole, metadata={_RECORD: f"sha256:{_UNSIGNED.decode()} {written}"}))
     end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
-    header = bytes(data[:end])
     digest = hashlib.sha256(data).hexdigest().encode()
-    with atomic_output(path, force=True) as temporary, temporary.open("wb") as stream:
-        # written by us, not by the library, so that a full disk is an OSError like everywhere else
-        stream.write(header.replace(_field(_UNSIGNED), _field(digest), 1))
-        stream.write(data[end:])
+    return bytes(data[:end]).replace(_field(_UNSIGNED), _field(digest), 1), data[end:]
 
 
 def load_checked(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:

@@ -66,6 +66,10 @@ class EvaluationError(NptiError):
     """An evaluation, a judge, an inventory or a task that is damaged, or that cannot be done with this model."""
 
 
+class ClusterError(NptiError):
+    """A Ray that is missing, a cluster that is not there or too small, or workers that died time and again."""
+
+
 class HubError(NptiError):
     """A repository or token that the Hub does not take, or an upload that broke off."""
 

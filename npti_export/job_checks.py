@@ -11,7 +11,7 @@ from npti_export.files import check_writable
 from npti_export.gguf.shards import named_shards
 from npti_export.loader import RuntimeSettings
 from npti_export.models import ModelSource
-from npti_export.profile_io import profile_files
+from npti_export.profile_io import profile_files, profile_paths
 from npti_export.recipe import Recipe
 from npti_export.request import Job
 from npti_export.rule import SteeringRule
@@ -41,9 +41,10 @@ def check_outputs(job: Job, traits: Sequence[str]) -> list[Path]:
     """The files that the job will write beside its artifact can be written; returns all outputs."""
     files = [job.report] if job.report is not None else []
     if job.save_profile is not None:
-        if len(traits) > 1:
-            raise ProfileError("--save-profile takes one trait; save several with npti-export identify, one by one")
-        files += profile_files(job.save_profile, traits[0])
+        if len(traits) > 1 and job.out is not None:
+            raise ProfileError("--save-profile takes one trait; npti-export identify saves several, into a folder")
+        for path, trait in zip(profile_paths(job.save_profile, traits), traits, strict=True):
+            files += profile_files(path, trait)
     if job.out is not None and job.format in SINGLE_FILES:
         files.append(job.out)
     for path in files:

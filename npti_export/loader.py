@@ -103,6 +103,7 @@ class Models:
         progress: told of each load.
         verifies: whether float32 torch will be needed, too.
         sequences: most that llama.cpp decodes together.
+        copies: a folder that processes share, so that they make a bfloat16 copy once; emptied by the caller.
 
     Raises:
         ModelError: the requested runtime does not run this model.
@@ -117,7 +118,9 @@ class Models:
         *,
         verifies: bool,
         sequences: int = 1,
+        copies: Path | None = None,
     ) -> None:
+        self._shared = copies
         self.engine = settings.engine_for(source)
         self._source, self.settings, self._timings, self._progress = source, settings, timings, progress
         self._verifies, self._sequences = verifies, sequences
@@ -181,13 +184,16 @@ class Models:
         return self.settings.weights == "bfloat16"
 
     def _bfloat16(self) -> LlamaCppRuntime:
-        from npti_export.gguf.bfloat16 import write_copy
+        from npti_export.gguf.bfloat16 import shared_copy, write_copy
 
         if self._copy is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="npti-")
-            folder = Path(self._folder.name)
+            threads = self.settings.threads
             with self._timings.measure("load"):
-                path = write_copy(self._header, folder, self._progress, threads=self.settings.threads)
+                if self._shared is not None:
+                    path = shared_copy(self._header, self._shared, self._progress, threads=threads)
+                else:
+                    self._folder = tempfile.TemporaryDirectory(prefix="npti-")
+                    path = write_copy(self._header, Path(self._folder.name), self._progress, threads=threads)
             self._copy = self._loaded(lambda: self._open_llama(path))
         return self._copy
 

@@ -14,12 +14,11 @@ from npti_export.benches import held_out, searched
 from npti_export.endings.base import SINGLE_FILES, Ending, Written
 from npti_export.errors import FidelityError, ModelError, NptiError
 from npti_export.files import set_aside
-from npti_export.identify.profiles import Place, profile_for
 from npti_export.job import QUESTION_TOKENS, Job, Prepared, prepared, with_base
 from npti_export.loader import Models, Timings
 from npti_export.models import ModelSource, gguf_source
+from npti_export.obtain import obtain_profiles
 from npti_export.profile import NeuronProfile
-from npti_export.profile_io import save_profile
 from npti_export.progress import Progress
 from npti_export.publish import check_publication
 from npti_export.recipe import Recipe
@@ -27,7 +26,6 @@ from npti_export.report import peak_rss_mb
 from npti_export.rule import build_rule, compose
 from npti_export.rule_io import Provenance, SavedRule
 from npti_export.runtimes.base import chat
-from npti_export.traits import SIGNS
 from npti_export.version import __version__
 
 if TYPE_CHECKING:
@@ -103,28 +101,6 @@ def open_ending(ready: Prepared, models: Models) -> Ending:
 def calibration_questions(ready: Prepared) -> list[str]:
     """Search questions for as many tokens as programs are fitted on."""
     return searched(ready.benches, ready.recipe, -(-ready.recipe.compile.calibration_tokens // QUESTION_TOKENS))
-
-
-def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress: Progress) -> dict[str, NeuronProfile]:
-    """The profile of each trait: given, cached or identified now; saved where the job says."""
-    job, profiles = ready.job, dict(ready.profiles)
-    for trait, bench in ready.benches.items():
-        if trait in profiles:
-            continue
-        loaded = timings.seconds.get("load", 0.0)
-        started = time.perf_counter()
-        place = Place(models.fast, ready.source, models.dtype(), models.device(), job.cache)
-        signs = sorted({spec.sign for spec in ready.traits if spec.trait == trait})
-        kept = None if job.save_profile is None else ready.kept
-        signs = list(SIGNS) if job.out is None and kept is not None else signs  # nothing but a profile is asked for
-        profiles[trait] = profile_for(place, bench, signs, ready.recipe, progress, neurons=kept)
-        loading = timings.seconds.get("load", 0.0) - loaded
-        timings.seconds["identify"] = timings.seconds.get("identify", 0.0) + time.perf_counter() - started - loading
-    if job.save_profile is not None:
-        select = ready.kept.select
-        (profile,) = profiles.values()
-        save_profile(profile, job.save_profile, force=job.force, threshold=select.threshold, at_least=select.at_least)
-    return profiles
 
 
 def obtain_rule(
@@ -329,13 +305,12 @@ def _poles(ready: Prepared) -> list[dict[str, str]]:
     return found
 
 
-def identify_only(job: Job, progress: Progress) -> tuple[NeuronProfile, dict[str, float]]:
-    """The ``identify`` command: one trait, both poles, and its profile written to ``job.save_profile``."""
+def identify_only(job: Job, progress: Progress) -> tuple[dict[str, NeuronProfile], dict[str, float]]:
+    """The ``identify`` command: traits, both poles of each, and their profiles written to ``job.save_profile``."""
     timings = Timings()
     with prepared(job) as ready, open_models(ready, timings, progress, verifies=False) as models:
         profiles = obtain_profiles(ready, models, timings, progress)
-    (profile,) = profiles.values()
-    return profile, timings.seconds
+    return profiles, timings.seconds
 
 
 def verify_artifact(job: Job, progress: Progress) -> dict[str, Any]:
@@ -365,4 +340,4 @@ def verify_artifact(job: Job, progress: Progress) -> dict[str, Any]:
     }
 
 
-__all__: Sequence[str] = ("Job", "identify_only", "run", "verify_artifact")
+__all__: Sequence[str] = ("Job", "identify_only", "obtain_profiles", "run", "verify_artifact")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from npti_export.errors import ProfileError
@@ -74,3 +75,8 @@ def profile_files(path: Path, trait: str) -> list[Path]:
     if named != trait:
         raise ProfileError(f"{path}: would name a profile of {trait} after {named}; choose another name")
     return [plus, minus]
+
+
+def profile_paths(path: Path, traits: Sequence[str]) -> list[Path]:
+    """Where the profiles of traits go: one to a file, several into a folder, each by its name."""
+    return [path] if len(traits) == 1 else [path / f"{trait}.safetensors" for trait in traits]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from npti_export.distribute.plan import Distribution
 from npti_export.endings.base import Format
 from npti_export.loader import RuntimeSettings
 from npti_export.rule_io import Where
@@ -41,6 +42,8 @@ class Job:
         any_model: accept a profile or rule of another model of the same shape.
         force: replace existing outputs.
         cache: folder of resumable state; None keeps none.
+        runtime: how the model runs.
+        distribution: the workers that identify; None: this process.
     """
 
     traits: tuple[TraitSpec, ...]
@@ -69,3 +72,4 @@ class Job:
     force: bool = False
     cache: Path | None = None
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    distribution: Distribution | None = None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.checked import load_checked, save_checked
+from npti_export.checked import encode_checked, load_checked, save_checked
 from npti_export.errors import DamagedError, ProfileError
 
 # Positive activations go into geometric bins, ten an octave from 2^-7 to 2^5, with one bin below (from 0) and one
@@ -229,9 +229,31 @@ class ContrastStats:
     def __add__(self, other: ContrastStats) -> ContrastStats:
         return ContrastStats(self.plus + other.plus, self.minus + other.minus, self.spread + other.spread)
 
+    def counts(self) -> ContrastStats:
+        """Without histograms and sums, which are most of the bytes: what the forecast of the overlap needs."""
+        plus, minus = (
+            replace(one, histogram=one.histogram[..., :0], largest=one.largest[:0], product=None)
+            for one in (self.plus, self.minus)
+        )
+        return ContrastStats(plus, minus, self.spread)
+
 
 def save_stats(path: Path, stats: ContrastStats, progress: dict[str, object]) -> None:
     """Write statistics and a JSON-able progress record to one file, atomically, with its checksum."""
+    save_checked(path, *_contents(stats, progress))
+
+
+def encode_stats(stats: ContrastStats, progress: dict[str, object], *, narrow: bool = False) -> bytes:
+    """What :func:`save_stats` writes; ``narrow``: counts in the fewest bytes that hold them, for few questions."""
+    tensors, record = _contents(stats, progress)
+    if narrow:
+        tensors = {name: _narrowed(values) for name, values in tensors.items()}
+    return encode_checked(tensors, record)
+
+
+def _contents(
+    stats: ContrastStats, progress: dict[str, object]
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, object]]:
     poles = {"plus": stats.plus, "minus": stats.minus}
     tensors = {f"{name}.{field}": getattr(one, field) for name, one in poles.items() for field in _FIELDS}
     for field in _OPTIONAL:
@@ -242,7 +264,20 @@ def save_stats(path: Path, stats: ContrastStats, progress: dict[str, object]) ->
         "spread": [stats.spread.pairs, *stats.spread.lengths],
         "progress": progress,
     }
-    save_checked(path, tensors, record)
+    return tensors, record
+
+
+def _narrowed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if values.dtype.kind != "i":
+        return values
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))))  # counts are never negative
+
+
+def _widened(values: npt.NDArray[Any], kind: type[np.signedinteger[Any]]) -> npt.NDArray[Any]:
+    """Counts as they are computed with, whatever they were kept in."""
+    if values.dtype.kind not in "ui":
+        raise ValueError("counts that are no integers")
+    return values.astype(kind, copy=False)
 
 
 def load_stats(path: Path) -> tuple[ContrastStats, dict[str, object]]:
@@ -255,7 +290,7 @@ def load_stats(path: Path) -> tuple[ContrastStats, dict[str, object]]:
         tensors, record = load_checked(path)
         plus, minus = (_read_pole(tensors, name, int(record["tokens"][name])) for name in ("plus", "minus"))
         pairs, *lengths = map(int, record["spread"])
-        products, mixed = (tensors[f"spread.{field}"] for field in _SPREAD_FIELDS)
+        products, mixed = (_widened(tensors[f"spread.{field}"], np.int64) for field in _SPREAD_FIELDS)
         spread = PairSpread(pairs, (lengths[0], lengths[1], lengths[2]), products, mixed)
         found, progress = ContrastStats(plus, minus, spread), record["progress"]
         _check_shapes(found)
@@ -292,7 +327,10 @@ def _check_shapes(stats: ContrastStats) -> None:
 
 def _read_pole(tensors: dict[str, npt.NDArray[Any]], name: str, tokens: int) -> ActivationStats:
     more = {field: tensors[f"{name}.{field}"] for field in _OPTIONAL if f"{name}.{field}" in tensors}
-    return ActivationStats(tokens, *(tensors[f"{name}.{field}"] for field in _FIELDS), **more)
+    if "routed" in more:
+        more["routed"] = _widened(more["routed"], np.int64)
+    active, histogram, largest = (tensors[f"{name}.{field}"] for field in _FIELDS)
+    return ActivationStats(tokens, _widened(active, np.int64), _widened(histogram, np.int32), largest, **more)
 
 
 def _has(stats: ActivationStats, field: str) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from npti_export.checked import load_checked, save_checked
+from npti_export.checked import encode_checked, load_checked, save_checked
 from npti_export.errors import DamagedError, ProfileError
 from npti_export.stats import ContrastStats, load_stats, save_stats
 
@@ -33,6 +33,7 @@ def test_read_back(kept):
         assert arrays[name].dtype == array.dtype
         np.testing.assert_array_equal(arrays[name], array)
     before = kept.read_bytes()
+    assert encode_checked(ARRAYS, RECORD) == before
     save_checked(kept, ARRAYS, dict(reversed(RECORD.items())))
     assert kept.read_bytes() == before
     np.testing.assert_array_equal(load_file(kept)["counts"], ARRAYS["counts"])  # a file like any other

@@ -136,3 +136,6 @@ STREAM_LLAMACPP = 1e-2
 
 # A KL of about 0.1 nats measured by a runtime against float64: the same noise on both sides of a difference.
 KL_TWO_ENGINES = 0.03
+
+# Sums of float64 numbers in another order, relative to the sum of their sizes: 2^-53 for each of a few dozen additions.
+SUMS_FLOAT64 = 1e-14

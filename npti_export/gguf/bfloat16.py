@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from pathlib import Path
 
 from npti_export.errors import DiskFullError
@@ -17,6 +18,7 @@ from npti_export.gguf.reader import GGUFFile
 from npti_export.gguf.requantise import quantise_file
 from npti_export.progress import Progress
 
+_NAME = "bfloat16.gguf"
 _MOST_BYTES = 4 << 30  # larger copies would not fit beside other programs on a usual machine
 
 
@@ -56,6 +58,24 @@ def write_copy(header: GGUFFile, folder: Path, progress: Progress, *, threads: i
             f"{folder}: a bfloat16 copy of the model needs {needed / 1e6:.0f} MB but only {free / 1e6:.0f} MB are "
             "free; make room, set TMPDIR, or identify on the file as it is with --weights file"
         )
-    path = folder / "bfloat16.gguf"
+    path = folder / _NAME
     quantise_file(header.path, path, "BF16", progress, threads=threads, of_quantised=True)
+    return path
+
+
+def shared_copy(header: GGUFFile, folder: Path, progress: Progress, *, threads: int) -> Path:
+    """The same for several processes at once: the first one writes it, the others wait for it.
+
+    Raises:
+        DiskFullError, ModelError: see :func:`write_copy`.
+    """
+    from filelock import FileLock
+
+    path = folder / "shared" / _NAME
+    with FileLock(folder / "shared.lock"):  # the system lets go of it where its holder is killed
+        if not path.is_file():
+            with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+                write_copy(header, Path(unfinished), progress, threads=threads)
+                path.parent.mkdir(exist_ok=True)
+                (Path(unfinished) / _NAME).rename(path)
     return path

@@ -68,12 +68,12 @@ def collect(
     """
     settings = recipe.identify
     questions = bench.search(settings.questions, settings.seed)
-    per_batch = max(1, settings.batch_size // 2)  # each question is decoded as both poles
+    per_batch = questions_a_batch(recipe)
     key = cache_key(source, bench, recipe, dtype, device)
-    state = None if cache is None else cache / "identify" / f"{bench.trait}-{key}.safetensors"
-    stats, done = _resume(state, source, progress)
+    state = None if cache is None else state_path(cache, bench, key)
+    stats, done = resume(state, source, progress)
     asked = min(done * per_batch, len(questions))
-    overlap = _overlap(stats, recipe, asked, len(questions))
+    overlap = overlap_so_far(stats, recipe, asked, len(questions))
     runtime = load_runtime() if overlap < settings.overlap else None  # before the bar of the questions begins
     progress.start(f"identify {bench.trait}", len(questions))
     progress.advance(asked)
@@ -84,11 +84,11 @@ def collect(
         asked += len(batch)
         done += 1
         if state is not None:
-            _save(state, stats, done)
+            save_state(state, stats, done)
         progress.advance(len(batch), fresh.plus.tokens + fresh.minus.tokens)
-        overlap = _overlap(stats, recipe, asked, len(questions))
+        overlap = overlap_so_far(stats, recipe, asked, len(questions))
     if asked < len(questions):
-        progress.note(_stopped(asked, len(questions), overlap))
+        progress.note(stopped(asked, len(questions), overlap))
     return stats, _origin(recipe, bench, asked, len(questions), overlap) | {"dtype": dtype, "key": key}
 
 
@@ -102,14 +102,25 @@ def _origin(recipe: Recipe, bench: TraitBench, asked: int, total: int, overlap: 
     }
 
 
-def _stopped(asked: int, total: int, overlap: float) -> str:
+def questions_a_batch(recipe: Recipe) -> int:
+    """How many questions are decoded together, each as both poles."""
+    return max(1, recipe.identify.batch_size // 2)
+
+
+def state_path(cache: Path, bench: TraitBench, key: str) -> Path:
+    """Where the statistics of a trait's first batches are kept."""
+    return cache / "identify" / f"{bench.trait}-{key}.safetensors"
+
+
+def stopped(asked: int, total: int, overlap: float) -> str:
+    """What the user is told where not every question was asked."""
     return (
         f"stopped after {asked} of {total} questions: the neurons selected now should overlap by {overlap:.0%} with "
         "those from all (--until all asks the rest)"
     )
 
 
-def _overlap(stats: ContrastStats, recipe: Recipe, asked: int, total: int) -> float:
+def overlap_so_far(stats: ContrastStats, recipe: Recipe, asked: int, total: int) -> float:
     """What is compared with the goal after each batch: 0 as long as asking goes on in any case, 1 at the end."""
     if asked >= total:
         return 1.0
@@ -210,7 +221,8 @@ def _place(source: ModelSource) -> list[Any]:
     return [str(source.path.resolve()), stats]
 
 
-def _resume(state: Path | None, source: ModelSource, progress: Progress) -> tuple[ContrastStats, int]:
+def resume(state: Path | None, source: ModelSource, progress: Progress) -> tuple[ContrastStats, int]:
+    """The statistics that :func:`save_state` kept and the batches that they are of; nothing where they are damaged."""
     fresh = ContrastStats.empty(source.shape.layers, source.shape.width)
     if state is None or not state.is_file():
         return fresh, 0
@@ -227,7 +239,8 @@ def _resume(state: Path | None, source: ModelSource, progress: Progress) -> tupl
     return saved, done
 
 
-def _save(state: Path, stats: ContrastStats, batches: int) -> None:
+def save_state(state: Path, stats: ContrastStats, batches: int) -> None:
+    """Keep the statistics of so many first batches."""
     with translate_os_errors(state):
         state.parent.mkdir(parents=True, exist_ok=True)
     save_stats(state, stats, {"batches": batches})

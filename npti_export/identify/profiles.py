@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from npti_export.bench import TraitBench
-from npti_export.checked import load_checked, save_checked
+from npti_export.checked import encode_checked, load_checked
 from npti_export.errors import ArchitectureError, DamagedError
-from npti_export.files import translate_os_errors
+from npti_export.files import atomic_output, translate_os_errors
 from npti_export.identify.collect import cache_key, collect
 from npti_export.identify.matched import match
 from npti_export.models import ModelSource
@@ -92,9 +92,7 @@ def profile_for(
     Raises:
         NptiError: see :func:`identified` and :func:`npti_export.identify.matched.match`.
     """
-    rules = {sign: recipe.for_pole(f"{bench.trait}{sign}").rule for sign in signs}
-    if neurons is None and any(rule.by_neurons for rule in rules.values()):
-        neurons = recipe
+    neurons, matched = needed(bench, signs, recipe, neurons)
     if neurons is not None:
         _, profile = identified(place, bench, neurons, progress)
     else:
@@ -102,35 +100,76 @@ def profile_for(
         nothing = np.zeros((shape.layers, shape.width), np.float32)
         origin = {"model": place.source.name, "questions": 0, "bench": bench.digest}
         profile = NeuronProfile(bench.trait, nothing, nothing, nothing, nothing, place.source.fingerprint, origin)
-    found = {sign: _matched(place, bench, sign, recipe, progress) for sign in signs if rules[sign].matched}
+    found = {sign: _matched(place, bench, sign, recipe, progress) for sign in matched}
     return replace(profile, matched_plus=found.get("+"), matched_minus=found.get("-"))
 
 
-def _matched(place: Place, bench: TraitBench, sign: Sign, recipe: Recipe, progress: Progress) -> Matrix:
-    source = place.source
+def needed(
+    bench: TraitBench, signs: Sequence[Sign], recipe: Recipe, neurons: Recipe | None
+) -> tuple[Recipe | None, tuple[Sign, ...]]:
+    """The recipe by which :func:`profile_for` identifies neurons, if it does, and the poles that it matches for."""
+    rules = {sign: recipe.for_pole(f"{bench.trait}{sign}").rule for sign in signs}
+    if neurons is None and any(rule.by_neurons for rule in rules.values()):
+        neurons = recipe
+    return neurons, tuple(sign for sign, rule in rules.items() if rule.matched)
+
+
+def check_matchable(source: ModelSource) -> None:
+    """Raise unless constants can be matched.
+
+    Raises:
+        ArchitectureError: it is a mixture of experts.
+    """
     if source.architecture.mixture:
         raise ArchitectureError(
             f"{source.name}: rule.matched adds to the output of an MLP, and a mixture of experts has many; set "
             "rule.matched=0"
         )
+
+
+def matched_path(place: Place, bench: TraitBench, sign: Sign, recipe: Recipe) -> Path | None:
+    """Where the constant of a pole is kept; None where nothing is."""
+    if place.cache is None:
+        return None
     # how many questions neurons are counted on makes no difference here
     plain = recipe.model_copy(update={"identify": recipe.identify.model_copy(update={"questions": 0})})
-    depends: Any = [_CACHE_FORMAT, cache_key(source, bench, plain, place.dtype, place.device), sign]
+    depends: Any = [_CACHE_FORMAT, cache_key(place.source, bench, plain, place.dtype, place.device), sign]
     depends += [recipe.identify.matched_questions]
     name = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:24]
-    kept = None if place.cache is None else place.cache / "matched" / f"{bench.trait}{sign}-{name}.safetensors"
+    return place.cache / "matched" / f"{bench.trait}{sign}-{name}.safetensors"
+
+
+def _matched(place: Place, bench: TraitBench, sign: Sign, recipe: Recipe, progress: Progress) -> Matrix:
+    check_matchable(place.source)
+    kept = matched_path(place, bench, sign, recipe)
     if kept is not None and kept.is_file():
-        shape = (source.shape.layers, source.shape.width)
-        values = _read(kept)
-        if values is not None and values.shape == shape:
+        values = kept_constant(kept, place.source)
+        if values is not None:
             return values
         progress.note(f"{kept}: damaged, matching afresh")
     values = match(place.load(), bench, sign, recipe, progress).constant
     if kept is not None:
-        with translate_os_errors(kept):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-        save_checked(kept, {_KEY: values}, {})
+        keep_constant(kept, encode_constant(values))
     return values
+
+
+def encode_constant(values: Matrix) -> bytes:
+    """The file that keeps a constant."""
+    return encode_checked({_KEY: values}, {})
+
+
+def keep_constant(path: Path, data: bytes) -> None:
+    """Write what :func:`encode_constant` gave."""
+    with translate_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_output(path, force=True) as temporary:
+        temporary.write_bytes(data)
+
+
+def kept_constant(path: Path, source: ModelSource) -> Matrix | None:
+    """The constant that is kept for a model; None where it is missing or damaged."""
+    values = _read(path)
+    return values if values is not None and values.shape == (source.shape.layers, source.shape.width) else None
 
 
 def _read(path: Path) -> Matrix | None:

@@ -1,0 +1,55 @@
+"""Options of commands whose questions may be asked by several workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from npti_export.distribute.plan import Distribution
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def distribution_options(command: Command) -> Command:
+    """Which engine asks, with how many workers, and where."""
+    for option in (
+        click.option(
+            "--address",
+            metavar="HOST:PORT|auto|local",
+            help="ray: a cluster to join, as Ray writes it [default: RAY_ADDRESS, or a Ray of this machine]",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            metavar="N",
+            help="ray: processes that answer, each with the model [default: one a GPU, or one for four cores]",
+        ),
+        click.option(
+            "--engine",
+            "asked_by",
+            default="local",
+            show_default=True,
+            type=click.Choice(["local", "ray"]),
+            help="Who asks the questions: this process, or workers on Ray",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def distribution_of(options: dict[str, Any]) -> Distribution | None:
+    """Take those options out of ``options``; None: this process."""
+    from npti_export.distribute.cluster import import_ray
+    from npti_export.distribute.plan import Distribution
+
+    engine, workers, address = (options.pop(name) for name in ("asked_by", "workers", "address"))
+    if engine == "local":
+        for name, value in (("--workers", workers), ("--address", address)):
+            if value is not None:
+                raise click.UsageError(f"{name} goes with --engine ray; this process has no workers")
+        return None
+    import_ray()  # said before a model is read
+    return Distribution(workers, address)

@@ -1,0 +1,154 @@
+"""Joining or starting a Ray, and how many workers of which size fit into it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from npti_export.distribute.plan import Distribution
+from npti_export.errors import ClusterError
+from npti_export.loader import Models
+from npti_export.runtimes.llamacpp.library import usable_cores
+
+_CORES_A_WORKER = 4  # where nobody says how many workers
+# Unless it is told not to, Ray sends usage statistics, warns of a change to come that does not concern us, prints what
+# becomes of workers on standard output (we say what matters of that ourselves), and starts workers at niceness 15.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
+    "RAY_worker_niceness": "0",
+}
+
+
+def import_ray() -> Any:
+    """The module.
+
+    Raises:
+        ClusterError: it is not installed.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ClusterError(
+            f"--engine ray needs {error.name}, which is not installed: pip install 'npti-export[ray]'"
+        ) from error
+    return ray
+
+
+def place_of(distribution: Distribution) -> str | None:
+    """The cluster to join; None starts one of this machine."""
+    address = distribution.address or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
+
+
+@contextmanager
+def connected(distribution: Distribution, cores: int) -> Iterator[Any]:
+    """Ray, for as long as the block lasts; one that the process is connected to already is taken and left as it is.
+
+    Args:
+        distribution: which cluster.
+        cores: of a Ray that is started here.
+
+    Raises:
+        ClusterError: Ray is not installed, or does not answer.
+    """
+    ray = import_ray()
+    if ray.is_initialized():
+        yield ray
+        return
+    address = place_of(distribution)
+    named = "--address" if distribution.address else "RAY_ADDRESS"
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        if address is None:
+            ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except Exception as error:  # Ray raises anything, a bare Exception where its processes are late
+        ray.shutdown()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = "Ray does not start here" if address is None else f"{named} {address}: no Ray answers there"
+        mend = "" if address is None else "; ray start --head starts one, and ray status shows where"
+        raise ClusterError(f"{what} ({reason}){mend}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's own would end the process before anything is put in order
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the workers.
+
+    Attributes:
+        workers: how many.
+        threads: of each.
+        gpus: of each, 0 or 1.
+    """
+
+    workers: int
+    threads: int
+    gpus: int
+
+
+def wants_gpu(models: Models) -> bool:
+    """Whether the model would run on a GPU where there is one.
+
+    Raises:
+        ClusterError: a certain GPU is asked for.
+    """
+    settings = models.settings
+    if models.engine == "llama.cpp":
+        from npti_export.runtimes.llamacpp.library import llama
+
+        return bool(settings.gpu_layers and llama().llama_supports_gpu_offload())
+    if settings.device.startswith("cuda:"):
+        raise ClusterError(f"--device {settings.device}: Ray gives each worker a GPU of its own; say --device cuda")
+    return settings.device in ("auto", "cuda")
+
+
+def local_cores(distribution: Distribution, threads: int) -> int:
+    """Cores that a Ray of this machine is told it has: those that there are, or as many as the user divides."""
+    return max(usable_cores(), (distribution.workers or 1) * max(threads, 1))
+
+
+def size_of(nodes: Sequence[dict[str, Any]], distribution: Distribution, threads: int, *, gpu: bool) -> Size:
+    """Workers for the nodes of a cluster, as ``ray.nodes()`` describes them.
+
+    Args:
+        nodes: what there is.
+        distribution: what is asked for.
+        threads: of a worker; 0 shares out the cores.
+        gpu: whether the model would run on a GPU.
+
+    Raises:
+        ClusterError: they do not fit.
+    """
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    cores = [int(one.get("CPU", 0)) for one in resources if one.get("CPU", 0) >= 1]
+    gpus = int(sum(one.get("GPU", 0) for one in resources)) if gpu else 0
+    workers = distribution.workers or gpus or max(len(cores), sum(cores) // _CORES_A_WORKER, 1)
+    if gpus and workers > gpus:
+        raise ClusterError(
+            f"--workers {workers}: each worker takes a GPU, and the cluster has {gpus}; give at most {gpus}, or "
+            "--device cpu"
+        )
+    fits = [size for size in range(1, max(cores, default=0) + 1) if sum(one // size for one in cores) >= workers]
+    if not fits or (threads and threads not in fits):
+        raise ClusterError(
+            f"--workers {workers}{f' with --threads {threads}' * bool(threads)}: the cluster has "
+            f"{' + '.join(map(str, cores)) or 'no'} cores; ask for fewer"
+        )
+    return Size(workers, threads or fits[-1], 1 if gpus else 0)

@@ -1,0 +1,220 @@
+"""What is to be done, as plain data: the shards of each trait, how they are merged, and what a worker needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from npti_export.bench import Question, TraitBench
+from npti_export.identify.collect import questions_a_batch
+from npti_export.loader import RuntimeSettings
+from npti_export.models import ModelSource
+from npti_export.recipe import Recipe
+from npti_export.stats import ContrastStats
+from npti_export.traits import Sign
+
+FAN = 8  # so many shards, or sums of shards, are merged into one
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How identification is spread.
+
+    Attributes:
+        workers: None takes one a GPU where the model runs on these, else one a node and four cores.
+        address: of a cluster, as Ray writes it; None takes RAY_ADDRESS, or else starts one of this machine for the job.
+    """
+
+    workers: int | None = None
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """A place in the tree by which shards are merged: a batch (``level`` 0), or the sum of ``FAN`` nodes below it.
+
+    The tree is fixed by the order of the questions, so what is summed with what never depends on who was first.
+    """
+
+    level: int
+    index: int
+
+    @property
+    def batches(self) -> int:
+        """How many it is the sum of."""
+        return int(FAN**self.level)
+
+    @property
+    def first(self) -> int:
+        """The first batch."""
+        return self.index * self.batches
+
+    @property
+    def end(self) -> int:
+        """The batch behind the last one."""
+        return self.first + self.batches
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        """What it is the sum of."""
+        return tuple(Node(self.level - 1, self.index * FAN + at) for at in range(FAN))
+
+    @property
+    def parent(self) -> Node:
+        """What it is part of."""
+        return Node(self.level + 1, self.index // FAN)
+
+
+def covering(first: int, end: int) -> Iterator[Node]:
+    """The largest nodes that together are the batches from ``first`` to before ``end``, in order."""
+    while first < end:
+        level = 0
+        while first % FAN ** (level + 1) == 0 and first + FAN ** (level + 1) <= end:
+            level += 1
+        yield Node(level, first // FAN**level)
+        first += FAN**level
+
+
+@dataclass(frozen=True)
+class Series:
+    """The search questions of a trait in the batches that one process would ask.
+
+    Attributes:
+        bench: personas and questions.
+        recipe: by which neurons are identified: its ``prompt``, ``identify`` and ``select`` sections.
+        state: file of the merged statistics, the one that a single process goes on from.
+    """
+
+    bench: TraitBench
+    recipe: Recipe
+    state: Path
+
+    @property
+    def shards(self) -> Path:
+        """Folder of what is not merged into ``state`` yet."""
+        return self.state.with_suffix(".shards")
+
+    @cached_property
+    def questions(self) -> tuple[Question, ...]:
+        """All of them, in order."""
+        return self.bench.search(self.recipe.identify.questions, self.recipe.identify.seed)
+
+    @property
+    def batches(self) -> int:
+        """How many there are."""
+        return -(-len(self.questions) // questions_a_batch(self.recipe))
+
+    def asked(self, batches: int) -> int:
+        """Questions in so many first batches."""
+        return min(batches * questions_a_batch(self.recipe), len(self.questions))
+
+    def batch(self, index: int) -> Sequence[Question]:
+        """The questions of one batch."""
+        return self.questions[self.asked(index) : self.asked(index + 1)]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Ask a batch of a trait's questions of both poles."""
+
+    trait: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Sum the children of a node, whose files are there."""
+
+    trait: str
+    node: Node
+
+
+@dataclass(frozen=True)
+class Match:
+    """Find the constant of one pole, see :mod:`npti_export.identify.matched`, by a recipe, for a file."""
+
+    trait: str
+    sign: Sign
+    recipe: Recipe = field(compare=False)
+    path: Path = field(compare=False)
+
+
+Task = Ask | Merge | Match
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker needs to know.
+
+    Attributes:
+        source: the model.
+        nbytes: size of its files.
+        model: what the user called it; where it is looked for on machines that lack the file.
+        settings: of the runtime, with the threads of one worker.
+        sequences: most that are decoded together.
+        mark: a file in the cache folder that says, where a worker sees it, that it shares the folder.
+        copies: see :class:`npti_export.loader.Models`.
+        host: name of the machine that the job was started on.
+        version: of this package there.
+    """
+
+    source: ModelSource
+    nbytes: int
+    model: str | None
+    settings: RuntimeSettings
+    sequences: int
+    mark: Path
+    copies: Path
+    host: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An error on purpose, on its way from a worker.
+
+    Attributes:
+        kind: the class's name.
+        text: its sentence.
+    """
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker did.
+
+    Attributes:
+        process: which one it was, ``host:pid``.
+        computing: seconds in which the model answered.
+        seconds: of the whole task, as the worker saw it.
+        stats: without histograms; None for a constant.
+        data: the file to write, where the worker does not share the folder; empty for a sum that it cannot make.
+        tokens: that were counted.
+    """
+
+    process: str
+    computing: float = 0.0
+    seconds: float = 0.0
+    stats: ContrastStats | None = None
+    data: bytes | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a worker says of itself.
+
+    Attributes:
+        process: ``host:pid``.
+        dtype: see :meth:`npti_export.loader.Models.dtype`.
+        device: likewise.
+    """
+
+    process: str
+    dtype: str
+    device: str

@@ -1,0 +1,135 @@
+"""What runs in a worker process: a model, loaded once, and one task after the other."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from dataclasses import replace
+from functools import cached_property
+
+from npti_export.distribute.plan import Fault, Hello, Match, Merge, Node, Outcome, Series, Setup, Task
+from npti_export.distribute.store import Shards
+from npti_export.errors import ModelError, NptiError
+from npti_export.identify.collect import run_batch
+from npti_export.identify.matched import match
+from npti_export.identify.profiles import encode_constant, keep_constant
+from npti_export.loader import Models, Timings
+from npti_export.models import ModelSource, resolve_model
+from npti_export.progress import Silent
+from npti_export.runtimes.base import Runtime
+from npti_export.stats import encode_stats
+from npti_export.version import __version__
+
+
+class Worker:
+    """The class of the actors. Nothing is loaded before it is needed, so that one that was started again is soon ready.
+
+    Errors on purpose are returned, not raised: a traceback through two processes says less than their own sentence.
+
+    Args:
+        setup: the model and how it runs.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self.process = f"{socket.gethostname()}:{os.getpid()}"
+
+    def hello(self) -> Hello | Fault:
+        """Say what it would compute in."""
+        try:
+            if self._setup.version != __version__:
+                raise ModelError(
+                    f"the worker {self.process} has npti-export {__version__}, this machine {self._setup.version}; "
+                    "install the same version on every node"
+                )
+            return Hello(self.process, self._models.dtype(), self._models.device())
+        except NptiError as error:
+            return Fault(type(error).__name__, str(error))
+
+    def run(self, task: Task, series: Series) -> Outcome | Fault:
+        """Do one task of a trait."""
+        started = time.perf_counter()
+        try:
+            outcome = self._run(task, series)
+        except NptiError as error:
+            return Fault(type(error).__name__, str(error))
+        except (MemoryError, RuntimeError) as error:
+            torch = sys.modules.get("torch")
+            if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+                return Fault("MemoryError", f"the worker {self.process} is out of memory")
+            raise
+        return replace(outcome, seconds=time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Free the model and what was written for it."""
+        self._models.__exit__()
+
+    def _run(self, task: Task, series: Series) -> Outcome:
+        shares, shards = self._setup.mark.is_file(), Shards(series.shards)
+        if isinstance(task, Merge):
+            if shares:
+                shards.merge(task.node)
+            return Outcome(self.process, data=None if shares else b"")
+        if isinstance(task, Match):
+            found = match(self._runtime, series.bench, task.sign, task.recipe, Silent())
+            data = encode_constant(found.constant)
+            if shares:
+                keep_constant(task.path, data)
+            return Outcome(self.process, data=None if shares else data)
+        runtime, first = self._runtime, series.asked(task.index)
+        started = time.perf_counter()
+        stats = run_batch(runtime, series.bench, series.batch(task.index), first, series.recipe)
+        computing = time.perf_counter() - started
+        data = encode_stats(stats, {}, narrow=True)
+        if shares:
+            shards.write(Node(0, task.index), data)
+        tokens = stats.plus.tokens + stats.minus.tokens
+        return Outcome(self.process, computing, 0.0, stats.counts(), None if shares else data, tokens)
+
+    @cached_property
+    def _runtime(self) -> Runtime:
+        runtime = self._models.fast()
+        if self._models.engine == "transformers":
+            import torch
+
+            torch.set_num_threads(max(1, self._setup.settings.threads))
+        return runtime
+
+    @cached_property
+    def _models(self) -> Models:
+        setup = self._setup
+        copies = setup.copies if setup.copies.is_dir() else None
+        return Models(
+            self._source(), setup.settings, Timings(), Silent(), verifies=False, sequences=setup.sequences,
+            copies=copies,
+        )  # fmt: skip
+
+    def _source(self) -> ModelSource:
+        """The model on this machine.
+
+        Raises:
+            ModelError: it is not there, or what is there is another one.
+        """
+        setup, here = self._setup, socket.gethostname()
+        there = setup.source.path.exists()
+        if here == setup.host and there:
+            return setup.source
+        try:
+            found = resolve_model(str(setup.source.path) if there else setup.model)
+        except ModelError as error:
+            raise ModelError(f"on the node {here}: {error}") from error
+        same = (found.fingerprint, found.kind) == (setup.source.fingerprint, setup.source.kind)
+        if not same or file_bytes(found) != setup.nbytes:
+            raise ModelError(
+                f"on the node {here}: {found.path} is not the {setup.source.name} of {setup.host}; put the same files "
+                "at the same place on every node"
+            )
+        return found
+
+
+def file_bytes(source: ModelSource) -> int:
+    """Size of a model's weights."""
+    files = source.shards or ([source.path] if source.kind == "gguf" else list(source.path.glob("*.safetensors")))
+    return sum(path.stat().st_size for path in files)

@@ -1,0 +1,56 @@
+"""The profiles of a job: given, cached, or identified now, by this process or by workers."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+from npti_export.bench import TraitBench
+from npti_export.distribute.spread import Request, answered
+from npti_export.identify.profiles import Place, needed, profile_for
+from npti_export.job import Prepared
+from npti_export.loader import Models, Timings
+from npti_export.profile import NeuronProfile
+from npti_export.profile_io import profile_paths, save_profile
+from npti_export.progress import Progress, Silent
+from npti_export.traits import SIGNS, Sign
+
+
+def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress: Progress) -> dict[str, NeuronProfile]:
+    """The profile of each trait; saved where the job says."""
+    profiles = dict(ready.profiles)
+    wanted = {trait: bench for trait, bench in ready.benches.items() if trait not in profiles}
+    if wanted:
+        started, loaded = time.perf_counter(), timings.seconds.get("load", 0.0)
+        profiles |= _identified(ready, wanted, models, progress)
+        loading = timings.seconds.get("load", 0.0) - loaded
+        timings.seconds["identify"] = timings.seconds.get("identify", 0.0) + time.perf_counter() - started - loading
+    if ready.job.save_profile is not None:
+        select, places = ready.kept.select, profile_paths(ready.job.save_profile, list(profiles))
+        for profile, path in zip(profiles.values(), places, strict=True):
+            save_profile(profile, path, force=ready.job.force, threshold=select.threshold, at_least=select.at_least)
+    return profiles
+
+
+def _identified(
+    ready: Prepared, wanted: dict[str, TraitBench], models: Models, progress: Progress
+) -> dict[str, NeuronProfile]:
+    job, recipe, kept = ready.job, ready.recipe, None if ready.job.save_profile is None else ready.kept
+    nothing_else = job.out is None and kept is not None  # is asked for but profiles
+    signs = {trait: SIGNS if nothing_else else _signs(ready, trait) for trait in wanted}
+    place = Place(models.fast, ready.source, models.dtype(), models.device(), job.cache)
+    with ExitStack() as stack:
+        if job.distribution is not None:
+            asked = {trait: needed(bench, signs[trait], recipe, kept) for trait, bench in wanted.items()}
+            neurons = {trait: by for trait, (by, _) in asked.items() if by is not None}
+            request = Request(wanted, neurons, {trait: poles for trait, (_, poles) in asked.items()}, recipe, job.model)
+            place, _ = stack.enter_context(answered(request, job.distribution, place, models, progress))
+            progress = Silent()  # all is done: what follows reads it
+        return {
+            trait: profile_for(place, bench, signs[trait], recipe, progress, neurons=kept)
+            for trait, bench in wanted.items()
+        }
+
+
+def _signs(ready: Prepared, trait: str) -> tuple[Sign, ...]:
+    return tuple(sorted({spec.sign for spec in ready.traits if spec.trait == trait}))

@@ -1,0 +1,274 @@
+"""What workers give back is merged as one process would have counted it, in whatever order it comes."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jobs import QUICK
+from tolerances import SUMS_FLOAT64
+
+from npti_export.bench import load_bench
+from npti_export.distribute.cluster import size_of
+from npti_export.distribute.gathering import Gathering
+from npti_export.distribute.plan import FAN, Distribution, Node, Outcome, Series, covering
+from npti_export.distribute.store import Shards
+from npti_export.errors import ClusterError, ProfileError
+from npti_export.models import gguf_source
+from npti_export.progress import Silent
+from npti_export.recipe import load_recipe
+from npti_export.stats import BIN_COUNT, ActivationStats, AnswerCounts, ContrastStats, PairSpread, encode_stats
+from npti_export.stats import load_stats as load
+
+
+def random_stats(shape, seed):
+    """What a batch of two questions could give: counts, and sums that do not add up exactly."""
+    rng = np.random.default_rng(seed)
+
+    def pole():
+        active = rng.integers(0, 40, (2, shape.layers, shape.width)).astype(np.int32)
+        histogram = rng.integers(0, 9, (shape.layers, shape.width, BIN_COUNT)).astype(np.int32)
+        largest = rng.random((shape.layers, shape.width), np.float32)
+        product = rng.normal(size=(2, shape.layers, shape.width)) * 10.0 ** rng.integers(-6, 6)
+        stats = ActivationStats(80, active.sum(0, dtype=np.int64), histogram, largest, product=product)
+        return stats, AnswerCounts(active, np.array([40, 40]))
+
+    (plus, one), (minus, other) = pole(), pole()
+    return ContrastStats(plus, minus, PairSpread.of_answers(one, other))
+
+
+def outcome(stats):
+    tokens = stats.plus.tokens + stats.minus.tokens
+    return Outcome("here:1", stats=stats.counts(), data=encode_stats(stats, {}, narrow=True), tokens=tokens)
+
+
+def assert_counts_equal(left, right):
+    for one, other in ((left.plus, right.plus), (left.minus, right.minus)):
+        assert one.tokens == other.tokens
+        for name in ("active", "histogram", "largest"):
+            found, wanted = getattr(one, name), getattr(other, name)
+            assert found.dtype == wanted.dtype
+            np.testing.assert_array_equal(found, wanted)
+    assert (left.spread.pairs, left.spread.lengths) == (right.spread.pairs, right.spread.lengths)
+    np.testing.assert_array_equal(left.spread.products, right.spread.products)
+    np.testing.assert_array_equal(left.spread.mixed, right.spread.mixed)
+
+
+@pytest.fixture
+def series(tmp_path):
+    """19 batches of two questions and one of one."""
+    recipe = load_recipe("npti", ["identify.questions=39", "identify.batch_size=4", "identify.until=all"])
+    return Series(load_bench("openness"), recipe, tmp_path / "identify" / "openness-key.safetensors")
+
+
+@pytest.fixture
+def source(tiny):
+    return gguf_source(tiny)
+
+
+def gather(series, source, order, parts, merging):
+    gathering = Gathering(series, source, Silent())
+    gathering.prepare()
+    for index in order:
+        gathering.answered(index, outcome(parts[index]))
+        for node in list(gathering.merges(())) if merging else []:
+            gathering.shards.merge(node)
+            gathering.merged(node)
+    assert gathering.complete
+    gathering.finish()
+    return series.state.read_bytes()
+
+
+def test_every_order_gives_the_same_bytes_and_the_counts_of_one_process(series, source, tmp_path):
+    parts = [random_stats(source.shape, seed) for seed in range(series.batches)]
+    assert series.batches == 20
+    orders = [list(range(20)), list(reversed(range(20))), np.random.default_rng(0).permutation(20).tolist()]
+    files = set()
+    for number, order in enumerate(orders):
+        for merging in (False, True):
+            own = replace(series, state=tmp_path / f"{number}{merging}" / "openness-key.safetensors")
+            files.add(gather(own, source, order, parts, merging))
+            assert not own.shards.exists()
+    assert len(files) == 1
+    found, record = load(own.state)
+    assert record == {"batches": 20}
+    plain = ContrastStats.empty(source.shape.layers, source.shape.width)
+    for part in parts:
+        plain += part
+    assert_counts_equal(found, plain)
+    for one, other in ((found.plus, plain.plus), (found.minus, plain.minus)):
+        size = sum(np.abs(getattr(part, "plus" if other is plain.plus else "minus").product) for part in parts)
+        assert (np.abs(one.product - other.product) <= SUMS_FLOAT64 * size).all()
+    assert (found.plus.product != plain.plus.product).any()  # the tree does sum in another order
+
+
+def test_a_run_goes_on_from_the_shards_that_are_there(series, source):
+    parts = [random_stats(source.shape, seed) for seed in range(20)]
+    first = Gathering(series, source, Silent())
+    first.prepare()
+    for index in (*range(10), 12, 19):
+        first.answered(index, outcome(parts[index]))
+    for node in list(first.merges(())):
+        first.shards.merge(node)
+        first.merged(node)
+    assert first.shards.found() == {Node(1, 0), Node(0, 8), Node(0, 9), Node(0, 12), Node(0, 19)}
+    again = Gathering(series, source, Silent())
+    assert (again.prefix, again.found, again.asked) == (10, 12, 2 * 11 + 1)
+    asked = []
+    while (index := again.next(())) is not None:
+        asked.append(index)
+        again.answered(index, outcome(parts[index]))
+    assert asked == [10, 11, *range(13, 19)]
+    again.finish()
+    whole = replace(series, state=series.state.with_name("whole.safetensors"))
+    assert series.state.read_bytes() == gather(whole, source, range(20), parts, True)
+
+
+def test_a_damaged_shard_is_asked_again_and_a_double_one_counts_once(series, source):
+    parts = [random_stats(source.shape, seed) for seed in range(20)]
+    first = Gathering(series, source, Silent())
+    first.prepare()
+    for index in range(4):
+        first.answered(index, outcome(parts[index]))
+    first.shards.write(Node(0, 2), encode_stats(parts[2], {"by": "another worker"}, narrow=True))
+    assert len(list(series.shards.glob("0-2.*"))) == 2
+    (path,) = series.shards.glob("0-1.*")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ProfileError, match="checksum"):
+        first.shards.read(Node(0, 1))
+    notes, told = [], Silent()
+    told.note = notes.append
+    again = Gathering(series, source, told)
+    assert len(notes) == 1
+    assert "shard 1 is damaged" in notes[0]
+    assert (again.next(()), again.next({1})) == (1, 4)
+    for index in (1, *range(4, 20)):
+        again.answered(index, outcome(parts[index]))
+    again.finish()
+    plain = sum(parts[1:], parts[0])
+    assert_counts_equal(load(series.state)[0], plain)
+
+
+def test_a_shard_that_is_damaged_during_the_run_is_noticed_at_the_end(series, source):
+    parts = [random_stats(source.shape, seed) for seed in range(20)]
+    gathering = Gathering(series, source, Silent())
+    gathering.prepare()
+    for index in range(20):
+        gathering.answered(index, outcome(parts[index]))
+    (path,) = series.shards.glob("0-7.*")
+    path.write_bytes(path.read_bytes()[:-9])
+    assert gathering.complete
+    gathering.finish()
+    assert not gathering.finished
+    assert gathering.next(()) == 7
+    gathering.answered(7, outcome(parts[7]))
+    gathering.finish()
+    assert gathering.finished
+    assert_counts_equal(load(series.state)[0], sum(parts[1:], parts[0]))
+
+
+def test_what_is_asked_beyond_the_end_is_kept_for_a_run_that_asks_more(series, source):
+    parts = [random_stats(source.shape, seed) for seed in range(20)]
+    early = replace(series, recipe=load_recipe("npti", [
+        "identify.questions=39", "identify.batch_size=4", "identify.floor=6", "identify.overlap=0.0001",
+    ]))  # fmt: skip
+    notes, told = [], Silent()
+    told.note = notes.append
+    gathering = Gathering(early, source, told)
+    gathering.prepare()
+    for index in (5, 4, 2, 1, 0):  # three batches are enough
+        assert not gathering.complete
+        gathering.answered(index, outcome(parts[index]))
+    assert (gathering.prefix, gathering.complete) == (3, True)
+    gathering.finish()
+    assert notes[0].startswith("stopped after 6 of 39 questions")
+    assert_counts_equal(load(series.state)[0], sum(parts[1:3], parts[0]))
+    rest = Gathering(series, source, Silent())
+    assert (rest.prefix, rest.found, rest.next(())) == (3, 2, 3)
+    for index in (3, *range(6, 20)):
+        rest.answered(index, outcome(parts[index]))
+    rest.finish()
+    assert_counts_equal(load(series.state)[0], sum(parts[1:], parts[0]))
+
+
+def test_the_tree_covers_each_batch_once():
+    for first, end in ((0, 1), (0, FAN), (3, 100), (0, 1000), (FAN, FAN * FAN + 1), (5, 5)):
+        nodes = list(covering(first, end))
+        batches = [at for node in nodes for at in range(node.first, node.end)]
+        assert batches == list(range(first, end))
+        assert all(child.parent == node for node in nodes if node.level for child in node.children)
+        assert [child.first for child in Node(2, 1).children] == list(range(FAN * FAN, 2 * FAN * FAN, FAN))
+    assert [(node.level, node.index) for node in covering(6, 20)] == [
+        (0, 6),
+        (0, 7),
+        (1, 1),
+        *((0, at) for at in range(16, 20)),
+    ]
+
+
+def nodes(*resources):
+    return [{"Alive": True, "Resources": {"CPU": float(cpu), "GPU": float(gpu)}} for cpu, gpu in resources]
+
+
+def test_workers_fit_into_the_cluster():
+    def size(there, workers, threads=0, gpu=False):
+        found = size_of(there, Distribution(workers), threads, gpu=gpu)
+        return found.workers, found.threads, found.gpus
+
+    assert size(nodes((2, 0)), 2) == (2, 1, 0)
+    assert size(nodes((2, 0)), None) == (1, 2, 0)
+    assert size(nodes((16, 0), (8, 0)), None) == (6, 4, 0)
+    assert size(nodes((16, 0), (8, 0)), 4) == (4, 5, 0)  # three in one node, one in the other
+    assert size(nodes((16, 4), (16, 4)), None, gpu=True) == (8, 4, 1)
+    assert size(nodes((16, 4)), 3, threads=2) == (3, 2, 0)
+    dead = nodes((64, 0))[0] | {"Alive": False}
+    assert size([dead, *nodes((2, 0))], 2) == (2, 1, 0)
+    for there, workers, threads, gpu, says in (
+        (nodes((2, 0)), 3, 0, False, "2 cores"),
+        (nodes((2, 0), (2, 0)), 2, 4, False, "--threads 4: the cluster has 2 \\+ 2 cores"),
+        ([], 1, 0, False, "no cores"),
+        (nodes((8, 1)), 2, 0, True, "the cluster has 1; give at most 1"),
+    ):
+        with pytest.raises(ClusterError, match=says):
+            size(there, workers, threads, gpu)
+
+
+WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ray":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from npti_export.cli import main
+main()
+"""
+
+
+def test_without_ray_one_sentence_says_how_to_get_it(tiny, cli_environment, tmp_path):
+    job = ["identify", "--trait", "openness", "--model", str(tiny), "--recipe", "npti", *QUICK[:6], "--out", "p"]
+    command = [sys.executable, "-c", WITHOUT, *job]
+    ask = {"capture_output": True, "text": True, "env": cli_environment, "cwd": tmp_path}
+    done = subprocess.run([*command, "--engine", "ray"], **ask)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "npti-export: --engine ray needs ray, which is not installed: pip install 'npti-export[ray]'"
+    ]
+    done = subprocess.run([*command, "--workers", "2"], **ask)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--workers goes with --engine ray" in done.stderr
+    done = subprocess.run(command, **ask)  # and nothing else needs it
+    assert done.returncode == 0, done.stderr
+    assert Path(tmp_path, "p").is_file()
+
+
+def test_shards_of_unknown_names_are_left_alone(tmp_path):
+    (tmp_path / "notes.safetensors").write_bytes(b"mine")
+    shards = Shards(tmp_path)
+    assert shards.found() == set()
+    shards.close()
+    assert (tmp_path / "notes.safetensors").is_file()
