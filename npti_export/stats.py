@@ -259,7 +259,7 @@ def _contents(
     for field in _OPTIONAL:
         tensors |= {f"{name}.{field}": getattr(one, field) for name, one in poles.items() if _has(one, field)}
     tensors |= {f"spread.{field}": getattr(stats.spread, field) for field in _SPREAD_FIELDS}
-    record = {
+    record: dict[str, object] = {
         "tokens": {name: one.tokens for name, one in poles.items()},
         "spread": [stats.spread.pairs, *stats.spread.lengths],
         "progress": progress,

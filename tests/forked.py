@@ -3,6 +3,7 @@
 Only for a process without threads of its own, that never ran a model itself: what they hold does not survive a fork.
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -98,6 +99,8 @@ class Run:
 
 def _become(arguments, folder, environment, errors, prepare):
     code = 70
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody else would end one that hangs
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ from npti_export.errors import ClusterError
 from npti_export.loader import Models
 from npti_export.runtimes.llamacpp.library import usable_cores
 
+_STARTS = 3  # of a Ray of this machine, which gives up after half a minute, however busy the machine is
+_PULSE = 5.0  # seconds between looks at the head of a cluster
+_GONE = 20.0  # seconds without an answer after which it counts as lost
 _CORES_A_WORKER = 4  # where nobody says how many workers
 # Unless it is told not to, Ray sends usage statistics, warns of a change to come that does not concern us, prints what
 # becomes of workers on standard output (we say what matters of that ourselves), and starts workers at niceness 15.
@@ -69,23 +74,69 @@ def connected(distribution: Distribution, cores: int) -> Iterator[Any]:
     named = "--address" if distribution.address else "RAY_ADDRESS"
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     handler = signal.getsignal(signal.SIGTERM)
-    try:
-        if address is None:
-            ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
-    except Exception as error:  # Ray raises anything, a bare Exception where its processes are late
-        ray.shutdown()
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        what = "Ray does not start here" if address is None else f"{named} {address}: no Ray answers there"
-        mend = "" if address is None else "; ray start --head starts one, and ray status shows where"
-        raise ClusterError(f"{what} ({reason}){mend}") from error
+    for left in reversed(range(_STARTS)):
+        try:
+            if address is None:
+                ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+            else:
+                ray.init(address=address, **quiet)
+            break
+        except Exception as error:  # Ray raises anything, a bare Exception where its processes are late
+            ray.shutdown()
+            if address is None and left:
+                continue
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            what = "Ray does not start here" if address is None else f"{named} {address}: no Ray answers there"
+            mend = "" if address is None else "; ray start --head starts one, and ray status shows where"
+            raise ClusterError(f"{what} ({reason}){mend}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray's own would end the process before anything is put in order
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+class Pulse:
+    """Whether the head of a cluster is still there.
+
+    Ray itself says nothing, tries to connect for a minute at the full speed of a core, and then ends the process as
+    it is, temporary files and all.
+
+    Args:
+        ray: connected.
+    """
+
+    def __init__(self, ray: Any) -> None:
+        host, _, port = str(ray.get_runtime_context().gcs_address).rpartition(":")
+        self._place = host.strip("[]"), int(port)
+        self._looked = self._heard = time.monotonic()
+        self._visible = self._answers()  # from where this process is
+
+    def check(self) -> None:
+        """Raise if it has not answered for a while.
+
+        Raises:
+            ClusterError: it has not.
+        """
+        now = time.monotonic()
+        if not self._visible or now - self._looked < _PULSE:
+            return
+        self._looked = now
+        if self._answers():
+            self._heard = time.monotonic()
+        elif now - self._heard > _GONE:
+            raise ClusterError(
+                f"the Ray at {self._place[0]}:{self._place[1]} does not answer any more; start it again, and the same "
+                "command goes on from what is finished"
+            )
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(self._place, timeout=_PULSE):
+                return True
+        except OSError:
+            return False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from npti_export import errors
-from npti_export.distribute.cluster import Size
+from npti_export.distribute.cluster import Pulse, Size
 from npti_export.distribute.gathering import Gathering
 from npti_export.distribute.plan import Ask, Fault, Hello, Match, Merge, Outcome, Series, Setup, Task
 from npti_export.distribute.worker import Worker
@@ -87,6 +87,7 @@ class RayEngine:
 
     def __init__(self, ray: Any, setup: Setup, size: Size, progress: Progress) -> None:
         self._ray, self._progress, self.log = ray, progress, Log()
+        self._pulse = Pulse(ray)
         options = {
             "num_cpus": size.threads,
             "num_gpus": size.gpus,
@@ -216,6 +217,8 @@ class RayEngine:
         if not refs:
             raise ClusterError("every worker died and did not come back; ray's logs in /tmp/ray say why")
         ready, _ = self._ray.wait(refs, num_returns=1, timeout=_POLL)
+        if not ready:
+            self._pulse.check()
         for ref in ready:
             if ref in self._greeting:
                 self._greeted(ref, self._greeting.pop(ref))
