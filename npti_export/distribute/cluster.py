@@ -108,9 +108,11 @@ class Pulse:
     """
 
     def __init__(self, ray: Any) -> None:
-        host, _, port = str(ray.get_runtime_context().gcs_address).rpartition(":")
-        self._place = host.strip("[]"), int(port)
-        self._looked = self._heard = time.monotonic()
+        # empty where Ray's own client is in between
+        host, _, port = str(getattr(ray.get_runtime_context(), "gcs_address", "")).rpartition(":")
+        self._place = host.strip("[]"), int(port or 0)
+        self._looked = time.monotonic()
+        self._silent: float | None = None  # since when
         self._visible = self._answers()  # from where this process is
 
     def check(self) -> None:
@@ -124,11 +126,13 @@ class Pulse:
             return
         self._looked = now
         if self._answers():
-            self._heard = time.monotonic()
-        elif now - self._heard > _GONE:
+            self._silent = None
+        elif self._silent is None:
+            self._silent = now
+        elif now - self._silent > _GONE:
             raise ClusterError(
-                f"the Ray at {self._place[0]}:{self._place[1]} does not answer any more; start it again, and the same "
-                "command goes on from what is finished"
+                f"the Ray at {self._place[0]}:{self._place[1]} does not answer any more; once there is one again, the "
+                "same command goes on from what is finished"
             )
 
     def _answers(self) -> bool:
