@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_where_it_stopped_and_gives_the_same_bytes(finished
         assert process.returncode == 130
         assert "interrupted" in errors.splitlines()[-1]
         assert {path.name for path in tmp_path.iterdir()} == {"cache"}
-        assert log.read_text().endswith("interrupted; the same command goes on from the last finished batch\n")
+        assert log.read_text().endswith("and the same command goes on from the last finished batch\n")
     done = npti(*main_job(tiny, "model.gguf"), environment=cli_environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
