@@ -98,7 +98,7 @@ def test_a_damaged_cache_is_not_believed(finished, tiny, cli_environment, tmp_pa
 
 @pytest.mark.parametrize("damage", [half, one_bit_of_the_numbers])
 def test_a_damaged_constant_is_not_believed(tiny, cli_environment, tmp_path, damage):
-    job = [*main_job(tiny, "m.gguf"), "--recipe", "matched", "--set", "identify.matched_questions=2"]
+    job = [*main_job(tiny, "m.gguf"), "--set", "rule.matched=0.5", "--set", "identify.matched_questions=2"]
     done = npti(*job, environment=cli_environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (kept,) = (tmp_path / "cache" / "matched").glob("*.safetensors")
