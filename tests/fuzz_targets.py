@@ -22,6 +22,7 @@ from imatrix import sums_for, write_legacy
 from own_trait import write_trait
 from safetensors.numpy import save
 
+from npti_export.append_only import AppendOnly
 from npti_export.bench import load_bench
 from npti_export.bench.definition import read_definition
 from npti_export.bench.imports import How, import_source
@@ -419,6 +420,21 @@ def _plain(*contents):
     return lambda folder: [one if isinstance(one, bytes) else one.encode() for one in contents]
 
 
+def _journal(value):
+    """Three lines as they are kept, with their checksums."""
+
+    def made(folder):
+        kept = AppendOnly(Path(folder) / "made.jsonl")
+        for _ in range(3):
+            kept.append(value)
+        kept.close()
+        data = kept.path.read_bytes()
+        kept.path.unlink()
+        return [data]
+
+    return made
+
+
 def _near(mean=0.1):
     return Estimate(mean=mean, low=mean - 0.1, high=mean + 0.1, n=9)
 
@@ -565,8 +581,8 @@ _TASK = (
     '{"question": "2 + 2?", "options": ["3", "4"], "answer": "4"}\n'
     '{"question": "1 + 1?", "options": ["2", "4"], "answer": "2"}\n'
 )
-_RECORD = json.dumps(vars(Record(0, "1. What now?", verdicts=[True, None]))) + "\n"
-_VERDICT = json.dumps({"key": "a" * 64, "judge": "j", "what": "trait", "rating": 3}) + "\n"
+_RECORD = vars(Record(0, "1. What now?", verdicts=[True, None]))
+_VERDICT = {"key": "a" * 64, "judge": "j", "what": "trait", "rating": 3}
 _CONSTANT = json.dumps({"layers": LAYERS, "width": WIDTH, "constant": [[0, 1, 0.5], [1, 63, -2.5]]})
 _HALF = np.full((LAYERS, WIDTH), 0.5, np.float32)
 _RECIPE = 'extends = "npti"\nname = "mine"\n[rule]\ngamma = 0.7\n[poles."openness+"]\nselect = { threshold = 0.2 }\n'
@@ -592,8 +608,8 @@ TARGETS = {
     "constant-json": Target("json", "c.json", _with_base(_CONSTANT.encode()), _constant),
     "constant": Target("safetensors", "c.safetensors", _with_base(save({"constant": _HALF})), _constant),
     "dial": Target("json", "index.json", _dial_folder, _dial),
-    "verdicts": Target("lines", "v.jsonl", _plain(_VERDICT * 3), _verdicts),
-    "answers": Target("lines", "a.jsonl", _plain(_RECORD * 3), _answers),
+    "verdicts": Target("lines", "v.jsonl", _journal(_VERDICT), _verdicts),
+    "answers": Target("lines", "a.jsonl", _journal(_RECORD), _answers),
     "plan": Target("json", "plan.json", _plan_folder, _plan),
     "store": Target("bytes", "s.sqlite", _store_folder, _store),
     "inventory-jsonl": Target("lines", "i.jsonl", _plain(_ITEMS), _inventory),

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, random_rule
+from conftest import random_rule
+from families import VOCABULARY
 from peft import PeftModel
 from plain_rule import logits, plain_rule
 

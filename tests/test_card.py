@@ -124,7 +124,8 @@ def test_model_without_id_and_licence():
 )
 def test_licence_is_one_that_the_hub_takes(given, fields):
     data, body = split(model_card(report(model__license=given)))
-    assert {key: data[key] for key in data if key.startswith("license")} == fields
+    link = {"license_link": f"https://huggingface.co/{data['base_model']}"} if "license_name" in fields else {}
+    assert {key: data[key] for key in data if key.startswith("license")} == fields | link
     assert "The base model's licence applies to this model, too. That is `" in body
 
 
@@ -236,7 +237,9 @@ def test_names_cannot_break_out(text):
     changed = report(model__name=text, model__license=text or " ", trait=text, artifact__path=f"x/{text}.gguf")
     changed["recipe"]["name"] = text
     data, body = split(model_card(changed))
-    assert {**data, "license": 0, "license_name": 0} == {**plain_data, "license": 0, "license_name": 0}
+    any_license = dict.fromkeys(("license", "license_name", "license_link"), 0)
+    assert {**data, **any_license} == {**plain_data, **any_license}
+    assert data["license_link"] == f"https://huggingface.co/{plain_data['base_model']}"
     assert re.fullmatch(r"[a-z0-9.-]+", data["license_name"])
     lines, plain_lines = prose(body), prose(plain_body)
     assert len(lines) == len(plain_lines)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tolerances
 import torch
-from conftest import VOCABULARY, random_rule
+from conftest import random_rule
+from families import VOCABULARY
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain_rule import logits, plain_rule
 from reference import ReferenceLlama, kl

@@ -36,4 +36,4 @@ def test_the_same_profile_and_caches(one_and_another):
     assert (one / "p.safetensors").read_bytes() == (other / "p.safetensors").read_bytes()
     kept = [{path.name: sha256_file(path) for path in folder.glob("cache/*/*")} for folder in (one, other)]
     assert kept[0] == kept[1]
-    assert len(kept[0]) == 3  # statistics, and a constant for each pole
+    assert len(kept[0]) == 2  # statistics, and the constant of the pole

@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_where_it_stopped_and_gives_the_same_bytes(finished
         assert process.returncode == 130
         assert "interrupted" in errors.splitlines()[-1]
         assert {path.name for path in tmp_path.iterdir()} == {"cache"}
-        assert log.read_text().endswith("interrupted; the same command goes on from the last finished batch\n")
+        assert log.read_text().endswith("and the same command goes on from the last finished batch\n")
     done = npti(*main_job(tiny, "model.gguf"), environment=cli_environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
@@ -98,7 +98,7 @@ def test_a_damaged_cache_is_not_believed(finished, tiny, cli_environment, tmp_pa
 
 @pytest.mark.parametrize("damage", [half, one_bit_of_the_numbers])
 def test_a_damaged_constant_is_not_believed(tiny, cli_environment, tmp_path, damage):
-    job = [*main_job(tiny, "m.gguf"), "--recipe", "matched", "--set", "identify.matched_questions=2"]
+    job = [*main_job(tiny, "m.gguf"), "--set", "rule.matched=0.5", "--set", "identify.matched_questions=2"]
     done = npti(*job, environment=cli_environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (kept,) = (tmp_path / "cache" / "matched").glob("*.safetensors")

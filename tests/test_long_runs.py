@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from jobs import main_job, npti
 
+from npti_export.cli.long_runs import interrupted
+
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \d+ "
 
 
@@ -79,3 +81,8 @@ def test_a_mapped_file_that_is_cut_short(tmp_path):
     assert done.stderr.startswith("npti-export: a file that was being read became shorter")
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""
+
+
+def test_what_is_promised_after_ctrl_c():
+    assert interrupted(["--trait", "calm"]).endswith("goes on from the last finished batch")
+    assert interrupted(["--trait", "calm", "--no-cache"]).endswith("begins anew, as --no-cache keeps nothing")

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY, random_rule
+from conftest import random_rule
+from families import VOCABULARY
 from jobs import main_job, npti
 from peft import PeftModel
 from plain_rule import logits

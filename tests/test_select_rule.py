@@ -148,7 +148,7 @@ def test_published_format_round_trip_gives_the_same_rule(tmp_path):
         ('{"0": 3}', "not [layer, neuron, delta, p, a95]"),
         ('{"1": [[0, 1, 0.5, 0.9, 1.0]]}', "another layer"),
         ('{"0": [[0, -1, 0.5, 0.9, 1.0]]}', "negative"),
-        ('{"0": [[0, Infinity, 0.5, 0.9, 1.0]]}', "make no sense"),
+        ('{"0": [[0, Infinity, 0.5, 0.9, 1.0]]}', "has an entry that is not"),
         ('{"0": [[0, 1.5, 0.5, 0.9, 1.0]]}', "make no sense"),
         ('{"0": [[0, 1, -Infinity, 0.9, 1.0]]}', "make no sense"),
         ('{"0": []}', "holds no neurons"),

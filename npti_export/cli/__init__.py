@@ -36,10 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except (KeyboardInterrupt, click.Abort):
-        _fail(
-            "interrupted; nothing was half-written, and the same command goes on from the last finished batch",
-            130,
-        )
+        from npti_export.cli.long_runs import interrupted
+
+        _fail(interrupted(sys.argv[1:] if arguments is None else arguments), 130)
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:

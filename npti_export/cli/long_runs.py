@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,18 @@ def _end(handler: logging.Handler, began: float) -> None:
 
 def _ending(error: BaseException) -> str:
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        return "interrupted; the same command goes on from the last finished batch"
+        return interrupted(sys.argv[1:])
     if isinstance(error, click.exceptions.Exit):
         return f"exit code {error.exit_code}"
     said = error.format_message() if isinstance(error, click.ClickException) else str(error)
     return f"{type(error).__name__}: {' '.join(said.split())}"
+
+
+def interrupted(arguments: Sequence[str]) -> str:
+    """What Ctrl-C leaves behind, and how to go on."""
+    kept = "--no-cache" not in arguments
+    after = "goes on from the last finished batch" if kept else "begins anew, as --no-cache keeps nothing"
+    return f"interrupted; nothing was half-written, and the same command {after}"
 
 
 class ProgressLog:

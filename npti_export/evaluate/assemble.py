@@ -123,8 +123,8 @@ def _contrast(conditions: list[Condition], answered: list[Answered], test: Test)
     null = next((one for one in answered if one.way.kind == "null"), None)
     beyond = None
     if null is not None:
-        own = next(one for one in answered if one.way.name == null.way.against)
-        chance = null.towards(test.sign) - own.towards(test.sign)
+        plain = next(one for one in answered if one.way.name == null.way.against)
+        chance = null.towards(test.sign) - plain.towards(test.sign)
         beyond = estimate(gains - chance, seed=test.seed, groups=null.groups)
     facets = dict.fromkeys(question.facet for question in test.questions if question.facet is not None)
     own = {facet: np.array([question.facet == facet for question in test.questions]) for facet in facets}
