@@ -72,6 +72,10 @@ def connected(distribution: Distribution, cores: int) -> Iterator[Any]:
         return
     address = place_of(distribution)
     named = "--address" if distribution.address else "RAY_ADDRESS"
+    if address is not None and not reachable(address):
+        raise ClusterError(
+            f"{named} {address}: no Ray answers there; ray start --head starts one, and ray status shows where"
+        )
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     handler = signal.getsignal(signal.SIGTERM)
     for left in reversed(range(_STARTS)):
@@ -97,6 +101,21 @@ def connected(distribution: Distribution, cores: int) -> Iterator[Any]:
         ray.shutdown()
 
 
+def reachable(address: str) -> bool:
+    """Whether anything takes a connection at ``host:port`` or ``ray://host:port``; Ray itself tries for minutes.
+
+    What has another form, such as ``auto``, is Ray's to judge.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return True
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PULSE):
+            return True
+    except (OSError, OverflowError):
+        return False
+
+
 class Pulse:
     """Whether the head of a cluster is still there.
 
@@ -110,7 +129,7 @@ class Pulse:
     def __init__(self, ray: Any) -> None:
         # empty where Ray's own client is in between
         host, _, port = str(getattr(ray.get_runtime_context(), "gcs_address", "")).rpartition(":")
-        self._place = host.strip("[]"), int(port or 0)
+        self._place = host, int(port or 0)
         self._looked = time.monotonic()
         self._silent: float | None = None  # since when
         self._visible = self._answers()  # from where this process is
@@ -136,11 +155,7 @@ class Pulse:
             )
 
     def _answers(self) -> bool:
-        try:
-            with socket.create_connection(self._place, timeout=_PULSE):
-                return True
-        except OSError:
-            return False
+        return reachable(f"{self._place[0]}:{self._place[1]}")
 
 
 @dataclass(frozen=True)
