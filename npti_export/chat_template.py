@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from npti_export.errors import ModelError
+from npti_export.errors import ModelError, shortened
+from npti_export.template_trial import OVER
 
 LONGEST_TEMPLATE = 1 << 20  # characters; the longest in use have some tens of thousands
 LONGEST_PROMPT = 1 << 20  # characters that a template may make of a few words
@@ -45,7 +46,8 @@ def check_template(template: str, where: str) -> None:
         where: file or model that it came with, for messages.
 
     Raises:
-        ModelError: too long, or it takes too much time, memory or room on a chat of a few words.
+        ModelError: too long, or it takes too much time, memory or room on a chat of a few words, or it could not be
+            tried at all.
     """
     if len(template) > LONGEST_TEMPLATE:
         raise ModelError(f"{where}: its chat template has {len(template)} characters, more than any in use; {_MEND}")
@@ -77,20 +79,26 @@ def _kept_limits(template: str) -> bool:
 
 def _tried(template: str) -> bool:
     """Whether the template kept the limits in a process of its own."""
-    asked = {"template": template, "chats": _CHATS, "seconds": SECONDS, "megabytes": MEGABYTES}
+    asked: dict[str, object] = {"template": template, "chats": _CHATS, "seconds": SECONDS, "megabytes": MEGABYTES}
+    asked["path"] = sys.path  # jinja2 may be anywhere that this process finds it
     command = [sys.executable, "-I", str(_TRIAL)]
     try:
         done = subprocess.run(
             command,
             input=json.dumps({**asked, "characters": LONGEST_PROMPT}).encode(),
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             timeout=_PATIENCE,
             check=False,
         )
     except subprocess.TimeoutExpired:
         return False
-    return done.returncode == 0
+    if done.returncode == 0:
+        return True
+    if done.returncode == OVER or done.returncode < 0:  # the system ends what takes too much
+        return False
+    said = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+    raise ModelError(f"a chat template could not be tried in a process of its own ({shortened(said[-1])})")
 
 
 def _is_plain(template: str) -> bool:

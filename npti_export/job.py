@@ -120,10 +120,18 @@ def _prepare(job: Job, saved: SavedRule | None, source: ModelSource, matrix: Imp
     if saved is None:
         for name, bench in benches.items():
             if name not in profiles:
-                bench.search(kept.identify.questions, kept.identify.seed)
+                _check_questions(job, bench, traits, recipe, kept)
     if writes_or_reads:
         held_out(benches, recipe, recipe.verify.prompts)
     return Prepared(job, source, base, plan, saved, traits, recipe, kept, benches, profiles)
+
+
+def _check_questions(job: Job, bench: TraitBench, traits: Sequence[TraitSpec], recipe: Recipe, kept: Recipe) -> None:
+    """There are as many search questions as neurons are counted on, where they are, and constants matched on."""
+    if job.save_profile is not None or steers_neurons(recipe, traits):
+        bench.search(kept.identify.questions, kept.identify.seed)
+    if any(recipe.for_pole(spec.pole).rule.matched for spec in traits if spec.trait == bench.trait):
+        bench.search(recipe.identify.matched_questions, recipe.identify.seed)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from npti_export.endings.base import BAKED, IN_LLAMACPP, SINGLE_FILES
 from npti_export.errors import OutputError, ProfileError, RecipeError
-from npti_export.files import check_writable
+from npti_export.files import check_writable, translate_os_errors
 from npti_export.gguf.shards import named_shards
 from npti_export.loader import RuntimeSettings
 from npti_export.models import ModelSource
@@ -43,6 +43,9 @@ def check_outputs(job: Job, traits: Sequence[str]) -> list[Path]:
     if job.save_profile is not None:
         if len(traits) > 1 and job.out is not None:
             raise ProfileError("--save-profile takes one trait; npti-export identify saves several, into a folder")
+        if len(traits) > 1:
+            with translate_os_errors(job.save_profile):
+                job.save_profile.mkdir(exist_ok=True)
         for path, trait in zip(profile_paths(job.save_profile, traits), traits, strict=True):
             files += profile_files(path, trait)
     if job.out is not None and job.format in SINGLE_FILES:

@@ -1,13 +1,16 @@
 """Render a chat template that nobody has seen yet, in a process of its own that ends when it takes too much.
 
 Run by path, not imported: it needs jinja2 and nothing of ours. Reads JSON from stdin: ``template``, ``chats``,
-``seconds``, ``megabytes``, ``characters``. Exit code 0: it kept the limits, if only by an error; else it did not.
+``seconds``, ``megabytes``, ``characters``, ``path`` (where modules are looked for). Exit code 0: it kept the limits,
+if only by an error; :data:`OVER`, or a signal: it did not; anything else: it could not be tried.
 """
 
 import json
 import sys
 from datetime import datetime
 from typing import Any
+
+OVER = 3
 
 
 def limit(seconds: int, megabytes: int) -> None:
@@ -16,11 +19,19 @@ def limit(seconds: int, megabytes: int) -> None:
         import resource
     except ImportError:  # Windows; the parent's clock ends what goes on for too long
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    lower(resource.RLIMIT_CPU, seconds, seconds + 1)
     if sys.platform == "linux":
         with open("/proc/self/statm", encoding="ascii") as stream:  # noqa: PTH123 (few imports, for a quick start)
             now = int(stream.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20),) * 2)
+        lower(resource.RLIMIT_AS, *(now + (megabytes << 20),) * 2)
+
+
+def lower(which: int, soft: int, hard: int) -> None:
+    """Set a limit, or leave a lower one that is there."""
+    import resource
+
+    there = [sys.maxsize if one == resource.RLIM_INFINITY else one for one in resource.getrlimit(which)]
+    resource.setrlimit(which, (min(soft, *there), min(hard, there[1])))
 
 
 def environment() -> Any:
@@ -53,6 +64,7 @@ def refuse(message: str) -> None:
 def main() -> int:
     """Render; see above."""
     asked = json.load(sys.stdin)
+    sys.path[:] = asked["path"]
     made = environment()
     limit(asked["seconds"], asked["megabytes"])
     for chat in asked["chats"]:
@@ -65,9 +77,9 @@ def main() -> int:
             for piece in pieces:
                 length += len(piece)
                 if length > asked["characters"]:
-                    return 1
+                    return OVER
         except MemoryError:
-            return 1
+            return OVER
         except Exception:  # a template may refuse a chat: whoever renders it in earnest says so
             continue
     return 0

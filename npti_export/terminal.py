@@ -52,11 +52,11 @@ def echo(text: str, *, err: bool = False) -> None:
     click.echo(printable(text), err=err)
 
 
-def echo_json(value: object) -> None:
-    """Print indented JSON in which what acts on a terminal is escaped."""
+def echo_json(value: object, *, indent: int | None = 2) -> None:
+    """Print JSON, indented or on one line, in which what acts on a terminal is escaped as JSON has it."""
     import json
 
     import click
 
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
     click.echo("".join(f"\\u{ord(one):04x}" if one != "\n" and _acts(one) else one for one in text))

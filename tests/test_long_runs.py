@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from jobs import main_job, npti
 
-from npti_export.cli.long_runs import interrupted
+from npti_export.cli.long_runs import _without_secrets, interrupted
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \d+ "
 
@@ -86,3 +86,25 @@ def test_a_mapped_file_that_is_cut_short(tmp_path):
 def test_what_is_promised_after_ctrl_c():
     assert interrupted(["--trait", "calm"]).endswith("goes on from the last finished batch")
     assert interrupted(["--trait", "calm", "--no-cache"]).endswith("begins anew, as --no-cache keeps nothing")
+
+
+def test_a_log_is_never_added_to_another_file(tiny, cli_environment, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine\n")
+    done = npti(*main_job(tiny, "m.gguf", "--log", "notes.txt"), environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "notes.txt: is there already, and is no log of npti-export" in done.stderr
+    assert (tmp_path / "notes.txt").read_text() == "mine\n"
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("https://user:key@example.org/v1=judge", "https://example.org/v1=judge"),
+        ("--judge=https://example.org/v1?key=abc=judge", "--judge=https://example.org/v1=judge"),
+        ("Why? What a = b?", "Why? What a = b?"),
+        ("rule.gamma=0.7", "rule.gamma=0.7"),
+    ],
+)
+def test_a_log_holds_no_secret(given, shown):
+    assert _without_secrets(given) == shown

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from jobs import npti
+from own_trait import write_trait
 
 from npti_export.bench import load_bench
 from npti_export.errors import RecipeError
@@ -132,3 +133,15 @@ def test_a_rule_of_constants_alone_takes_no_program(tiny, tmp_path):
             words = r"--program .*bare.gguf steers no neuron.*leave it out$"
             with pytest.raises(RecipeError, match=words), prepared(job):
                 pass
+
+
+def test_a_small_bench_has_questions_enough_where_no_neuron_is_counted(tiny, cli_environment, tmp_path):
+    """Six search questions are less than the recipe's, which are for neurons; constants take the two that are set."""
+    trait = write_trait(tmp_path / "pirate")
+    small = ["--set", "verify.prompts=1", "--set", "verify.answer_tokens=4", "--max-new-tokens", "4"]
+    job = ["--trait", f"{trait}+", "--model", tiny, "--recipe", "matched", "--out", "m.gguf", *small]
+    done = npti(*job, "--set", "identify.matched_questions=2", environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = npti(*job, "--set", "identify.matched_questions=7", "--force", environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "pirate: 7 search questions asked for, the bench has 6" in done.stderr

@@ -202,7 +202,7 @@ def test_a_tuned_recipe_gives_the_rule_that_was_picked(subject, tmp_path):
     assert "picked" in printed
     assert trial.label in printed
     assert "Persona prompt" in printed
-    assert "budget     kept there and on the test questions" in printed
+    assert "budget     kept by both of these" in printed
     # more of the same go on in the same study, and the test questions' earlier use is told
     more = tune.tune(dataclasses.replace(asked, trials=6), Silent()).record
     assert more.trials[:5] == record.trials

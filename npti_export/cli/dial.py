@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from npti_export.cli.options import FILE, RichProgress, base_options, job_options, model_options, rule_options
-from npti_export.terminal import echo, tame_console
+from npti_export.terminal import echo, echo_json, tame_console
 
 
 @click.group(invoke_without_command=True)
@@ -82,7 +82,6 @@ def request(folder: Path, mix: str, message: str | None) -> None:
       npti-export dial request persona/ calm:1.5 --message "How was your day?" |
         curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' -d @-
     """
-    import json
 
     from npti_export.dial.adapters import check_adapters
     from npti_export.dial.index import load_dial, parse_mix
@@ -92,4 +91,4 @@ def request(folder: Path, mix: str, message: str | None) -> None:
     body = made.request(parse_mix(mix, {pole[:-1] for pole in made.poles}))
     if message is not None:
         body = {"messages": [{"role": "user", "content": message}], **body}
-    echo(json.dumps(body, ensure_ascii=False))
+    echo_json(body, indent=None)

@@ -23,7 +23,7 @@ _BASELINES = "npti,dpn-le,dpn-le-any,mean-shift,null"
 )
 @click.option("--html", "html_path", type=FILE, metavar="FILE", help="Write a page that needs nothing else")
 @click.option(
-    "--questions", type=click.IntRange(min=0), help="Test questions, 0 for all [default: 48, or all of fewer]"
+    "--questions", type=click.IntRange(min=0), help="Test questions, 0 for all [default: 32, or all of fewer]"
 )
 @click.option("--answer-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Longest answer")
 @click.option("--personas", type=click.IntRange(min=1), default=2, show_default=True, help="Pairs that score an answer")

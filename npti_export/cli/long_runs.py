@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import click
 
-from npti_export.errors import NptiError
+from npti_export.errors import NptiError, OutputError
 from npti_export.files import translate_os_errors
 from npti_export.version import __version__
 
@@ -24,6 +25,9 @@ _LOST = (
     b"npti-export: a file that was being read became shorter, or its disk failed (bus error); see whether the model is "
     b"still whole and run the same command again; nothing was half-written\n"
 )
+_FIRST = "npti-export "  # in the first line of a log
+_BEGINNING = 4096  # bytes that hold it
+_SECRETS = re.compile(r"(\w+://)[^/@\s]*@|\?[^\s=]*=[^\s=]*(?==|$)")
 _EVERY = 10.0  # seconds between lines of one stage
 _callbacks: list[Any] = []  # which C code keeps pointers to
 
@@ -75,14 +79,35 @@ def log_option() -> click.Option:
 def _begin(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
     if path is None or context.resilient_parsing:
         return
+    _check_log(path)
     with translate_os_errors(path):
         handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(message)s"))
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
-    LOGGER.info("npti-export %s: %s", __version__, shlex.join(sys.argv[1:]))
+    LOGGER.info("%s%s: %s", _FIRST, __version__, shlex.join(map(_without_secrets, sys.argv[1:])))
     began = time.monotonic()
     context.call_on_close(lambda: _end(handler, began))
+
+
+def _check_log(path: Path) -> None:
+    """Only a log is written on.
+
+    Raises:
+        OutputError: it is another kind of file.
+    """
+    with translate_os_errors(path):
+        if not path.is_file() or not path.stat().st_size:
+            return
+        with path.open("rb") as stream:
+            begins = stream.read(_BEGINNING)
+    if _FIRST.encode() not in begins.partition(b"\n")[0]:
+        raise OutputError(f"--log {path}: is there already, and is no log of npti-export; name another file")
+
+
+def _without_secrets(argument: str) -> str:
+    """An argument as the log shows it: addresses without user, password and query."""
+    return _SECRETS.sub(r"\1", argument)
 
 
 def _end(handler: logging.Handler, began: float) -> None:

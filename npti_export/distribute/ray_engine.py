@@ -22,6 +22,7 @@ from npti_export.progress import Progress
 _RESTARTS = 3  # of one worker, by Ray; a model that does not fit into its node kills every worker that takes it
 _FAILURES = 6  # of one task, whoever did it
 _POLL = 0.5  # seconds
+_AGAIN = 60  # times that it looks for a shard which a shared folder shows late
 _SLOW = 1.5  # times the median: a task that takes longer is done a second time, where a worker has nothing else to do
 _UNKNOWN = 60.0  # seconds, where nothing of its kind has ended yet
 _PATIENCE = 20.0  # seconds until the user is told that Ray places no worker
@@ -150,13 +151,19 @@ class RayEngine:
         self._matches = list(matches)
         self._series = {one.bench.trait: self._ray.put(one) for one in series}  # once, not with every task
         for gathering in gatherings:
-            gathering.prepare()
+            if not gathering.finished:
+                gathering.prepare()
+        again = 0
         while True:
             for gathering in gatherings:
                 if gathering.complete and not gathering.finished:
                     gathering.finish()
             if not self._matches and all(one.finished for one in gatherings):
                 return
+            if any(one.complete and not one.finished for one in gatherings) and again < _AGAIN:
+                again += 1  # a shard that was not there a moment ago is: a shared folder may be late
+                time.sleep(_POLL)
+                continue
             self._hand_out()
             self._wait()
 

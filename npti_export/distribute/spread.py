@@ -56,7 +56,13 @@ class _Plan:
 
     @property
     def left(self) -> bool:
-        return bool(self.matches) or not all(one.complete for one in self.gatherings)
+        return bool(self.matches) or not all(one.finished for one in self.gatherings)
+
+    def finish(self) -> None:
+        """Merge what is all there: a driver may have been killed before it did."""
+        for one in self.gatherings:
+            if one.complete:
+                one.finish()
 
 
 @contextmanager
@@ -84,6 +90,7 @@ def answered(
         plan, log = None, Log()
         if place_of(distribution) is None:  # workers compute in what this process would
             plan = _plan(request, place, progress)
+            plan.finish()
         if plan is None or plan.left:
             place, log = _run(request, distribution, place, plan, models, progress)
         yield place, log

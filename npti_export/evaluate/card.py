@@ -48,7 +48,7 @@ def section(document: Document, *, other_file: bool = False) -> str:
         "under personas of the wanted pole minus that under personas of the opposite one, computed by the unsteered "
         f"model, over {contrast.personas} pairs of personas; the gain is how far it is above the unsteered answers'. "
         "Fluency is the log-likelihood per token under the plain question, by the unsteered model, too. Intervals are "
-        "95% bootstraps over questions.",
+        "95% bootstraps over questions; those of random neurons or directions are over draws.",
         _conditions(document),
         "\n".join(f"- {line}" for line in _lines(document)),
     ]

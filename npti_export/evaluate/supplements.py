@@ -27,6 +27,8 @@ FORMAT: Literal[1] = 1
 PROMPT = "prompt"  # setting of the sweep that holds what prompts do to the unsteered model, on the same questions
 _NAMED = 4  # settings that a sentence names; the others are counted
 
+Steering = dict[Literal["select", "rule"], dict[str, Any]]
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -84,7 +86,7 @@ class AblationRecord(_About):
     """One setting varied at a time."""
 
     kind: Literal["ablation"] = "ablation"
-    steering: dict[str, Any] | None = Field(default=None, description="Sections of the recipe that make the rule")
+    steering: Steering | None = Field(default=None, description="Sections of the recipe that make the rule")
     sweeps: list[Sweep]
     notes: list[str] = Field(description="What was left out, and why")
 
@@ -132,10 +134,10 @@ def check_same(record: TuningRecord | AblationRecord, path: Path, poles: list[st
         raise EvaluationError(f"{path}: is of {record.pole}, and the artifact steers towards {' '.join(poles)}")
 
 
-def steering(recipe: Recipe, pole: str) -> dict[str, Any]:
+def steering(recipe: Recipe, pole: str) -> Steering:
     """What makes a recipe's rule for a pole, as JSON: its sections ``select`` and ``rule``."""
     whole = json.loads(recipe.for_pole(pole).to_json())
-    return {section: whole[section] for section in ("select", "rule")}
+    return {"select": whole["select"], "rule": whole["rule"]}
 
 
 def differs(record: TuningRecord | AblationRecord, recipe: Recipe | None, traits: Sequence[str]) -> str:
@@ -164,15 +166,19 @@ def differs(record: TuningRecord | AblationRecord, recipe: Recipe | None, traits
         if ours.get(section, {}).get(name) != value
     ]
     other = record.settings.get("strength", 1.0)
+    if not isinstance(other, int | float):
+        return f"{what} has no strength that is a number."
     if other != strength:
         found.insert(0, f"strength {other:g} instead of {strength:g}")
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return f"{what} is not the file's: {', '.join(found[:_NAMED])}{more}." if found else ""
 
 
-def _picked(record: TuningRecord) -> dict[str, Any] | None:
-    pairs = zip(record.trials, record.pareto, strict=True)
-    return next(({"select": one.select, "rule": one.rule} for one, point in pairs if point.chosen), None)
+def _picked(record: TuningRecord) -> Steering | None:
+    for one, point in zip(record.trials, record.pareto, strict=True):
+        if point.chosen:
+            return {"select": one.select, "rule": one.rule}
+    return None
 
 
 def supplemented(document: Document, tuning: TuningRecord | None, ablation: AblationRecord | None) -> Document:

@@ -153,7 +153,7 @@ def _print_confirmation(told: Confirmation, console: Console) -> None:
     console.print(table)
     for line in (
         f"neutral    KL {told.kl_neutral.mean:.3f} nats a token from the unsteered model, on text that no trial saw",
-        f"budget     {'kept' if told.within else 'exceeded'} there and on the test questions",
+        f"budget     {'kept' if told.within else 'not kept'} by both of these",
     ):
         console.print(line, highlight=False, markup=False)
 

@@ -140,7 +140,8 @@ def opened(job: ModelJob, progress: Progress) -> Iterator[Opened]:
     source = resolve_model(job.model)
     recipe = select_recipe(job.recipe, source.fingerprint, job.overrides)
     bench = load_benches([job.trait], job.bench)[job.trait.trait]
-    bench.search(recipe.identify.questions, recipe.identify.seed)
+    if recipe.for_pole(job.trait.pole).rule.by_neurons:
+        bench.search(recipe.identify.questions, recipe.identify.seed)
     sequences = recipe.identify.batch_size
     with Models(source, job.runtime, Timings(), progress, verifies=False, sequences=sequences) as models:
         yield Opened(job, source, recipe, bench, models, progress)
