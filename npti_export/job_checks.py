@@ -7,7 +7,7 @@ from pathlib import Path
 
 from npti_export.endings.base import BAKED, IN_LLAMACPP, SINGLE_FILES
 from npti_export.errors import OutputError, ProfileError, RecipeError
-from npti_export.files import check_writable, translate_os_errors
+from npti_export.files import check_place, check_writable
 from npti_export.gguf.shards import named_shards
 from npti_export.loader import RuntimeSettings
 from npti_export.models import ModelSource
@@ -40,19 +40,29 @@ _OF_PROGRAMS = ("compile.",)
 def check_outputs(job: Job, traits: Sequence[str]) -> list[Path]:
     """The files that the job will write beside its artifact can be written; returns all outputs."""
     files = [job.report] if job.report is not None else []
-    if job.save_profile is not None:
-        if len(traits) > 1 and job.out is not None:
-            raise ProfileError("--save-profile takes one trait; npti-export identify saves several, into a folder")
-        if len(traits) > 1:
-            with translate_os_errors(job.save_profile):
-                job.save_profile.mkdir(exist_ok=True)
-        for path, trait in zip(profile_paths(job.save_profile, traits), traits, strict=True):
-            files += profile_files(path, trait)
     if job.out is not None and job.format in SINGLE_FILES:
         files.append(job.out)
+    profiles = [] if job.save_profile is None else _profile_outputs(job, job.save_profile, traits)
     for path in files:
         check_writable(path, force=job.force)
+    files += profiles
     return files if job.out is None or job.format in SINGLE_FILES else [*files, job.out]
+
+
+def _profile_outputs(job: Job, place: Path, traits: Sequence[str]) -> list[Path]:
+    if len(traits) > 1 and job.out is not None:
+        raise ProfileError("--save-profile takes one trait; npti-export identify saves several, into a folder")
+    files = [
+        file
+        for path, trait in zip(profile_paths(place, traits), traits, strict=True)
+        for file in profile_files(path, trait)
+    ]
+    if len(traits) > 1 and not place.exists():
+        check_place(place, 0)  # the folder is made when there is something to put into it
+    else:
+        for file in files:
+            check_writable(file, force=job.force)
+    return files
 
 
 def refuse_idle_options(job: Job, source: ModelSource) -> None:

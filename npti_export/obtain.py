@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 from npti_export.bench import TraitBench
 from npti_export.distribute.spread import Request, answered
+from npti_export.files import translate_os_errors
 from npti_export.identify.profiles import Place, needed, profile_for
 from npti_export.job import Prepared
 from npti_export.loader import Models, Timings
@@ -27,6 +28,9 @@ def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress:
         timings.seconds["identify"] = timings.seconds.get("identify", 0.0) + time.perf_counter() - started - loading
     if ready.job.save_profile is not None:
         select, places = ready.kept.select, profile_paths(ready.job.save_profile, list(profiles))
+        if len(places) > 1:
+            with translate_os_errors(ready.job.save_profile):
+                ready.job.save_profile.mkdir(exist_ok=True)
         for profile, path in zip(profiles.values(), places, strict=True):
             save_profile(profile, path, force=ready.job.force, threshold=select.threshold, at_least=select.at_least)
     return profiles

@@ -145,3 +145,18 @@ def test_a_small_bench_has_questions_enough_where_no_neuron_is_counted(tiny, cli
     done = npti(*job, "--set", "identify.matched_questions=7", "--force", environment=cli_environment, cwd=tmp_path)
     assert done.returncode == 2
     assert "pirate: 7 search questions asked for, the bench has 6" in done.stderr
+
+
+def test_the_folder_of_several_profiles_is_made_when_it_is_needed(tiny, cli_environment, tmp_path):
+    job = ["identify", "--trait", "extraversion", "--trait", "openness", "--model", tiny, "--out", "profiles"]
+    few = ["--questions", "2", "--max-new-tokens", "4", "--batch-size", "4"]
+    refused = npti(*job, "--questions", "9999", environment=cli_environment, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert not (tmp_path / "profiles").exists()
+    done = npti(*job, *few, environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (tmp_path / "profiles").iterdir())
+    assert names == ["extraversion.safetensors", "openness.safetensors"]
+    again = npti(*job, *few, environment=cli_environment, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "exists already; pass --force" in again.stderr

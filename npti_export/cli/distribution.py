@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from npti_export.cli.options import Command, decorated
 
 if TYPE_CHECKING:
     from npti_export.distribute.plan import Distribution
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
 
 def distribution_options(command: Command) -> Command:
     """Which engine asks, with how many workers, and where."""
-    for option in (
-        click.option(
-            "--address",
-            metavar="HOST:PORT|auto|local",
-            help="ray: a cluster to join, as Ray writes it [default: RAY_ADDRESS, or a Ray of this machine]",
-        ),
-        click.option(
-            "--workers",
-            type=click.IntRange(1),
-            metavar="N",
-            help="ray: processes that answer, each with the model [default: one a GPU, or one for four cores]",
-        ),
-        click.option(
-            "--engine",
-            "asked_by",
-            default="local",
-            show_default=True,
-            type=click.Choice(["local", "ray"]),
-            help="Who asks the questions: this process, or workers on Ray",
-        ),
-    ):
-        command = option(command)
-    return command
+    return decorated(
+        command,
+        [
+            click.option(
+                "--engine",
+                "asked_by",
+                default="local",
+                show_default=True,
+                type=click.Choice(["local", "ray"]),
+                help="Who asks the questions: this process, or workers on Ray",
+            ),
+            click.option(
+                "--workers",
+                type=click.IntRange(1),
+                metavar="N",
+                help="ray: processes that answer, each with the model [default: one a GPU, or one for four cores]",
+            ),
+            click.option(
+                "--address",
+                metavar="HOST:PORT|auto|local",
+                help="ray: a cluster to join, as Ray writes it [default: RAY_ADDRESS, or a Ray of this machine]",
+            ),
+        ],
+    )
 
 
 def distribution_of(options: dict[str, Any]) -> Distribution | None:

@@ -27,7 +27,8 @@ FILE = click.Path(path_type=Path)
 _GAMMA = "Strength of all but clamps [rule.gamma]"
 
 
-def _decorated(command: Command, decorators: Sequence[Callable[[Command], Command]]) -> Command:
+def decorated(command: Command, decorators: Sequence[Callable[[Command], Command]]) -> Command:
+    """A command with options, in the order in which its help lists them."""
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
@@ -35,7 +36,7 @@ def _decorated(command: Command, decorators: Sequence[Callable[[Command], Comman
 
 def llama_options(command: Command) -> Command:
     """Options of every command that runs llama.cpp."""
-    return _decorated(
+    return decorated(
         command,
         [
             click.option(
@@ -62,7 +63,7 @@ def llama_options(command: Command) -> Command:
 
 def runtime_options(command: Command) -> Command:
     """Options of every command that runs a model: where and how."""
-    return _decorated(
+    return decorated(
         command,
         [
             click.option(
@@ -141,7 +142,7 @@ def model_options(command: Command) -> Command:
         ),
         click.option("--force", is_flag=True, help="Replace existing outputs"),
     ]
-    return _decorated(command, decorators)
+    return decorated(command, decorators)
 
 
 def trait_dir_option(command: Command) -> Command:
@@ -177,7 +178,7 @@ def auto_rule_options(command: Command) -> Command:
 
 
 def _rule_options(command: Command, gamma: Callable[[Command], Command]) -> Command:
-    return _decorated(
+    return decorated(
         command,
         [
             gamma,
@@ -196,7 +197,7 @@ def _rule_options(command: Command, gamma: Callable[[Command], Command]) -> Comm
 
 def trial_options(command: Command) -> Command:
     """Options of every command that tries settings of one pole."""
-    return _decorated(
+    return decorated(
         command,
         [
             click.option("--trait", "trait", required=True, metavar="POLE", help="agreeableness+, calm, ./pirate+ …"),
@@ -228,7 +229,7 @@ def trial_options(command: Command) -> Command:
 
 def base_options(command: Command) -> Command:
     """Options of every command that adds neurons to a GGUF: which one, and how it is made where there is none."""
-    return _decorated(
+    return decorated(
         command,
         [
             click.option("--base", type=FILE, metavar="FILE", help="GGUF to bake into, where --model is not one"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -98,26 +99,28 @@ def _is_file(name: Any) -> bool:
     return isinstance(name, str) and name.endswith((".yaml", ".yml"))
 
 
-def _manager(names: Sequence[Any]) -> Any:
-    """Of tasks. Reading the index of the harness's own takes long: it is left out where none of them is named."""
+@contextmanager
+def _installed() -> Iterator[None]:
     try:
-        from lm_eval.tasks import TaskManager
+        yield
     except ImportError as error:
         raise EvaluationError(
             f"lm-evaluation-harness cannot be imported ({error}); pip install 'npti-export[harness]'"
         ) from error
+
+
+def _manager(names: Sequence[Any]) -> Any:
+    """Of tasks. Reading the index of the harness's own takes long: it is left out where none of them is named."""
+    with _installed():
+        from lm_eval.tasks import TaskManager
     return TaskManager(include_defaults=any(isinstance(name, str) and not _is_file(name) for name in names))
 
 
 def _samples(model: Model, names: Sequence[Any], limit: int | None) -> Samples:
     """Per task and document number, what was logged, its metrics among it."""
     manager = _manager(names)
-    try:
+    with _installed():
         from lm_eval.evaluator import simple_evaluate
-    except ImportError as error:
-        raise EvaluationError(
-            f"lm-evaluation-harness cannot be imported ({error}); pip install 'npti-export[harness]'"
-        ) from error
     try:
         result = simple_evaluate(
             as_lm(model), tasks=list(names), limit=limit, bootstrap_iters=0, log_samples=True, task_manager=manager

@@ -30,7 +30,7 @@ from npti_export.progress import Progress
 from npti_export.runtimes.base import Runtime
 from npti_export.traits import FACETS
 
-QUESTIONS = 32  # unless another number is asked for; how long they take: README, Performance
+QUESTIONS = 32  # unless another number is asked for
 BASELINES = (*baselines.METHODS, baselines.NULL)  # in every evaluation
 KNOWN_BASELINES = (*BASELINES, baselines.LORA)
 PROMPTED: dict[str, tuple[str, Prompting]] = {
