@@ -131,6 +131,7 @@ class Stub:
         self.bodies = []
         self.schemaless = False  # whether every request that has a schema fails
         self.keep = False  # whether bodies and headers are kept
+        self.hold = None  # requests after the first so many are answered only once this is raised or None again
         self._rng = random.Random(seed)
         self._ready = threading.Event()
 
@@ -181,8 +182,11 @@ class Stub:
         """Whether the connection goes on."""
         if fault is not None:
             self.failed.append(fault)
+        number = self.requests
         if self.delay:
             await asyncio.sleep(self.delay)
+        while self.hold is not None and number > self.hold:
+            await asyncio.sleep(0.01)
         if fault == "reset":
             writer.transport.abort()
             return False

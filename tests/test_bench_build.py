@@ -112,12 +112,14 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, reference, cli_environment):
         for _ in range(5):
             with subprocess.Popen(command, env=cli_environment, stderr=subprocess.DEVNULL) as process:
                 before = stub.requests
+                stub.hold = before + 12  # it cannot be done before it is killed, however late that is
                 while stub.requests == before and process.poll() is None:
                     time.sleep(0.01)
                 time.sleep(rng.uniform(0, 0.6))
                 if process.poll() is None:
                     process.send_signal(signal.SIGKILL)
                     kills += 1
+        stub.hold = None
         assert kills == 5
         assert 0 < stub.requests < reference[1]
         done = subprocess.run(command, env=cli_environment, capture_output=True, text=True)
@@ -137,6 +139,7 @@ def test_interrupted_it_writes_what_it_has(tmp_path, reference, cli_environment)
         with subprocess.Popen(
             [*COMMAND, *arguments(stub, out)], env=cli_environment, stderr=subprocess.PIPE, text=True
         ) as process:
+            stub.hold = 40
             while stub.requests < 40:
                 time.sleep(0.01)
             process.send_signal(signal.SIGINT)
@@ -147,6 +150,7 @@ def test_interrupted_it_writes_what_it_has(tmp_path, reference, cli_environment)
         some = (out / "questions.jsonl").read_bytes()
         assert reference[0].startswith(some)
         assert not json.loads((out / "build.json").read_text(encoding="utf-8"))["complete"]
+        stub.hold = None
         assert npti(*arguments(stub, out), environment=cli_environment, cwd=tmp_path).returncode == 0
     assert (out / "questions.jsonl").read_bytes() == reference[0]
 
