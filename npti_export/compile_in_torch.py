@@ -19,6 +19,7 @@ from npti_export.export.as_llama import LEAST_MULTIPLE
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
+from npti_export.runtimes.devices import in_place
 from npti_export.runtimes.transformers import TransformersRuntime
 from npti_export.steer import steered
 
@@ -74,10 +75,12 @@ class TorchCompiler(RuleCompiler):
 
     def _neurons(self, layer: int, chosen: Indices) -> Neurons:
         mlp = self._layers[layer].mlp
-        gate, up, down = (projection.weight.detach() for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        at = torch.from_numpy(chosen).to(gate.device)
+        projections = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         none = np.zeros(len(chosen), np.float32)  # what a checkpoint is written of has no biases of its own
-        return Neurons(chosen, _array(gate[at]), _array(up[at]), _array(down[:, at]), none, none)
+        with in_place(*projections):
+            gate, up, down = (projection.weight.detach() for projection in projections)
+            at = torch.from_numpy(chosen).to(gate.device)
+            return Neurons(chosen, _array(gate[at]), _array(up[at]), _array(down[:, at]), none, none)
 
 
 class _Program:

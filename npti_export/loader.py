@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from npti_export.errors import ModelError
 from npti_export.models import ModelSource
 from npti_export.progress import Progress
+from npti_export.runtimes.devices import MAP
 
 if TYPE_CHECKING:
     from npti_export.gguf.reader import GGUFFile
@@ -143,7 +144,7 @@ class Models:
         """What identification computes in: a torch dtype, or ``ggml`` with or without a bfloat16 copy."""
         if self.engine == "llama.cpp":
             return "ggml bfloat16" if self._copies else "ggml"
-        from npti_export.runtimes.transformers import pick_dtype, usable_device
+        from npti_export.runtimes.devices import pick_dtype, usable_device
 
         if self.settings.dtype != "auto":
             return self.settings.dtype
@@ -159,7 +160,7 @@ class Models:
             from npti_export.runtimes.llamacpp.library import llama
 
             return "gpu" if self.settings.gpu_layers and llama().llama_supports_gpu_offload() else "cpu"
-        from npti_export.runtimes.transformers import usable_device
+        from npti_export.runtimes.devices import usable_device
 
         return usable_device(self.settings.device).type
 
@@ -215,7 +216,7 @@ class Models:
             float32_bytes = 4 * 5 * shape.layers * shape.width * shape.hidden  # MLPs are three fifths or more
             if dtype == "float32":
                 self._fast = self.exact()
-            elif float32_bytes < _KEEP_BOTH_BYTES and self._verifies:
+            elif self.settings.device != MAP and float32_bytes < _KEEP_BOTH_BYTES and self._verifies:
                 self._fast = self.exact().converted(dtype)
             else:
                 self._fast = self._load(dtype)

@@ -66,7 +66,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 
 def open_models(ready: Prepared, timings: Timings, progress: Progress, *, verifies: bool) -> Models:
     """The job's model, not loaded yet, see :class:`npti_export.loader.Models`."""
-    sequences = ready.recipe.identify.batch_size
+    sequences = max(one.identify.batch_size for one in (ready.recipe, ready.kept))
     return Models(ready.source, ready.job.runtime, timings, progress, verifies=verifies, sequences=sequences)
 
 

@@ -154,6 +154,17 @@ class ActivationStats:
             _added(self.product, other.product),
         )
 
+    def absorb(self, other: ActivationStats) -> ActivationStats:
+        """``self + other`` in the memory of ``self``, which must not be used afterwards."""
+        return ActivationStats(
+            self.tokens + other.tokens,
+            _into(self.active, other.active),
+            _into(self.histogram, other.histogram),
+            np.maximum(self.largest, other.largest),
+            _added(self.routed, other.routed),
+            _added(self.product, other.product),
+        )
+
     def moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Mean and variance of each down projection's input, ``[layers, width]`` each.
 
@@ -189,18 +200,27 @@ class ActivationStats:
         Interpolated geometrically inside a bin (linearly in the lowest), so exact up to the bin's width.
         """
         rank = q * self.seen - (self.seen - self.active)  # how many positive values lie below it
-        cumulative = np.cumsum(self.histogram, axis=-1)
-        index = np.minimum((cumulative < rank[..., None]).sum(axis=-1), BIN_COUNT - 1)
-        within = np.take_along_axis(self.histogram, index[..., None], -1)[..., 0]
-        before = np.take_along_axis(cumulative, index[..., None], -1)[..., 0] - within
-        fraction = np.clip((rank - before) / np.maximum(within, 1), 0.0, 1.0)
-        edges = EDGES.astype(np.float64)
-        low = np.concatenate([[0.0], edges])[index]
-        high = np.minimum(np.concatenate([edges, [np.inf]])[index], self.largest)
-        high = np.maximum(high, low)
-        geometric = np.where(low > 0, low, 1.0) * (high / np.where(low > 0, low, 1.0)) ** fraction
-        value = np.where(low > 0, geometric, high * fraction)
-        return np.where(rank > 0, value, 0.0)
+        # layer by layer: what is cumulated takes twice the room of the histogram
+        layers = zip(rank, self.histogram, self.largest, strict=True)
+        return np.stack([_layer_quantile(*layer) for layer in layers])
+
+
+def _layer_quantile(
+    rank: npt.NDArray[np.float64], histogram: npt.NDArray[np.int32], largest: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float64]:
+    """See :meth:`ActivationStats.quantile`: ``[width]``."""
+    cumulative = np.cumsum(histogram, axis=-1)
+    index = np.minimum((cumulative < rank[..., None]).sum(axis=-1), BIN_COUNT - 1)
+    within = np.take_along_axis(histogram, index[..., None], -1)[..., 0]
+    before = np.take_along_axis(cumulative, index[..., None], -1)[..., 0] - within
+    fraction = np.clip((rank - before) / np.maximum(within, 1), 0.0, 1.0)
+    edges = EDGES.astype(np.float64)
+    low = np.concatenate([[0.0], edges])[index]
+    high = np.minimum(np.concatenate([edges, [np.inf]])[index], largest)
+    high = np.maximum(high, low)
+    geometric = np.where(low > 0, low, 1.0) * (high / np.where(low > 0, low, 1.0)) ** fraction
+    value: npt.NDArray[np.float64] = np.where(low > 0, geometric, high * fraction)
+    return np.where(rank > 0, value, 0.0)
 
 
 Counted = TypeVar("Counted", npt.NDArray[np.int64], npt.NDArray[np.float64])
@@ -210,6 +230,11 @@ def _added(one: Counted | None, other: Counted | None) -> Counted | None:
     if one is None or other is None:  # nothing was counted yet, or the model is dense
         return one if other is None else other
     return one + other
+
+
+def _into(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    result: npt.NDArray[Any] = np.add(one, other, out=one if one.flags.writeable else None)
+    return result
 
 
 @dataclass(frozen=True)
@@ -223,11 +248,16 @@ class ContrastStats:
     @classmethod
     def empty(cls, layers: int, width: int) -> ContrastStats:
         """Of no questions."""
-        nothing = ActivationStats.empty(layers, width)
-        return cls(nothing, nothing, PairSpread.empty(layers, width))
+        plus, minus = (ActivationStats.empty(layers, width) for _ in range(2))
+        return cls(plus, minus, PairSpread.empty(layers, width))
 
     def __add__(self, other: ContrastStats) -> ContrastStats:
         return ContrastStats(self.plus + other.plus, self.minus + other.minus, self.spread + other.spread)
+
+    def absorb(self, other: ContrastStats) -> ContrastStats:
+        """``self + other`` in the memory of ``self``, which must not be used afterwards: of a large model there is
+        not room for three."""
+        return ContrastStats(self.plus.absorb(other.plus), self.minus.absorb(other.minus), self.spread + other.spread)
 
     def counts(self) -> ContrastStats:
         """Without histograms and sums, which are most of the bytes: what the forecast of the overlap needs."""
@@ -239,16 +269,16 @@ class ContrastStats:
 
 
 def save_stats(path: Path, stats: ContrastStats, progress: dict[str, object]) -> None:
-    """Write statistics and a JSON-able progress record to one file, atomically, with its checksum."""
+    """Write statistics and a JSON-able progress record to one file, atomically, with its checksum.
+
+    Counts are kept in the fewest bytes that hold them, a third or less of what they take in memory.
+    """
     save_checked(path, *_contents(stats, progress))
 
 
-def encode_stats(stats: ContrastStats, progress: dict[str, object], *, narrow: bool = False) -> bytes:
-    """What :func:`save_stats` writes; ``narrow``: counts in the fewest bytes that hold them, for few questions."""
-    tensors, record = _contents(stats, progress)
-    if narrow:
-        tensors = {name: _narrowed(values) for name, values in tensors.items()}
-    return encode_checked(tensors, record)
+def encode_stats(stats: ContrastStats, progress: dict[str, object]) -> bytes:
+    """What :func:`save_stats` writes."""
+    return encode_checked(*_contents(stats, progress))
 
 
 def _contents(
@@ -264,7 +294,7 @@ def _contents(
         "spread": [stats.spread.pairs, *stats.spread.lengths],
         "progress": progress,
     }
-    return tensors, record
+    return {name: _narrowed(values) for name, values in tensors.items()}, record
 
 
 def _narrowed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -16,6 +16,7 @@ from npti_export.distribute.gathering import Gathering
 from npti_export.distribute.plan import FAN, Distribution, Node, Outcome, Series, covering
 from npti_export.distribute.store import Shards
 from npti_export.errors import ClusterError, ProfileError
+from npti_export.loader import RuntimeSettings
 from npti_export.models import gguf_source
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
@@ -41,7 +42,7 @@ def random_stats(shape, seed):
 
 def outcome(stats):
     tokens = stats.plus.tokens + stats.minus.tokens
-    return Outcome("here:1", stats=stats.counts(), data=encode_stats(stats, {}, narrow=True), tokens=tokens)
+    return Outcome("here:1", stats=stats.counts(), data=encode_stats(stats, {}), tokens=tokens)
 
 
 def assert_counts_equal(left, right):
@@ -132,7 +133,7 @@ def test_a_damaged_shard_is_asked_again_and_a_double_one_counts_once(series, sou
     first.prepare()
     for index in range(4):
         first.answered(index, outcome(parts[index]))
-    first.shards.write(Node(0, 2), encode_stats(parts[2], {"by": "another worker"}, narrow=True))
+    first.shards.write(Node(0, 2), encode_stats(parts[2], {"by": "another worker"}))
     assert len(list(series.shards.glob("0-2.*"))) == 2
     (path,) = series.shards.glob("0-1.*")
     data = bytearray(path.read_bytes())
@@ -215,8 +216,9 @@ def nodes(*resources):
 
 
 def test_workers_fit_into_the_cluster():
-    def size(there, workers, threads=0, gpu=False):
-        found = size_of(there, Distribution(workers), threads, gpu=gpu)
+    def size(there, workers, threads=0, gpu=False, each=None, device="auto"):
+        settings = RuntimeSettings(threads=threads, device=device)
+        found = size_of(there, Distribution(workers, gpus=each), settings, gpu=gpu)
         return found.workers, found.threads, found.gpus
 
     assert size(nodes((2, 0)), 2) == (2, 1, 0)
@@ -225,16 +227,22 @@ def test_workers_fit_into_the_cluster():
     assert size(nodes((16, 0), (8, 0)), 4) == (4, 5, 0)  # three in one node, one in the other
     assert size(nodes((16, 4), (16, 4)), None, gpu=True) == (8, 4, 1)
     assert size(nodes((16, 4)), 3, threads=2) == (3, 2, 0)
+    assert size(nodes((16, 4), (16, 3)), None, gpu=True, each=2) == (3, 8, 2)  # a worker's GPUs are of one node
+    assert size(nodes((16, 4), (16, 4)), None, gpu=True, device="map") == (2, 16, 4)
+    assert size(nodes((16, 8)), None, gpu=True, each=4, device="map") == (2, 8, 4)
+    assert size(nodes((4, 0)), None, gpu=True, device="map") == (1, 4, 0)
     dead = nodes((64, 0))[0] | {"Alive": False}
     assert size([dead, *nodes((2, 0))], 2) == (2, 1, 0)
-    for there, workers, threads, gpu, says in (
-        (nodes((2, 0)), 3, 0, False, "2 cores"),
-        (nodes((2, 0), (2, 0)), 2, 4, False, "--threads 4: the cluster has 2 \\+ 2 cores"),
-        ([], 1, 0, False, "no cores"),
-        (nodes((8, 1)), 2, 0, True, "the cluster has 1; give at most 1"),
+    for there, workers, threads, each, says in (
+        (nodes((2, 0)), 3, 0, None, "2 cores"),
+        (nodes((2, 0), (2, 0)), 2, 4, None, "--threads 4: the cluster has 2 \\+ 2 cores"),
+        ([], 1, 0, None, "no cores"),
+        (nodes((8, 1)), 2, 0, None, "takes a GPU, and the cluster has 1; give at most 1"),
+        (nodes((8, 3), (8, 3)), 3, 0, 2, "takes 2 GPUs of one node, and the cluster has 3 \\+ 3; give at most 2"),
+        (nodes((8, 3), (8, 3)), None, 0, 4, "--gpus 4: .* no node has more than 3"),
     ):
         with pytest.raises(ClusterError, match=says):
-            size(there, workers, threads, gpu)
+            size(there, workers, threads, gpu=True, each=each)
 
 
 WITHOUT = """
@@ -261,6 +269,9 @@ def test_without_ray_one_sentence_says_how_to_get_it(tiny, cli_environment, tmp_
     done = subprocess.run([*command, "--workers", "2"], **ask)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--workers goes with --engine ray" in done.stderr
+    done = subprocess.run([*command, "--gpus", "2"], **ask)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--gpus goes with --engine ray" in done.stderr
     done = subprocess.run(command, **ask)  # and nothing else needs it
     assert done.returncode == 0, done.stderr
     assert Path(tmp_path, "p").is_file()

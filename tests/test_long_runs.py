@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from jobs import main_job, npti
 
-from npti_export.cli.long_runs import _without_secrets, interrupted
+from npti_export.cli.long_runs import interrupted
+from npti_export.generators.address import without_secrets
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} \d+ "
 
@@ -107,4 +108,4 @@ def test_a_log_is_never_added_to_another_file(tiny, cli_environment, tmp_path):
     ],
 )
 def test_a_log_holds_no_secret(given, shown):
-    assert _without_secrets(given) == shown
+    assert without_secrets(given) == shown

@@ -15,7 +15,7 @@ from npti_export.stats import BIN_COUNT, ActivationStats, ContrastStats, PairSpr
 def collect(activations):
     """Statistics of [layers, tokens, width] through the accumulator that runs beside a model."""
     layers, tokens, width = activations.shape
-    accumulator = StatsAccumulator(layers, width, torch.device("cpu"))
+    accumulator = StatsAccumulator(layers, width)
     modules = [torch.nn.Identity() for _ in range(layers)]
     with accumulator.listen(modules, torch.ones(1, tokens, dtype=torch.bool)):
         for module, values in zip(modules, activations, strict=True):
@@ -83,6 +83,33 @@ def test_adding_shards_is_counting_everything_at_once():
         assert total.tokens == whole.tokens
         for field in ("active", "histogram", "largest"):
             np.testing.assert_array_equal(getattr(total, field), getattr(whole, field))
+
+
+def test_added_in_the_memory_of_the_first():
+    activations = silu_like(np.random.default_rng(6), (2, 60, 5))
+    whole, first, second = (collect(activations[:, some]) for some in (slice(60), slice(30), slice(30, 60)))
+    room, kept = first.histogram, second.histogram.copy()
+    total = ActivationStats.empty(2, 5).absorb(first.absorb(second))
+    for field in ("active", "histogram", "largest"):
+        np.testing.assert_array_equal(getattr(total, field), getattr(whole, field))
+    np.testing.assert_array_equal(room, whole.histogram)  # the very array
+    np.testing.assert_array_equal(second.histogram, kept)
+    second.histogram.flags.writeable = second.active.flags.writeable = False
+    np.testing.assert_array_equal(second.absorb(second).active, 2 * second.active)
+    empty = ContrastStats.empty(2, 5)
+    one = ContrastStats(whole, whole, empty.spread)
+    both = empty.absorb(one)
+    assert (both.plus.tokens, both.minus.active.sum()) == (60, whole.active.sum())  # plus and minus are two
+
+
+@pytest.mark.parametrize("largest", [200, 60_000, 2**31 - 1])
+def test_counts_of_any_size_are_kept(tmp_path, largest):
+    stats = collect(silu_like(np.random.default_rng(3), (1, 20, 5)))
+    stats.histogram[0, 0, 3] = largest
+    save_stats(tmp_path / "s", ContrastStats(stats, stats, PairSpread.empty(1, 5)), {})
+    read = load_stats(tmp_path / "s")[0].plus.histogram
+    assert read.dtype == np.int32
+    np.testing.assert_array_equal(read, stats.histogram)
 
 
 def test_saved_and_read_back(tmp_path):

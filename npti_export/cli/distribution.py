@@ -32,6 +32,12 @@ def distribution_options(command: Command) -> Command:
                 help="ray: processes that answer, each with the model [default: one a GPU, or one for four cores]",
             ),
             click.option(
+                "--gpus",
+                type=click.IntRange(1),
+                metavar="N",
+                help="ray: of each worker; over several of them a model is spread [default: 1]",
+            ),
+            click.option(
                 "--address",
                 metavar="HOST:PORT|auto|local",
                 help="ray: a cluster to join, as Ray writes it [default: RAY_ADDRESS, or a Ray of this machine]",
@@ -45,11 +51,11 @@ def distribution_of(options: dict[str, Any]) -> Distribution | None:
     from npti_export.distribute.cluster import import_ray
     from npti_export.distribute.plan import Distribution
 
-    engine, workers, address = (options.pop(name) for name in ("asked_by", "workers", "address"))
+    engine, workers, address, gpus = (options.pop(name) for name in ("asked_by", "workers", "address", "gpus"))
     if engine == "local":
-        for name, value in (("--workers", workers), ("--address", address)):
+        for name, value in (("--workers", workers), ("--address", address), ("--gpus", gpus)):
             if value is not None:
                 raise click.UsageError(f"{name} goes with --engine ray; this process has no workers")
         return None
     import_ray()  # said before a model is read
-    return Distribution(workers, address)
+    return Distribution(workers, address, gpus)

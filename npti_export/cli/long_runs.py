@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
@@ -18,6 +17,7 @@ import click
 
 from npti_export.errors import NptiError, OutputError
 from npti_export.files import translate_os_errors
+from npti_export.generators.address import without_secrets
 from npti_export.version import __version__
 
 LOGGER = logging.getLogger("npti_export")
@@ -27,7 +27,6 @@ _LOST = (
 )
 _FIRST = "npti-export "  # in the first line of a log
 _BEGINNING = 4096  # bytes that hold it
-_SECRETS = re.compile(r"(\w+://)[^/@\s]*@|\?[^\s=]*=[^\s=]*(?==|$)")
 _EVERY = 10.0  # seconds between lines of one stage
 _callbacks: list[Any] = []  # which C code keeps pointers to
 
@@ -85,7 +84,7 @@ def _begin(context: click.Context, _parameter: click.Parameter, path: Path | Non
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(message)s"))
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
-    LOGGER.info("%s%s: %s", _FIRST, __version__, shlex.join(map(_without_secrets, sys.argv[1:])))
+    LOGGER.info("%s%s: %s", _FIRST, __version__, shlex.join(map(without_secrets, sys.argv[1:])))
     began = time.monotonic()
     context.call_on_close(lambda: _end(handler, began))
 
@@ -103,11 +102,6 @@ def _check_log(path: Path) -> None:
             begins = stream.read(_BEGINNING)
     if _FIRST.encode() not in begins.partition(b"\n")[0]:
         raise OutputError(f"--log {path}: is there already, and is no log of npti-export; name another file")
-
-
-def _without_secrets(argument: str) -> str:
-    """An argument as the log shows it: addresses without user, password and query."""
-    return _SECRETS.sub(r"\1", argument)
 
 
 def _end(handler: logging.Handler, began: float) -> None:

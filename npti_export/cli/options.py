@@ -83,7 +83,10 @@ def runtime_options(command: Command) -> Command:
                 help="llama.cpp: identify on the file as it is, or on a bfloat16 copy, where that is faster",
             ),
             click.option(
-                "--device", default="auto", show_default=True, help="transformers: auto, cpu, cuda, cuda:1, mps"
+                "--device",
+                default="auto",
+                show_default=True,
+                help="transformers: auto, cpu, cuda, cuda:1, mps, or map: layers spread over all GPUs, then memory",
             ),
             click.option(
                 "--dtype",
@@ -315,8 +318,8 @@ def runtime_settings(options: dict[str, Any]) -> RuntimeSettings:
     from npti_export.errors import ModelError
     from npti_export.loader import RuntimeSettings
 
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", options["device"]):
-        raise ModelError(f"--device {options['device']!r}: give auto, cpu, mps, cuda or cuda:N")
+    if not re.fullmatch(r"auto|map|cpu|mps|cuda(:\d+)?", options["device"]):
+        raise ModelError(f"--device {options['device']!r}: give auto, cpu, mps, cuda, cuda:N or map")
     names = (
         "engine",
         "device",

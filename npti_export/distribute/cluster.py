@@ -15,7 +15,8 @@ from typing import Any
 
 from npti_export.distribute.plan import Distribution
 from npti_export.errors import ClusterError
-from npti_export.loader import Models
+from npti_export.loader import Models, RuntimeSettings
+from npti_export.runtimes.devices import MAP
 from npti_export.runtimes.llamacpp.library import usable_cores
 
 _STARTS = 3  # of a Ray of this machine, which gives up after half a minute, however busy the machine is
@@ -165,7 +166,7 @@ class Size:
     Attributes:
         workers: how many.
         threads: of each.
-        gpus: of each, 0 or 1.
+        gpus: of each; 0 where it runs on none.
     """
 
     workers: int
@@ -186,7 +187,7 @@ def wants_gpu(models: Models) -> bool:
         return bool(settings.gpu_layers and llama().llama_supports_gpu_offload())
     if settings.device.startswith("cuda:"):
         raise ClusterError(f"--device {settings.device}: Ray gives each worker a GPU of its own; say --device cuda")
-    return settings.device in ("auto", "cuda")
+    return settings.device in ("auto", "cuda", MAP)
 
 
 def local_cores(distribution: Distribution, threads: int) -> int:
@@ -194,13 +195,15 @@ def local_cores(distribution: Distribution, threads: int) -> int:
     return max(usable_cores(), (distribution.workers or 1) * max(threads, 1))
 
 
-def size_of(nodes: Sequence[dict[str, Any]], distribution: Distribution, threads: int, *, gpu: bool) -> Size:
+def size_of(
+    nodes: Sequence[dict[str, Any]], distribution: Distribution, settings: RuntimeSettings, *, gpu: bool
+) -> Size:
     """Workers for the nodes of a cluster, as ``ray.nodes()`` describes them.
 
     Args:
         nodes: what there is.
         distribution: what is asked for.
-        threads: of a worker; 0 shares out the cores.
+        settings: of the runtime; ``threads`` of a worker, 0 shares out the cores.
         gpu: whether the model would run on a GPU.
 
     Raises:
@@ -208,17 +211,32 @@ def size_of(nodes: Sequence[dict[str, Any]], distribution: Distribution, threads
     """
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     cores = [int(one.get("CPU", 0)) for one in resources if one.get("CPU", 0) >= 1]
-    gpus = int(sum(one.get("GPU", 0) for one in resources)) if gpu else 0
-    workers = distribution.workers or gpus or max(len(cores), sum(cores) // _CORES_A_WORKER, 1)
-    if gpus and workers > gpus:
+    gpus = [int(one["GPU"]) for one in resources if one.get("GPU", 0) >= 1] if gpu else []
+    each = _gpus_of_a_worker(gpus, distribution, settings)
+    room = sum(one // each for one in gpus) if each else 0
+    workers = distribution.workers or room or max(len(cores), sum(cores) // _CORES_A_WORKER, 1)
+    if each and workers > room:
+        takes = "a GPU" if each == 1 else f"{each} GPUs of one node"
         raise ClusterError(
-            f"--workers {workers}: each worker takes a GPU, and the cluster has {gpus}; give at most {gpus}, or "
-            "--device cpu"
+            f"--workers {workers}: each worker takes {takes}, and the cluster has {' + '.join(map(str, gpus))}; give "
+            f"at most {room}, or --device cpu"
         )
+    threads = settings.threads
     fits = [size for size in range(1, max(cores, default=0) + 1) if sum(one // size for one in cores) >= workers]
     if not fits or (threads and threads not in fits):
         raise ClusterError(
             f"--workers {workers}{f' with --threads {threads}' * bool(threads)}: the cluster has "
             f"{' + '.join(map(str, cores)) or 'no'} cores; ask for fewer"
         )
-    return Size(workers, threads or fits[-1], 1 if gpus else 0)
+    return Size(workers, threads or fits[-1], each)
+
+
+def _gpus_of_a_worker(gpus: Sequence[int], distribution: Distribution, settings: RuntimeSettings) -> int:
+    """``gpus`` are those of each node that has any."""
+    each = distribution.gpus or (min(gpus, default=0) if settings.device == MAP else min(1, len(gpus)))
+    if distribution.gpus and each > max(gpus, default=0):
+        raise ClusterError(
+            f"--gpus {each}: a worker's GPUs are of one node, and no node has more than {max(gpus, default=0)} that "
+            "this job would use; give fewer"
+        )
+    return each

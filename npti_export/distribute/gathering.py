@@ -132,7 +132,7 @@ class Gathering:
             stats, _ = resume(self.series.state, self._source, Silent())
             try:
                 for node in covering(self._base, self.prefix):
-                    stats += self.shards.total(node)
+                    stats = stats.absorb(self.shards.total(node))
             except ProfileError:
                 self.damaged()
                 return

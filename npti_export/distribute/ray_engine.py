@@ -22,6 +22,7 @@ from npti_export.progress import Progress
 _RESTARTS = 3  # of one worker, by Ray; a model that does not fit into its node kills every worker that takes it
 _FAILURES = 6  # of one task, whoever did it
 _POLL = 0.5  # seconds
+_SILENT = 120  # times, a poll apart, that a worker which is being started again may not answer
 _AGAIN = 60  # times that it looks for a shard which a shared folder shows late
 _SLOW = 1.5  # times the median: a task that takes longer is done a second time, where a worker has nothing else to do
 _UNKNOWN = 60.0  # seconds, where nothing of its kind has ended yet
@@ -98,7 +99,11 @@ class RayEngine:
         }
         kind = ray.remote(Worker).options(**options)
         self._actors = {number: kind.remote(setup) for number in range(size.workers)}
-        self._greeting = {actor.hello.remote(): number for number, actor in self._actors.items()}
+        self._greeting: dict[Any, int] = {}
+        for number in self._actors:
+            self._greet(number)
+        self._silent: Counter[int] = Counter()
+        self._away: dict[int, float] = {}  # workers that are being started again, and until when not to ask them
         self._hello: Hello | None = None
         self._process: dict[int, str] = {}
         self._idle: list[int] = []
@@ -220,7 +225,13 @@ class RayEngine:
 
     def _wait(self) -> None:
         """Take what has come back, after at most ``_POLL`` seconds."""
+        for number in [number for number, until in self._away.items() if time.monotonic() >= until]:
+            del self._away[number]
+            self._greet(number)
         refs = [*self._running, *self._greeting]
+        if not refs and self._away:
+            time.sleep(_POLL)
+            return
         if not refs:
             raise ClusterError("every worker died and did not come back; ray's logs in /tmp/ray say why")
         ready, _ = self._ray.wait(refs, num_returns=1, timeout=_POLL)
@@ -236,8 +247,13 @@ class RayEngine:
         try:
             said = _unless_fault(self._ray.get(ref))
         except self._ray.exceptions.RayActorError as error:
-            self._lose(number, error)
+            self._silent[number] += 1
+            if isinstance(error, self._ray.exceptions.ActorUnavailableError) and self._silent[number] < _SILENT:
+                self._away[number] = time.monotonic() + _POLL
+            else:
+                self._lose(number, error)
             return
+        self._silent[number] = 0
         if self._hello is None:
             self._hello = said
         if (said.dtype, said.device) != (self._hello.dtype, self._hello.device):
@@ -246,8 +262,12 @@ class RayEngine:
                 f"{said.process} in {said.dtype} on {said.device}, which would not give one result; set --dtype and "
                 "--device, or --weights for llama.cpp"
             )
-        self._process[number] = said.process
+        self._meet(number, said.process)
         self._idle.append(number)
+
+    def _greet(self, number: int) -> None:
+        """Ask a worker to say when it is there."""
+        self._greeting[self._actors[number].hello.remote()] = number
 
     def _take(self, ref: Any, run: _Running) -> None:
         exceptions = self._ray.exceptions
@@ -258,7 +278,7 @@ class RayEngine:
         except exceptions.RayActorError as error:
             self._failed(run, error)
             if isinstance(error, exceptions.ActorUnavailableError):  # it is being started again
-                self._idle.append(run.actor)
+                self._greet(run.actor)
             else:
                 self._lose(run.actor, error)
             return
@@ -314,7 +334,7 @@ class RayEngine:
         self.log.merged += 1
 
     def _meet(self, number: int, process: str) -> None:
-        if self._process[number] != process:
+        if self._process.setdefault(number, process) != process:
             self._progress.note(f"the worker {self._process[number]} died; Ray started it again as {process}")
             self._process[number] = process
             self.log.restarted += 1

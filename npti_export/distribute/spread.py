@@ -23,6 +23,7 @@ from npti_export.identify.profiles import Place, check_matchable, kept_constant,
 from npti_export.loader import Models
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
+from npti_export.runtimes.devices import MAP
 from npti_export.traits import Sign
 from npti_export.version import __version__
 
@@ -111,7 +112,7 @@ def _run(
         mark = stack.enter_context(_mark(place.cache))
         progress.start("start Ray", 1)
         ray = stack.enter_context(connected(distribution, local_cores(distribution, threads)))
-        size = size_of(ray.nodes(), distribution, threads, gpu=gpu)
+        size = size_of(ray.nodes(), distribution, models.settings, gpu=gpu)
         engine = stack.enter_context(RayEngine(ray, _setup(request, place, models, size, mark, copies), size, progress))
         hello = engine.hello()
         progress.advance(1)
@@ -133,6 +134,8 @@ def _run(
 def _setup(request: Request, place: Place, models: Models, size: Size, mark: Path, copies: Path) -> Setup:
     sequences = max(one.identify.batch_size for one in (request.recipe, *request.neurons.values()))
     settings = replace(models.settings, threads=size.threads)
+    if size.gpus > 1:  # llama.cpp takes all that it sees by itself
+        settings = replace(settings, device=MAP)
     source, host = place.source, socket.gethostname()
     return Setup(source, file_bytes(source), request.model, settings, sequences, mark, copies, host, __version__)
 

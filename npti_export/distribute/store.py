@@ -67,7 +67,7 @@ class Shards:
             ProfileError: one of them is missing or damaged.
             OutputError: see :meth:`write`.
         """
-        self.write(node, encode_stats(self.total(node), {}, narrow=True))
+        self.write(node, encode_stats(self.total(node), {}))
         for child in node.children:
             self.discard(child)
 
@@ -82,7 +82,7 @@ class Shards:
         first, *others = node.children
         stats = self.total(first)
         for child in others:
-            stats += self.total(child)
+            stats = stats.absorb(self.total(child))
         return stats
 
     def close(self) -> None:

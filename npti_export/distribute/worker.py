@@ -82,7 +82,7 @@ class Worker:
         started = time.perf_counter()
         stats = run_batch(runtime, series.bench, series.batch(task.index), first, series.recipe)
         computing = time.perf_counter() - started
-        data = encode_stats(stats, {}, narrow=True)
+        data = encode_stats(stats, {})
         if shares:
             shards.write(Node(0, task.index), data)
         tokens = stats.plus.tokens + stats.minus.tokens

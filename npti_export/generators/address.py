@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlsplit
+
+_SECRETS = re.compile(r"(\w+://)[^/@\s]*@|\?[^\s=]*=[^\s=]*(?==|$)")
 
 
 def is_address(url: str) -> bool:
@@ -27,3 +30,8 @@ def public_address(url: str) -> str:
     except ValueError:
         port = ""
     return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
+
+
+def without_secrets(argument: str) -> str:
+    """An argument of the command line with what :func:`public_address` leaves out left out of each address in it."""
+    return _SECRETS.sub(r"\1", argument)

@@ -80,7 +80,7 @@ def collect(
     while runtime is not None and overlap < settings.overlap:
         batch = questions[asked : asked + per_batch]
         fresh = run_batch(runtime, bench, batch, asked, recipe)
-        stats += fresh
+        stats = stats.absorb(fresh)
         asked += len(batch)
         done += 1
         if state is not None:

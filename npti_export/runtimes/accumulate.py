@@ -1,9 +1,10 @@
-"""Counting gate activations in torch, on the model's device."""
+"""Counting gate activations in torch, each layer's on the layer's device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ import torch
 from npti_export.routing import ExpertRouting, routing_for
 from npti_export.stats import BIN_COUNT, EDGES, ActivationStats
 
+# Activations that are sorted into bins at once: what that takes is some 20 bytes each, for a moment, beside the model.
+_AT_ONCE = 1 << 25
+
 
 class StatsAccumulator:
     """Builds an :class:`ActivationStats` from forward passes.
@@ -20,25 +24,15 @@ class StatsAccumulator:
     Args:
         layers: of the model.
         width: neurons of a layer, of all its experts together.
-        device: the model's.
         experts: of a layer; 1 in a dense model.
         products: whether the inputs of down projections will be seen, too.
     """
 
-    def __init__(
-        self, layers: int, width: int, device: torch.device, experts: int = 1, *, products: bool = False
-    ) -> None:
+    def __init__(self, layers: int, width: int, experts: int = 1, *, products: bool = False) -> None:
         self._tokens = 0
-        self._width, self._experts = width, experts
-        self._active = torch.zeros((layers, width), dtype=torch.int64, device=device)
-        self._histogram = torch.zeros((layers, width * BIN_COUNT), dtype=torch.int32, device=device)
-        self._largest = torch.zeros((layers, width), dtype=torch.float32, device=device)
-        self._routed = torch.zeros((layers, experts), dtype=torch.int64, device=device)
-        # float64 where there is any: the sums of a shard, and of all of them, are right to the last digits
-        exact = torch.float32 if device.type == "mps" else torch.float64
-        self._product = torch.zeros((2, layers, width), dtype=exact, device=device) if products else None
+        self._layers = [_LayerCounts(width, experts, products=products) for _ in range(layers)]
+        self._experts, self._products = experts, products
         self._answers: list[tuple[Any, Any]] = []  # [answers, layers, width] and [answers] of each pass
-        self._edges = torch.from_numpy(EDGES).to(device)
 
     @contextmanager
     def listen(
@@ -48,77 +42,137 @@ class StatsAccumulator:
         down_projections: Sequence[torch.nn.Module] = (),
     ) -> Iterator[None]:
         """Count, during the forward passes of the block, the positions of ``counted`` ``[batch, length]`` bool."""
-        layers = len(activations)
-        counts = torch.zeros((len(counted), layers, self._width), dtype=torch.int32, device=counted.device)
         with ExitStack() as stack:
-            for layer, module in enumerate(activations):
+            for layer, module in zip(self._layers, activations, strict=True):
                 routing = routing_for(module)
                 if routing is not None:
                     stack.enter_context(routing.listening())
-                hook = self._hook(layer, counted, counts[:, layer], routing)
-                stack.callback(module.register_forward_hook(hook).remove)
-            for layer, module in enumerate(down_projections):
-                stack.callback(module.register_forward_pre_hook(self._product_hook(layer, counted)).remove)
+                layer.begin(counted)
+                stack.callback(module.register_forward_hook(_hook(layer, routing)).remove)
+            for layer, module in zip(self._layers, down_projections, strict=False):
+                stack.callback(module.register_forward_pre_hook(_product_hook(layer)).remove)
             yield
         self._tokens += int(counted.sum())
-        self._answers.append((counts.cpu().numpy(), counted.sum(1).cpu().numpy()))
-
-    def _hook(self, layer: int, counted: torch.Tensor, counts: torch.Tensor, routing: ExpertRouting | None) -> Any:
-        owners = counted.nonzero()[:, 0]  # the answer of each counted position
-        flat, length = counted.reshape(-1), counted.shape[1]
-
-        def dense(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-            self._add(layer, output[counted], owners, counts, slice(0, self._width))
-
-        def of_expert(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-            assert routing is not None
-            rows = routing.rows_of(output)
-            wanted = flat[rows.tokens]
-            self._routed[layer, rows.expert] += wanted.sum()
-            self._add(layer, output[wanted], rows.tokens[wanted] // length, counts, rows.neurons)
-
-        return dense if routing is None else of_expert
-
-    def _product_hook(self, layer: int, counted: torch.Tensor) -> Any:
-        def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            assert self._product is not None
-            values = inputs[0][counted].to(self._product.dtype)
-            self._product[0, layer] += values.sum(0)
-            self._product[1, layer] += values.square().sum(0)
-
-        return hook
-
-    def _add(
-        self, layer: int, values: torch.Tensor, owners: torch.Tensor, counts: torch.Tensor, neurons: slice
-    ) -> None:
-        """Count activations ``[rows, neurons]`` of some of the layer's neurons; ``counts`` is ``[answers, width]``."""
-        values = values.float()
-        positive = values > 0
-        if not len(values):
-            return
-        counts[:, neurons].index_add_(0, owners, positive.int())
-        self._active[layer, neurons] += positive.sum(0)
-        largest = self._largest[layer, neurons]
-        torch.maximum(largest, values.max(0).values.clamp_min(0), out=largest)
-        width = values.shape[1]
-        first = torch.arange(width, device=values.device) * BIN_COUNT
-        places = torch.bucketize(values, self._edges, right=True) + first
-        bins = torch.bincount(places[positive], minlength=width * BIN_COUNT)
-        self._histogram[layer, neurons.start * BIN_COUNT : neurons.stop * BIN_COUNT] += bins.int()
+        counts = np.stack([layer.answers.cpu().numpy() for layer in self._layers], axis=1)
+        self._answers.append((counts, counted.sum(1).cpu().numpy()))
 
     def result(self) -> ActivationStats:
         """What was counted so far."""
-        shape = (*self._active.shape, BIN_COUNT)
+        layers = self._layers
         return ActivationStats(
             self._tokens,
-            self._active.cpu().numpy(),
-            self._histogram.reshape(shape).cpu().numpy(),
-            self._largest.cpu().numpy(),
-            self._routed.cpu().numpy() if self._experts > 1 else None,
-            None if self._product is None else self._product.double().cpu().numpy(),
+            _stacked([layer.active for layer in layers]),
+            _stacked([layer.histogram.view(-1, BIN_COUNT) for layer in layers]),
+            _stacked([layer.largest for layer in layers]),
+            _stacked([layer.routed for layer in layers]) if self._experts > 1 else None,
+            _stacked([layer.product for layer in layers], axis=1).astype(np.float64) if self._products else None,
         )
 
     def counts(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Active tokens ``[answers, layers, width]`` and tokens ``[answers]`` of each answer, in their order."""
         active, tokens = zip(*self._answers, strict=True)
         return np.concatenate(active), np.concatenate(tokens)
+
+
+class _LayerCounts:
+    """What the neurons of one layer did. It lies where the layer computes, which the layer's first output says."""
+
+    def __init__(self, width: int, experts: int, *, products: bool) -> None:
+        self._width, self._experts, self._products = width, experts, products
+        self._device = torch.device("cpu")  # until then
+
+    def begin(self, counted: torch.Tensor) -> None:
+        """A pass begins, of which the positions ``[batch, length]`` count."""
+        self._counted = counted
+        self._placed: torch.Tensor | None = None
+        self.answers = torch.zeros((len(counted), self._width), dtype=torch.int32, device=self._device)
+
+    def counted(self, output: torch.Tensor) -> torch.Tensor:
+        """The positions, on the device of an output, as all that is counted from now on."""
+        if self._placed is None:
+            self._device = output.device
+            self._placed, self.answers = self._counted.to(output.device), self.answers.to(output.device)
+        return self._placed
+
+    @cached_property
+    def active(self) -> torch.Tensor:
+        return torch.zeros(self._width, dtype=torch.int64, device=self._device)
+
+    @cached_property
+    def histogram(self) -> torch.Tensor:
+        return torch.zeros(self._width * BIN_COUNT, dtype=torch.int32, device=self._device)
+
+    @cached_property
+    def largest(self) -> torch.Tensor:
+        return torch.zeros(self._width, dtype=torch.float32, device=self._device)
+
+    @cached_property
+    def routed(self) -> torch.Tensor:
+        return torch.zeros(self._experts, dtype=torch.int64, device=self._device)
+
+    @cached_property
+    def product(self) -> torch.Tensor:
+        # float64 where there is any: the sums of a shard, and of all of them, are right to the last digits
+        exact = torch.float32 if self._device.type == "mps" else torch.float64
+        return torch.zeros((2, self._width), dtype=exact, device=self._device)
+
+    @cached_property
+    def _edges(self) -> torch.Tensor:
+        return torch.from_numpy(EDGES).to(self._device)
+
+    def add(self, values: torch.Tensor, owners: torch.Tensor, neurons: slice) -> None:
+        """Count activations ``[rows, neurons]`` of some of the neurons, in the answers ``owners`` ``[rows]``."""
+        rows = max(1, _AT_ONCE // values.shape[1])
+        for some, whose in zip(torch.split(values, rows), torch.split(owners, rows), strict=True):
+            if len(some):
+                self._add(some.float(), whose, neurons)
+
+    def _add(self, values: torch.Tensor, owners: torch.Tensor, neurons: slice) -> None:
+        positive = values > 0
+        self.answers[:, neurons].index_add_(0, owners, positive.int())
+        self.active[neurons] += positive.sum(0)
+        largest = self.largest[neurons]
+        torch.maximum(largest, values.max(0).values.clamp_min(0), out=largest)
+        width = values.shape[1]
+        first = torch.arange(width, device=values.device) * BIN_COUNT
+        places = torch.bucketize(values, self._edges, right=True) + first
+        bins = torch.bincount(places[positive], minlength=width * BIN_COUNT)
+        self.histogram[neurons.start * BIN_COUNT : neurons.stop * BIN_COUNT] += bins.int()
+
+    def add_products(self, values: torch.Tensor) -> None:
+        """Add inputs of the down projection, ``[rows, width]``."""
+        for some in torch.split(values, max(1, _AT_ONCE // values.shape[1])):
+            exact = some.to(self.product.dtype)
+            self.product[0] += exact.sum(0)
+            self.product[1] += exact.square().sum(0)
+
+    @property
+    def every(self) -> slice:
+        """All neurons."""
+        return slice(0, self._width)
+
+
+def _hook(layer: _LayerCounts, routing: ExpertRouting | None) -> Any:
+    def dense(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        counted = layer.counted(output)
+        layer.add(output[counted], counted.nonzero()[:, 0], layer.every)
+
+    def of_expert(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        assert routing is not None
+        counted, rows = layer.counted(output), routing.rows_of(output)
+        wanted = counted.reshape(-1)[rows.tokens]
+        layer.routed[rows.expert] += wanted.sum()
+        layer.add(output[wanted], rows.tokens[wanted] // counted.shape[1], rows.neurons)
+
+    return dense if routing is None else of_expert
+
+
+def _product_hook(layer: _LayerCounts) -> Any:
+    def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        layer.add_products(inputs[0][layer.counted(inputs[0])])
+
+    return hook
+
+
+def _stacked(parts: Sequence[torch.Tensor], axis: int = 0) -> npt.NDArray[Any]:
+    return np.stack([part.cpu().numpy() for part in parts], axis=axis)

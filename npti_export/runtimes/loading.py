@@ -28,8 +28,8 @@ def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {token for token in stop if token is not None}
 
 
-def load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A model and its tokenizer.
+def load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool, *, spread: bool = False) -> tuple[Any, Any]:
+    """A model and its tokenizer; ``spread``: over the devices of this machine.
 
     Raises:
         ModelError: transformers cannot load it (the reason given is its own), or see
@@ -48,7 +48,9 @@ def load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool) -> tu
             tokenizer = transformers.AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
             _check_templates(tokenizer.chat_template, str(source.path))
             # of a directory nothing but safetensors: other weights are programs that run as they are read
-            only = {} if source.kind == "gguf" else {"use_safetensors": True}
+            only: dict[str, Any] = {} if source.kind == "gguf" else {"use_safetensors": True}
+            if spread:
+                only["device_map"] = "auto"
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 **where, **only, dtype=dtype, trust_remote_code=trust_remote_code
             )

@@ -35,7 +35,7 @@ class StreamMeans:
 
     def _see(self, at: int, counted: torch.Tensor, _module: Any, _inputs: Any, output: Any) -> None:
         stream = output[0] if isinstance(output, tuple) else output
-        self._sums[at] += stream[counted].double().sum(0).cpu()
+        self._sums[at] += stream[counted.to(stream.device)].double().sum(0).cpu()
 
     def result(self) -> npt.NDArray[np.float64]:
         """The means, ``[layers, hidden]``."""
@@ -87,7 +87,7 @@ class StreamFollower:
 
 def _mean(output: Any, counted: torch.Tensor) -> torch.Tensor:
     stream: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return stream[counted].double().mean(0).cpu()
+    return stream[counted.to(stream.device)].double().mean(0).cpu()
 
 
 def adding(downs: Sequence[torch.nn.Module], added: npt.NDArray[np.float64]) -> ExitStack:

@@ -15,6 +15,7 @@ from npti_export.chat_template import check_prompt
 from npti_export.errors import ModelError
 from npti_export.models import ModelSource
 from npti_export.runtimes.base import FALLBACK_TEMPLATE, Exchange, Message
+from npti_export.runtimes.devices import MAP, entrance, in_place, parse_dtype, pick_dtype, usable_device
 from npti_export.runtimes.loading import load, stop_tokens
 from npti_export.stats import ActivationStats, AnswerCounts
 
@@ -32,7 +33,8 @@ class TransformersRuntime:
 
     Args:
         source: a GGUF (dequantised by transformers) or a transformers directory.
-        device: ``auto`` (CUDA, then MPS, then CPU) or a torch device.
+        device: ``auto`` (CUDA, then MPS, then CPU), a torch device, or ``map``: layer by layer over all GPUs, and where
+            these are full in memory and on disk, as transformers' ``device_map="auto"`` divides it.
         dtype: ``auto`` or a torch dtype's name. Auto is bfloat16 where the hardware multiplies it (CUDA from
             Ampere on, CPUs with AVX512-BF16 or AMX; on the latter it is 2 to 3 times as fast), else float32.
         trust_remote_code: run the model repository's own code.
@@ -52,8 +54,12 @@ class TransformersRuntime:
         self.source = source
         self.device = usable_device(device)
         self.dtype = pick_dtype(self.device) if dtype == "auto" else parse_dtype(dtype)
-        self.model, self.tokenizer = load(source, self.dtype, trust_remote_code)
-        self.model.to(self.device).eval()
+        self.model, self.tokenizer = load(source, self.dtype, trust_remote_code, spread=device == MAP)
+        if device == MAP:
+            self.device = entrance(self.model)
+        else:
+            self.model.to(self.device)
+        self.model.eval()
         if source.architecture.mixture:
             from npti_export.routing import routing_of, tell
 
@@ -185,9 +191,7 @@ class TransformersRuntime:
 
         shape = self.source.shape
         downs = self.down_projections
-        accumulator = StatsAccumulator(
-            shape.layers, shape.width, self.device, shape.experts, products=downs is not None
-        )
+        accumulator = StatsAccumulator(shape.layers, shape.width, shape.experts, products=downs is not None)
         for batch in batches(exchanges):
             ids, mask = self._pad([exchange.tokens for exchange in batch], left=False)
             counted = torch.zeros_like(ids, dtype=torch.bool)
@@ -287,7 +291,9 @@ class TransformersRuntime:
 
     def down_weight(self, layer: int) -> npt.NDArray[np.float32]:
         """See :class:`Runtime`."""
-        weight: npt.NDArray[np.float32] = self._own_downs[layer].weight.detach().float().cpu().numpy()
+        down = self._own_downs[layer]
+        with in_place(down):
+            weight: npt.NDArray[np.float32] = down.weight.detach().float().cpu().numpy()
         return weight
 
     @property
@@ -307,52 +313,6 @@ class TransformersRuntime:
             ids[row, place] = torch.tensor(list(sequence))
             mask[row, place] = 1
         return ids.to(self.device), mask.to(self.device)
-
-
-def pick_device() -> str:
-    """The best torch device of this machine."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name (``auto``: the best one), after a try.
-
-    Raises:
-        ModelError: this machine or this build of torch does not have it.
-    """
-    import torch
-
-    try:
-        device = torch.device(pick_device() if name == "auto" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"--device {name}: cannot be used here ({reason}); try --device auto") from error
-    return device
-
-
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """The fastest dtype that is right for identification on a device."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
-            return torch.bfloat16
-    return torch.float32
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a name such as ``float32``."""
-    import torch
-
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
 def batches(

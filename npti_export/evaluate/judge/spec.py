@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from npti_export.errors import EvaluationError, shortened
-from npti_export.generators.address import is_address
+from npti_export.generators.address import is_address, public_address
 
 _FORMS = "give URL=MODEL, such as http://127.0.0.1:8080/v1=qwen3-8b, or a .gguf file"
 
@@ -55,10 +55,11 @@ def parse_judge(text: str, **more: Any) -> JudgeSpec:
     """
     if "://" in text:
         url, _, model = text.rpartition("=")
+        shown = shortened(public_address(url or text))
         if not url or not model.strip():
-            raise EvaluationError(f"--judge {_shown(text)}: names no model; {_FORMS}")
+            raise EvaluationError(f"--judge {shown}: names no model; {_FORMS}")
         if not is_address(url):
-            raise EvaluationError(f"--judge {_shown(url)}: is no address of an endpoint without a key in it; {_FORMS}")
+            raise EvaluationError(f"--judge {shown}: is no address of an endpoint without a key in it; {_FORMS}")
         return JudgeSpec(model.strip(), url, **more)
     if not text.lower().endswith(".gguf"):
         hint = "; an address begins with http:// or https://" if "=" in text else ""
@@ -72,10 +73,3 @@ def parse_judge(text: str, **more: Any) -> JudgeSpec:
     if not on_hub and not there:
         raise EvaluationError(f"--judge {shortened(text)}: there is no such file; {_FORMS}")
     return JudgeSpec(text if on_hub else str(path), **more)
-
-
-def _shown(text: str) -> str:
-    """An address without what may be a secret in it."""
-    scheme, _, rest = text[:200].partition("://")
-    host = rest.partition("/")[0].rpartition("@")[2]
-    return f"{scheme}://{host}{'/…' if '/' in rest else ''}"

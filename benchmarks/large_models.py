@@ -1,0 +1,204 @@
+"""What the statistics of identification cost at the sizes of large models, and how right their a95 is.
+
+    python benchmarks/large_models.py [--shapes 30x1536 32x14336 80x28672] [--questions 24]
+
+First, what a layer costs beside its arithmetic: transformers' generation on models that compute next to nothing.
+Then, on the default model: a95 by the bins against sorting every activation that was positive, neuron by neuron.
+Last, for each shape (LAYERSxWIDTH; 32x14336 is Llama 3's 8B, 80x28672 its 70B), in a process of its own, on random
+counts: bytes of one trait's statistics, of the file that is kept of them and of the profile, and how far the process
+grew over each step of a job, beside what its inputs take.
+"""
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from common import say
+
+MB, PAGE = 1e6, os.sysconf("SC_PAGE_SIZE")
+
+
+def accuracy(questions):
+    """Relative errors of a95 on the default model, answers under both poles together."""
+    import torch
+
+    from npti_export.bench import load_bench
+    from npti_export.identify.collect import contrast_prompts
+    from npti_export.models import resolve_model
+    from npti_export.recipe import load_recipe
+    from npti_export.runtimes.transformers import TransformersRuntime
+
+    bench, recipe = load_bench("extraversion"), load_recipe("npti")
+    runtime = TransformersRuntime(resolve_model(None), device="cpu", dtype="float32")
+    asked = bench.search(questions, 0)
+    prompts = [prompt for sign in "+-" for prompt in contrast_prompts(runtime, bench, asked, sign, recipe, 0)]
+    answers = runtime.generate(prompts, max_new_tokens=64, repetition_penalty=recipe.identify.repetition_penalty)
+    found = runtime.activation_stats(answers).quantile(0.95)
+    seen = [[] for _ in runtime.activations]
+    for exchange in answers:
+        places = slice(len(exchange.prompt), len(exchange.tokens) - 1)
+        hooks = [
+            act.register_forward_hook(
+                lambda _m, _i, output, kept=kept, places=places: kept.append(output[0, places].numpy().copy())
+            )
+            for act, kept in zip(runtime.activations, seen, strict=True)
+        ]
+        with torch.inference_mode():
+            runtime.logits(exchange.tokens)
+        for hook in hooks:
+            hook.remove()
+    exact = np.stack([np.quantile(np.concatenate(kept), 0.95, axis=0, method="inverted_cdf") for kept in seen])
+    counted = exact > 0
+    error = np.abs(found[counted] / exact[counted] - 1)
+    tokens = sum(len(one) for one in seen[0])
+    worst = ", ".join(f"{q:g}% of neurons within {np.quantile(error, q / 100):.2%}" for q in (50, 95, 99, 100))
+    say(f"a95 of {counted.sum():,} neurons over {tokens:,} tokens against sorting: {worst}")
+    weighed = np.abs(found[counted] - exact[counted]).sum() / exact[counted].sum()
+    say(f"  weighed by a95 itself: {weighed:.2%}")
+
+
+def step_overhead():
+    """Milliseconds of a generation step, and of a layer in it, where there is nothing to compute."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    steps, seconds = 48, {}
+    for layers in (8, 40):
+        config = LlamaConfig(
+            vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config).eval()
+        ids = torch.ones((1, 8), dtype=torch.long)
+        with torch.inference_mode():
+            took = []
+            for _ in range(5):
+                began = time.perf_counter()
+                model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=steps, do_sample=False)
+                took.append(time.perf_counter() - began)
+        seconds[layers] = min(took[1:]) / steps
+    layer = (seconds[40] - seconds[8]) / 32
+    say(f"a step of generation: {1000 * layer:.2f} ms a layer and {1000 * (seconds[8] - 8 * layer):.1f} ms besides")
+
+
+class Peak:
+    """How far this process's resident memory rises within the block."""
+
+    def __enter__(self):
+        self.start = self.high = self._now()
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self.seconds = time.perf_counter() - self._began
+        self._done.set()
+        self._watcher.join()
+        self.high = max(self.high, self._now())
+
+    @staticmethod
+    def _now():
+        pages = Path("/proc/self/statm").read_text().split()[1]
+        return int(pages) * PAGE
+
+    def _watch(self):
+        while not self._done.wait(0.005):
+            self.high = max(self.high, self._now())
+
+    def __str__(self):
+        return f"{(self.high - self.start) / MB:7.0f} MB {self.seconds:6.2f} s"
+
+
+def random_stats(layers, width, seed):
+    """What a batch of eight questions could give."""
+    from npti_export.stats import BIN_COUNT, ActivationStats, AnswerCounts, ContrastStats, PairSpread
+
+    rng = np.random.default_rng(seed)
+    few = rng.integers(0, 40, (8, 1, width), dtype=np.int32)
+
+    def pole():
+        active = np.repeat(few, layers, axis=1)
+        histogram = np.empty((layers, width, BIN_COUNT), np.int32)
+        histogram[:] = rng.integers(0, 60, (width, BIN_COUNT), dtype=np.int32)
+        largest = rng.random((layers, width), np.float32) * 30
+        product = rng.normal(size=(2, layers, width))
+        product[1] = np.abs(product[1]) * 100
+        tokens = np.full(8, 4000)
+        stats = ActivationStats(8 * 4000, histogram.sum(-1, dtype=np.int64), histogram, largest, product=product)
+        return stats, AnswerCounts(active, tokens)
+
+    (plus, one), (minus, other) = pole(), pole()
+    return ContrastStats(plus, minus, PairSpread.of_answers(one, other))
+
+
+def nbytes(stats):
+    arrays = [stats.spread.products, stats.spread.mixed]
+    for one in (stats.plus, stats.minus):
+        arrays += [one.active, one.histogram, one.largest, one.product]
+    return sum(array.nbytes for array in arrays)
+
+
+def of_shape(layers, width):
+    from npti_export.identify.select import pole_neurons
+    from npti_export.profile import profile_from_stats, read_profile, write_profile
+    from npti_export.stats import load_stats, save_stats
+
+    total, fresh = random_stats(layers, width, 0), random_stats(layers, width, 1)
+    say(f"\n{layers} x {width} = {layers * width:,} neurons: {nbytes(total) / MB:.0f} MB a trait, both poles")
+
+    class Source:
+        name, fingerprint = "random", "random"
+
+    with tempfile.TemporaryDirectory(prefix="large-") as folder:
+        kept, profile_path = Path(folder, "state.safetensors"), Path(folder, "profile.safetensors")
+        with Peak() as peak:
+            total = total.absorb(fresh)
+        say(f"  add a batch         +{peak}")
+        del fresh
+        with Peak() as peak:
+            save_stats(kept, total, {})
+        say(f"  keep                +{peak}, a file of {kept.stat().st_size / MB:.0f} MB")
+        with Peak() as peak:
+            profile = profile_from_stats("extraversion", total.plus, total.minus, Source, 0.95, {})
+        say(f"  profile             +{peak}")
+        del total
+        with Peak() as peak:
+            chosen = pole_neurons(profile, "+", 0.1, 1, None)
+        say(f"  select              +{peak}, {len(chosen[0]):,} neurons")
+        with Peak() as peak:
+            write_profile(profile, profile_path, force=False)
+        say(f"  write the profile   +{peak}, a file of {profile_path.stat().st_size / MB:.0f} MB")
+        del profile
+        with Peak() as peak:
+            read_profile(profile_path)
+        say(f"  read the profile    +{peak}")
+        with Peak() as peak:
+            load_stats(kept)
+        say(f"  go on (read kept)   +{peak}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", default=["30x1536", "32x14336", "80x28672"])
+    parser.add_argument("--questions", type=int, default=24)
+    arguments = parser.parse_args()
+    if arguments.questions:
+        step_overhead()
+        accuracy(arguments.questions)
+    spawn = multiprocessing.get_context("spawn")
+    for shape in arguments.shapes:
+        process = spawn.Process(target=of_shape, args=tuple(map(int, shape.split("x"))))
+        process.start()
+        process.join()
+
+
+if __name__ == "__main__":
+    main()
