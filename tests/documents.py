@@ -118,7 +118,8 @@ def judge_part():
         unusable=3,
     )
     other = one.model_copy(update={"judge": "Qwen2.5-7B-Instruct-Q4_K_M", "unusable": 11})
-    agreement = Agreement(judges=(one.judge, other.judge), what="trait", spearman=0.71, kappa=0.58, n=886)
+    agreement = Agreement(judges=(one.judge, other.judge), what="trait", spearman=0.71, kappa=0.58, n=886,
+                          spearman_interval=(0.66, 0.75), kappa_interval=(0.5, 0.64))  # fmt: skip
     return JudgePart(judges=[one, other], agreement=[agreement])
 
 
@@ -194,7 +195,7 @@ def sample_document(pole="neuroticism-", questions=90, **changes):
         "trait_contrast": ContrastPart(
             personas=4, base=near(0.004), steered=near(0.075), gain=near(0.071), null=near(0.002),
             beyond_null=near(0.069),
-            share_of_prompt=0.845,
+            share_of_prompt=0.845, share_interval=(0.61, 1.12),
             by_facet={facet: near(0.05 + 0.012 * place, 0.028, 15) for place, facet in enumerate(FACETS[trait])},
         ),
         "judge": judge_part(),
@@ -255,7 +256,13 @@ def bare_document():
             "cross_talk": None,
             "capability": CapabilityPart(kl_neutral=near(0.061, 0.004, 64), tasks=[]),
             "trait_contrast": part.trait_contrast.model_copy(
-                update={"null": None, "beyond_null": None, "share_of_prompt": None, "by_facet": {}}
+                update={
+                    "null": None,
+                    "beyond_null": None,
+                    "share_of_prompt": None,
+                    "share_interval": None,
+                    "by_facet": {},
+                }
             ),
             "baselines": {},
             "conditions": conditions,

@@ -33,8 +33,7 @@ def test_every_condition_with_its_figures():
         assert ("KL 0.031" in cells[3]) == (one.name == "npti")
     assert any("not clear of zero" in cells[3] for cells in body)
     text = section(document)
-    share = document.trait_contrast.share_of_prompt
-    for figure in (f"{share:.0%} of the better prompt's", "0.061 nats", "90 held-out"):
+    for figure in ("84% (61% to 112%) of the better prompt's", "0.061 nats", "90 held-out"):
         assert figure in text
     assert text.count("before,") == len(document.capability.tasks) + len(document.judge.judges)
     for name in document.cross_talk:

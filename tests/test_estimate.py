@@ -6,7 +6,11 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from npti_export.evaluate.estimate import estimate, transformed
+from npti_export.evaluate.assemble import _share
+from npti_export.evaluate.conditions import Answered, Test, Way
+from npti_export.evaluate.contrast import ContrastScores
+from npti_export.evaluate.document import Condition
+from npti_export.evaluate.estimate import estimate, resampled, transformed
 
 NORMAL = NormalDist()
 SIMILAR = 0.12  # of an interval's width: two bootstraps of 2,000 resamples differ by a few hundredths
@@ -144,3 +148,61 @@ def test_what_a_group_has_in_common_is_in_the_interval():
         plainly += plain.low <= 0 <= plain.high
     assert 0.91 < holds / 300 < 0.985  # three standard errors
     assert plainly / 300 < 0.85
+
+
+def test_a_ratio_of_means_is_drawn_by_its_questions():
+    """Both means of one draw are of the same questions, so what they have in common falls out."""
+    rng = np.random.default_rng(8)
+    common = rng.normal(1.0, 0.4, 50)
+    above, below = common + rng.normal(0, 0.1, 50), 2 * common + rng.normal(0, 0.1, 50)
+
+    def ratio(some):
+        return float(above[some].mean() / below[some].mean())
+
+    low, high = resampled(ratio, range(50), seed=2)
+    again = np.random.default_rng(9)
+    plain = np.sort([ratio(again.choice(50, 50)) for _ in range(4000)])
+    width = plain[3900] - plain[100]
+    assert abs(low - plain[100]) < SIMILAR * width
+    assert abs(high - plain[3900]) < SIMILAR * width
+    apart = np.sort([above[again.choice(50, 50)].mean() / below[again.choice(50, 50)].mean() for _ in range(4000)])
+    assert high - low < 0.5 * (apart[3900] - apart[100])
+    assert resampled(ratio, range(50), seed=2) == (low, high) != resampled(ratio, range(50), seed=3)
+
+
+def test_answers_to_one_question_are_drawn_together():
+    values = samples()["normal"]
+    twice = np.repeat(values, 2)
+    alone = resampled(lambda some: float(values[some].mean()), range(60))
+    assert resampled(lambda some: float(twice[some].mean()), [at // 2 for at in range(120)]) == pytest.approx(alone)
+    low, high = resampled(lambda some: float(twice[some].mean()), range(120))
+    assert high - low < 0.8 * (alone[1] - alone[0])
+    assert resampled(lambda some: float(twice[some].mean()), ["one", "other"] * 60) is None
+
+
+def shares(gains, **prompts):
+    """:func:`_share` of the - pole, where a contrast is the negative one."""
+    found = {"unsteered": np.zeros(len(gains))} | prompts
+    conditions, answered = [], []
+    for name, values in found.items():
+        kind = "prompt" if name.startswith("prompt-") else "base"
+        scores = ContrastScores(-np.asarray(values, float), np.zeros(len(gains)))
+        answered.append(Answered(Way(name, name, kind, lambda: None), [], [], scores, [], 0.0))
+        gain = estimate(values) if kind == "prompt" else None
+        nothing = estimate([0.0])
+        figures = dict.fromkeys(("contrast", "fluency", "perplexity", "repetition", "distinct", "length"), nothing)
+        conditions.append(Condition(name=name, label=name, kind=kind, gain=gain, **figures))
+    test = Test(None, "-", (), None, 8, 2)
+    return _share(np.asarray(gains, float), conditions, answered, test)
+
+
+def test_the_share_of_the_better_prompt():
+    rng = np.random.default_rng(1)
+    gains, better, worse = rng.normal(0.05, 0.02, 40), rng.normal(0.04, 0.02, 40), rng.normal(0.01, 0.02, 40)
+    share, (low, high) = shares(gains, **{"prompt-adjective": worse, "prompt-persona": better})
+    assert share == pytest.approx(gains.mean() / better.mean())
+    assert low < share < high < 2 * share
+    share, within = shares(gains, **{"prompt-persona": rng.normal(0.004, 0.02, 40)})
+    assert within is None  # of what may be nothing at all
+    assert shares(gains, **{"prompt-persona": -better}) == (None, None)
+    assert shares(gains) == (None, None)

@@ -381,15 +381,24 @@ def test_agreement_against_plain_references():
     assert quadratic_kappa(np.array([3, 3]), np.array([3, 3])) == 1
     holes = second.astype(float)
     holes[::7] = np.nan
-    found = agreement(("a", "b"), "trait", first + 0.3, holes)
+    asked = [f"{place // 2}" for place in range(60)]
+    found = agreement(("a", "b"), "trait", first + 0.3, holes, asked, seed=4)
     seen = ~np.isnan(holes)
     ranks = [np.array([np.mean(np.flatnonzero(np.sort(v) == x)) for x in v]) for v in (first[seen], second[seen])]
     assert found.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1])
     assert found.spearman == pytest.approx(spearmanr(first[seen], second[seen]).statistic)
     assert found.kappa == pytest.approx(plain_kappa(first[seen].tolist(), second[seen].tolist()))
     assert found.n == seen.sum()
-    assert agreement(("a", "b"), "trait", np.array([3.0, np.nan]), np.array([2.0, 4.0])) is None
-    assert agreement(("a", "b"), "trait", np.array([3.0, 3.0]), np.array([2.0, 4.0])).spearman == 0
+    # Whole questions are drawn: two answers that are the same tell as much as one.
+    for name in ("spearman", "kappa"):
+        low, high = getattr(found, f"{name}_interval")
+        assert -1 < low < getattr(found, name) < high < 1
+    twice = agreement(("a", "b"), "trait", *(np.repeat(one, 2) for one in (first, second)), list("abcde" * 24), seed=4)
+    assert twice.kappa_interval is not None
+    few = agreement(("a", "b"), "trait", first * 1.0, holes, list("ab" * 30), seed=4)
+    assert few.kappa_interval is few.spearman_interval is None
+    assert agreement(("a", "b"), "trait", np.array([3.0, np.nan]), np.array([2.0, 4.0]), "qr") is None
+    assert agreement(("a", "b"), "trait", np.array([3.0, 3.0]), np.array([2.0, 4.0]), "qr").spearman == 0
     assert rounded(np.array([1.5, 2.5, 2.49, 5.0])).tolist() == [2, 3, 2, 5]
 
 

@@ -84,7 +84,7 @@ def test_page_opens_with_the_verdict_and_holds_every_figure(page, sample):
     for words in (
         "Does the personality show? Yes +0.071",
         "clear of zero",
-        "84% of what the better persona prompt does",
+        "84% (61% to 112%) of what the better persona prompt does",
         "no less than with the prompt",
         "3.22 → 3.71",
         "arithmetic 22% → 20%",

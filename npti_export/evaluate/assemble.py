@@ -21,11 +21,12 @@ from npti_export.evaluate.document import (
     Document,
     Estimate,
     FluencyPart,
+    Interval,
     InventoryPart,
     JudgePart,
     LayerShape,
 )
-from npti_export.evaluate.estimate import estimate, transformed
+from npti_export.evaluate.estimate import estimate, resampled, transformed
 from npti_export.evaluate.subject import Subject
 from npti_export.files import sha256_file
 from npti_export.gguf.shards import named_shards
@@ -118,8 +119,7 @@ def _traits(subject: Subject) -> list[str]:
 def _contrast(conditions: list[Condition], answered: list[Answered], test: Test) -> ContrastPart:
     base, steered = answered[:2]
     gains = steered.towards(test.sign) - base.towards(test.sign)
-    prompts = [one.gain.mean for one in conditions if one.name.startswith("prompt-") and one.gain is not None]
-    best = max(prompts, default=0.0)
+    share, within = _share(gains, conditions, answered, test)
     null = next((one for one in answered if one.way.kind == "null"), None)
     beyond = None
     if null is not None:
@@ -135,9 +135,31 @@ def _contrast(conditions: list[Condition], answered: list[Answered], test: Test)
         gain=estimate(gains, seed=test.seed),
         null=next((one.gain for one in conditions if one.kind == "null"), None),
         beyond_null=beyond,
-        share_of_prompt=float(gains.mean() / best) if best > 0 else None,
+        share_of_prompt=share,
+        share_interval=within,
         by_facet={facet: estimate(gains[mask], seed=test.seed) for facet, mask in own.items()},
     )
+
+
+def _share(
+    gains: Doubles, conditions: list[Condition], answered: list[Answered], test: Test
+) -> tuple[float | None, Interval | None]:
+    """Of the better prompt's gain. A ratio to what may be nothing at all has no interval."""
+    prompts = [
+        (one.gain, told)
+        for one, told in zip(conditions, answered, strict=True)
+        if one.kind == "prompt" and one.name.startswith("prompt-") and one.gain is not None
+    ]
+    gain, best = max(prompts, key=lambda one: one[0].mean, default=(None, None))
+    if gain is None or best is None or gain.mean <= 0:
+        return None, None
+    prompted = best.towards(test.sign) - answered[0].towards(test.sign)
+    within = None
+    if gain.low > 0:
+        within = resampled(
+            lambda some: float(gains[some].mean() / prompted[some].mean()), range(len(gains)), seed=test.seed
+        )
+    return float(gains.mean() / gain.mean), within
 
 
 def _fluency(base: Answered, steered: Answered, seed: int) -> FluencyPart:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from npti_export.endings.base import Format
 from npti_export.errors import EvaluationError, shortened
 from npti_export.evaluate.document import Condition, Document, Estimate
-from npti_export.evaluate.estimate import interval
+from npti_export.evaluate.estimate import interval, share
 from npti_export.evaluate.poles import judged_otherwise, judged_pole
 from npti_export.files import atomic_output
 from npti_export.recipe import Recipe
@@ -85,7 +85,7 @@ def _remark(one: Condition, levels: dict[str, Any]) -> str:
 def _lines(document: Document) -> Iterable[str]:
     contrast, capability = document.trait_contrast, document.capability
     if contrast.share_of_prompt is not None:
-        yield f"The gain is {contrast.share_of_prompt:.0%} of the better prompt's."
+        yield f"The gain is {share(contrast)} of the better prompt's."
     if contrast.beyond_null is not None:
         beyond = interval(contrast.beyond_null)
         yield f"Gain beyond random neurons or directions, drawn anew for every few questions: {beyond}."

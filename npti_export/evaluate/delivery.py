@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from npti_export.errors import AdapterError, OutputError
 from npti_export.evaluate.card import check_card, update_card
 from npti_export.evaluate.document import Condition, Document
-from npti_export.evaluate.estimate import interval
+from npti_export.evaluate.estimate import interval, share
 from npti_export.evaluate.judge.spec import parse_judge
 from npti_export.evaluate.poles import judged_otherwise, judged_pole
 from npti_export.evaluate.run import EvaluationJob, evaluate
@@ -207,7 +207,7 @@ def _lines(document: Document) -> list[str]:
     contrast, capability = document.trait_contrast, document.capability
     lines = []
     if contrast.share_of_prompt is not None:
-        lines.append(f"trait      {contrast.share_of_prompt:.0%} of the better prompt's gain")
+        lines.append(f"trait      {share(contrast)} of the better prompt's gain")
     lines.append(f"neutral    KL {capability.kl_neutral.mean:.3f} nats a token from the unsteered model")
     lines += [
         f"skill      {task.name}: {task.score.base.mean:.0%} -> {task.score.steered.mean:.0%} "

@@ -18,6 +18,9 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Interval = tuple[float, float]
+
+
 class Estimate(_Part):
     """A mean with its 95% interval, see :func:`npti_export.evaluate.estimate.estimate`."""
 
@@ -61,6 +64,8 @@ class Agreement(_Part):
     spearman: float
     kappa: float = Field(description="Cohen's kappa, quadratic weights")
     n: int
+    spearman_interval: Interval | None = Field(default=None, description="95%; None over too few questions")
+    kappa_interval: Interval | None = Field(default=None, description="Likewise")
 
 
 class JudgePart(_Part):
@@ -123,6 +128,9 @@ class ContrastPart(_Part):
     )
     beyond_null: Estimate | None = Field(default=None, description="Gain beyond that, question by question, likewise")
     share_of_prompt: float | None = Field(description="Gain as a share of the better persona prompt's")
+    share_interval: Interval | None = Field(
+        default=None, description="95%, of that; None where the prompt's own gain is not clear of zero"
+    )
     by_facet: dict[str, Estimate] = Field(description="Gain by facet")
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from npti_export.evaluate.document import Estimate
+from npti_export.evaluate.document import ContrastPart, Estimate, Interval
 
 RESAMPLES = 2000
+_LEAST = 5  # questions that a figure which is no mean is resampled over
 _CONFIDENCE = 0.95
 
 
@@ -60,6 +61,43 @@ def _over_groups(array: npt.NDArray[np.float64], groups: npt.NDArray[np.int_]) -
     error = float(np.sqrt((sums**2).sum() * count / (count - 1))) / array.size
     reach = float(t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * error
     return Estimate(mean=mean, low=mean - reach, high=mean + reach, n=array.size)
+
+
+def resampled(
+    statistic: Callable[[npt.NDArray[np.int64]], float], questions: Sequence[Hashable], *, seed: int = 0
+) -> Interval | None:
+    """95% interval of a figure that is no mean, by a seeded bootstrap over questions (percentiles).
+
+    Args:
+        statistic: the figure, of the answers at the places ``[n]`` that it is given.
+        questions: which one each answer is to; those to one question are drawn together.
+        seed: of the resampling.
+
+    Returns:
+        None where there are too few questions to draw from.
+    """
+    places: dict[Hashable, list[int]] = {}
+    for place, question in enumerate(questions):
+        places.setdefault(question, []).append(place)
+    if len(places) < _LEAST:
+        return None
+    groups = [np.array(one, np.int64) for one in places.values()]
+    drawn = np.random.default_rng(seed).integers(0, len(groups), (RESAMPLES // 2, len(groups)))
+    found = [statistic(np.concatenate([groups[at] for at in row])) for row in drawn]
+    low, high = np.quantile(found, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def share(part: ContrastPart) -> str:
+    """The gain as a share of the better prompt's, with its interval; empty where no prompt gained anything."""
+    if part.share_of_prompt is None:
+        return ""
+    text = f"{part.share_of_prompt:.0%}"
+    return (
+        text
+        if part.share_interval is None
+        else f"{text} ({part.share_interval[0]:.0%} to {part.share_interval[1]:.0%})"
+    )
 
 
 def transformed(value: Estimate, function: Callable[[float], float]) -> Estimate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from npti_export.evaluate.document import Change, Condition, Document, Estimate, Sweep
+from npti_export.evaluate.document import Change, Condition, Document, Estimate, Interval, Sweep
 from npti_export.report_page.wording import (
     MISSING,
     estimate,
@@ -18,6 +18,7 @@ from npti_export.report_page.wording import (
     number,
     percent,
     plain,
+    share,
     size,
     traits_of,
 )
@@ -116,7 +117,7 @@ def contrast(document: Document) -> Table:
     rows += [(Cell(f"gain, {facet}"), figure(one, sign=True), Cell(str(one.n))) for facet, one in part.by_facet.items()]
     note = f"The wanted pole is {judged(document)}. Each answer is scored by {part.personas} pairs of personas."
     if part.share_of_prompt is not None:
-        note += f" The gain is {percent(part.share_of_prompt)} of the better persona prompt's."
+        note += f" The gain is {share(part)} of the better persona prompt's."
     return Table("Trait contrast, nats per token towards the wanted pole", ("", "mean, 95%", "questions"), rows, note)
 
 
@@ -186,8 +187,8 @@ def judges(document: Document) -> list[Table]:
             (
                 Cell(" and ".join(one.judges)),
                 Cell(one.what),
-                Cell(number(one.spearman, 2)),
-                Cell(number(one.kappa, 2)),
+                Cell(number(one.spearman, 2), _within(one.spearman_interval)),
+                Cell(number(one.kappa, 2), _within(one.kappa_interval)),
                 Cell(str(one.n)),
             )
             for one in part.agreement
@@ -195,6 +196,10 @@ def judges(document: Document) -> list[Table]:
         heads = ["judges", "scale", "Spearman", "kappa", "answers"]
         tables.append(Table("Agreement between judges", heads, agreed, "Kappa: Cohen's, with quadratic weights."))
     return tables
+
+
+def _within(interval: Interval | None) -> str:
+    return "" if interval is None else f"{number(interval[0], 2)} to {number(interval[1], 2)}"
 
 
 def cross_talk(document: Document) -> Table | None:

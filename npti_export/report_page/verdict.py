@@ -17,6 +17,7 @@ from npti_export.report_page.wording import (
     judged_aside,
     number,
     percent,
+    share,
     short,
 )
 
@@ -94,7 +95,7 @@ def summary(document: Document) -> str:
 
 def _shows(document: Document) -> Finding:
     part = document.trait_contrast
-    gain, share = part.gain, part.share_of_prompt
+    gain = part.gain
     few = gain.n < FEWEST
     level: Level = "unknown" if few else "good" if gain.low > 0 else "bad"
     words = f"{interval(gain, sign=True)} (95%, {_questions(gain.n)})"
@@ -106,8 +107,8 @@ def _shows(document: Document) -> Finding:
         answer, detail = "No, the other way", f"It moves away from the wanted pole: {words}."
     else:
         answer, detail = "Not shown", f"The interval, {words}, includes zero."
-    if share is not None:
-        detail += f" That is {percent(share)} of what the better persona prompt does."
+    if part.share_of_prompt is not None:
+        detail += f" That is {share(part)} of what the better persona prompt does."
     elif best_prompt(document) is None:
         detail += " No persona prompt was measured beside it."
     if part.null is not None and not few:

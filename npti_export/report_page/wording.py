@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from npti_export.evaluate.document import Condition, Document, Estimate
+from npti_export.evaluate.document import Condition, ContrastPart, Document, Estimate
 from npti_export.evaluate.poles import judged_otherwise, judged_pole, steered_poles
 from npti_export.traits import FACETS
 
@@ -49,6 +49,13 @@ def percent(value: float | None, digits: int = 0, *, sign: bool = False) -> str:
         return MISSING
     text = number(100 * value, digits, sign=True)  # no powers of ten: a very small share is none
     return f"{text if sign else text.lstrip('+')}%"
+
+
+def share(part: ContrastPart) -> str:
+    """The gain as a share of the better prompt's, with its interval where it has one."""
+    within = part.share_interval
+    text = percent(part.share_of_prompt)
+    return text if within is None else f"{text} ({percent(within[0])} to {percent(within[1])})"
 
 
 def interval(value: Estimate, digits: int = 3, *, sign: bool = False) -> str:

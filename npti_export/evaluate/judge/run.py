@@ -95,7 +95,7 @@ def judge_answers(
     found = _of_all(raters, definition, sign, list(pairs), seed, journal, progress, note)
     return JudgePart(
         judges=[_scores(name, ratings, questions, answers, seed) for name, ratings in found.items()],
-        agreement=_agreements(list(found), list(found.values())),
+        agreement=_agreements(list(found), list(found.values()), seed),
     )
 
 
@@ -127,10 +127,17 @@ def _of_all(
     return found
 
 
-def _agreements(names: Sequence[str], found: Sequence[_Ratings]) -> list[Agreement]:
+def _agreements(names: Sequence[str], found: Sequence[_Ratings], seed: int) -> list[Agreement]:
     """Of every two judges, over different answers."""
     made = [
-        agreement((names[one], names[other]), what, _array(found[one][what]), _array(found[other][what]))
+        agreement(
+            (names[one], names[other]),
+            what,
+            _array(found[one][what]),
+            _array(found[other][what]),
+            [question for question, _ in found[one][what]],
+            seed=seed,
+        )
         for one, other in combinations(range(len(names)), 2)
         for what in WHAT
     ]
