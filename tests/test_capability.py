@@ -8,6 +8,7 @@ import pytest
 from conftest import random_rule
 from reference import ReferenceLlama
 from test_bake import bake
+from tolerances import KL_OF_FLOAT32_ROWS
 
 from npti_export.bench import load_bench
 from npti_export.errors import EvaluationError
@@ -217,8 +218,16 @@ def test_kl_of_rows():
     p, q = (
         np.exp(one.astype(np.float64)) / np.exp(one.astype(np.float64)).sum(1, keepdims=True) for one in (ours, others)
     )
-    assert kl_rows(ours, others) == pytest.approx((p * np.log(p / q)).sum(1), rel=1e-9)
-    assert kl_rows(ours, ours) == pytest.approx(0, abs=1e-12)
+    want = (p * np.log(p / q)).sum(1)
+    assert kl_rows(ours.astype(np.float64), others.astype(np.float64)) == pytest.approx(want, rel=1e-9)
+    assert kl_rows(ours, others) == pytest.approx(want, abs=KL_OF_FLOAT32_ROWS)
+    assert want.min() > 1000 * KL_OF_FLOAT32_ROWS
+    assert kl_rows(ours, ours).tolist() == [0] * 4
+    nearly = ours.astype(np.float64) + 1e-3 * rng.normal(size=ours.shape)
+    far = nearly + 300  # logits have no zero of their own
+    small = kl_rows(ours.astype(np.float64), nearly)
+    assert kl_rows(ours, nearly.astype(np.float32)) == pytest.approx(small, abs=KL_OF_FLOAT32_ROWS)
+    assert kl_rows(ours.astype(np.float64), far) == pytest.approx(small, rel=1e-6)
 
 
 def test_the_part(pair):

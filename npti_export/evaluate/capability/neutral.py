@@ -93,11 +93,26 @@ def log_softmax(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
 
 
 def kl_rows(ours: npt.NDArray[np.floating], others: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """``[rows]`` KL(ours ‖ others) in nats of two ``[rows, vocabulary]`` of logits or log-probabilities."""
-    log_p, log_q = log_softmax(ours), log_softmax(others)
-    log_q -= log_p
-    result: npt.NDArray[np.float64] = -np.einsum("ij,ij->i", np.exp(log_p, out=log_p), log_q)
-    return result
+    """``[rows]`` KL(ours ‖ others) in nats of two ``[rows, vocabulary]`` of logits or log-probabilities.
+
+    ``Σ p (a - b) - (log Σ e^a - log Σ e^b)`` with ``p`` from ``a``: the two terms are of the size of the change, so
+    exponentials of float32 logits may be float32; sums are float64.
+    """
+    kind = np.result_type(ours, others, np.float32)
+    ours, others = ours.astype(kind, copy=False), others.astype(kind, copy=False)
+    powers, ours_log = _powers(ours)
+    change = ours - others
+    change *= powers
+    mean: npt.NDArray[np.float64] = change.sum(1, dtype=np.float64) / powers.sum(1, dtype=np.float64)
+    return mean - (ours_log - _powers(others)[1])
+
+
+def _powers(logits: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.float64]]:
+    """``e^(a - max a)`` of each row, and ``log Σ e^a``."""
+    most = logits.max(1, keepdims=True)
+    powers = logits - most
+    np.exp(powers, out=powers)
+    return powers, most[:, 0] + np.log(powers.sum(1, dtype=np.float64))
 
 
 def _cut(rows: npt.NDArray[np.floating]) -> list[npt.NDArray[np.floating]]:
