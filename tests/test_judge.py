@@ -4,6 +4,7 @@ import json
 import re
 from itertools import product
 
+import click
 import numpy as np
 import pytest
 from documents import sample_document
@@ -13,6 +14,7 @@ from scipy.stats import spearmanr
 from npti_export.append_only import AppendOnly
 from npti_export.bench import shipped_folder
 from npti_export.bench.definition import read_definition
+from npti_export.cli.endpoints import judge_options, judges_of
 from npti_export.errors import EvaluationError, NptiError
 from npti_export.evaluate.card import section
 from npti_export.evaluate.delivery import _lines
@@ -23,6 +25,7 @@ from npti_export.evaluate.judge.prompts import SCHEMA, judge_messages, read_rati
 from npti_export.evaluate.judge.raters import LocalRater
 from npti_export.evaluate.judge.run import check_judges, judge_answers
 from npti_export.evaluate.judge.spec import JudgeSpec, parse_judge
+from npti_export.loader import RuntimeSettings
 from npti_export.report_page import tables
 from npti_export.report_page.page import render_page
 
@@ -489,3 +492,35 @@ def test_nothing_to_judge(answers, sign, specs, why):
     judges = [JudgeSpec("m", "http://127.0.0.1:1/v1")] * specs
     with pytest.raises(EvaluationError, match=why):
         judge_answers(judges, CALM, sign, QUESTIONS, answers)
+
+
+def test_how_judges_behind_addresses_are_asked(tiny):
+    """Options are about these, and not about a file; keys go by the order of the addresses."""
+
+    @click.command()
+    @judge_options
+    def command(**options):
+        found.extend(judges_of(options, RuntimeSettings(threads=3)))
+        assert options == {"judge_journal": None}
+
+    found = []
+    judges = ("--judge", "http://a/v1=one", "--judge", str(tiny), "--judge", "http://b/v1=two")
+    more = (
+        "--judge-max-tokens",
+        "4000",
+        "--judge-omit",
+        "seed",
+        "--judge-extra",
+        'effort="low"',
+        "--judge-timeout",
+        "9",
+    )
+    command([*judges, *more, "--judge-key-env", "A", "--judge-key-env", "B"], standalone_mode=False)
+    one, file, two = found
+    shared = {"max_tokens": 4000, "omit": frozenset({"seed"}), "extra": {"effort": "low"}, "timeout": 9.0, "threads": 3}
+    assert one == JudgeSpec("one", "http://a/v1", "A", **shared)
+    assert two == JudgeSpec("two", "http://b/v1", "B", **shared)
+    assert file == JudgeSpec(str(tiny), threads=3)
+    found.clear()
+    command([*judges, "--judge-key-env", "A"], standalone_mode=False)
+    assert [one.key_variable for one in found] == ["A", "OPENAI_API_KEY", "A"]

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        _fail("out of memory; use a smaller model or a smaller batch (--batch-size 8)", 4)
+        _fail("out of memory; use a smaller model, or --batch-size 8 where the command has it", 4)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from npti_export.cli.endpoints import FIELDS, json_fields
 from npti_export.cli.options import FILE, llama_options, llama_settings
 from npti_export.terminal import echo, echo_json, tame_console
 
@@ -59,7 +59,7 @@ MODELS = (
                  help="Of the generator"),
     click.option("--max-tokens", type=click.IntRange(1), metavar="N",
                  help="Longest answer; more for a model that reasons first [default: what the items need]"),
-    click.option("--omit", multiple=True, type=click.Choice(["seed", "temperature", "max_tokens", "response_format"]),
+    click.option("--omit", multiple=True, type=click.Choice(FIELDS),
                  help="Leave out of requests what the endpoint does not take"),
     click.option("--extra", multiple=True, metavar="KEY=JSON",
                  help="Add to each request, as max_completion_tokens=4000"),
@@ -100,8 +100,8 @@ def build(context: click.Context, /, trait: str, out: Path, dry_run: bool, as_js
 
     \b
       npti-export bench build extraversion --endpoint http://127.0.0.1:8080/v1 --model qwen3-8b --out extra/
-      npti-export bench build ./pirate --search 36000 --test 90 --endpoint https://api.openai.com/v1 \\
-          --model gpt-5-nano --concurrency 64 --price-in 0.05 --price-out 0.4 --out pirate-bench/ --dry-run
+      npti-export bench build ./pirate --search 36000 --test 90 --endpoint https://HOST/v1 --model NAME \\
+          --concurrency 64 --price-in 0.05 --price-out 0.4 --out pirate-bench/ --dry-run
       npti-export bench build calm --what personas --personas 80 --model Llama-3.2-3B-Instruct-Q4_K_M.gguf --out p/
     """
 
@@ -228,13 +228,6 @@ def _generator(options: dict[str, Any], settings: Any, display: Display) -> Call
 def _endpoint(options: dict[str, Any], url: str, model: str, key_variable: str, display: Display) -> Generator:
     from npti_export.generators.endpoint import Endpoint, EndpointSettings
 
-    extra = {}
-    for one in options["extra"]:
-        name, _, value = one.partition("=")
-        try:
-            extra[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            raise click.UsageError(f"--extra {one[:60]}: give a field and a JSON value, such as top_p=0.9") from None
     return Endpoint(
         EndpointSettings(
             url,
@@ -244,7 +237,7 @@ def _endpoint(options: dict[str, Any], url: str, model: str, key_variable: str, 
             options["timeout"],
             options["patience"],
             frozenset(options["omit"]),
-            extra,
+            json_fields("--extra", options["extra"]),
         ),
         display.note,
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from npti_export.cli.endpoints import judge_options, judges_of
 from npti_export.cli.options import FILE, RichProgress, runtime_options, runtime_settings, trait_dir_option
 from npti_export.terminal import tame_console
 
@@ -31,8 +32,7 @@ _BASELINES = "npti,dpn-le,dpn-le-any,mean-shift,null"
     "--baselines", default=_BASELINES, show_default=True, metavar="A,B", help="Other methods, none, fine-tuned"
 )
 @click.option("--no-prompts", is_flag=True, help="Leave the prompted conditions out")
-@click.option("--judge", "judges", multiple=True, metavar="URL=MODEL|FILE.gguf", help="A model that rates the answers")
-@click.option("--judge-journal", type=FILE, metavar="FILE", help="Keeps its verdicts, to go on from")
+@judge_options
 @click.option("--inventory", type=FILE, metavar="FILE", help="Self-report items [default: ours]")
 @click.option("--tasks", multiple=True, type=FILE, metavar="FILE", help="A further test of skill")
 @click.option("--harness", metavar="TASK[,TASK]", help="Published tests of skill by lm-evaluation-harness (an extra)")
@@ -80,6 +80,7 @@ def evaluate(
     from npti_export.evaluate.delivery import deliver, evaluation_job
 
     settings = runtime_settings(options)
+    options["judges"] = judges_of(options, settings)
     job = evaluation_job(artifact, settings, options)
     with RichProgress(tame_console(stderr=True)) as progress:
         deliver(

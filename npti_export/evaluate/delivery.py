@@ -10,7 +10,6 @@ from npti_export.errors import AdapterError, OutputError
 from npti_export.evaluate.card import check_card, update_card
 from npti_export.evaluate.document import Condition, Document
 from npti_export.evaluate.estimate import interval, share
-from npti_export.evaluate.judge.spec import parse_judge
 from npti_export.evaluate.poles import judged_otherwise, judged_pole
 from npti_export.evaluate.run import EvaluationJob, evaluate
 from npti_export.evaluate.subject import SubjectJob
@@ -40,7 +39,7 @@ def evaluation_job(artifact: Path, settings: RuntimeSettings, options: dict[str,
     """A job from parsed command-line options.
 
     Raises:
-        EvaluationError: a judge or a baseline that is none.
+        EvaluationError: a baseline that is none.
     """
     subject = SubjectJob(
         artifact=artifact,
@@ -61,9 +60,7 @@ def evaluation_job(artifact: Path, settings: RuntimeSettings, options: dict[str,
         personas=options["personas"],
         baselines=tuple(name for name in names if name not in ("", "none")),
         prompted=not options["no_prompts"],
-        judges=tuple(
-            parse_judge(text, threads=settings.threads, gpu_layers=settings.gpu_layers) for text in options["judges"]
-        ),
+        judges=options["judges"],
         journal=options["judge_journal"],
         inventory=options["inventory"],
         skips=frozenset(options["skips"]),
