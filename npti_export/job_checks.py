@@ -15,6 +15,7 @@ from npti_export.profile_io import profile_files, profile_paths
 from npti_export.recipe import Recipe
 from npti_export.request import Job
 from npti_export.rule import SteeringRule
+from npti_export.runtimes.devices import MAP
 from npti_export.traits import TraitSpec
 
 _OTHER_RECIPE = ", or name a recipe that steers neurons, such as --recipe npti"
@@ -111,6 +112,10 @@ def _idle_runtime_options(job: Job, source: ModelSource) -> dict[str, bool]:
         f"--device is for transformers, and llama.cpp runs {source.name} (--gpu-layers); leave it out, or add "
         "--runtime transformers": (
             settings.device != "auto" and in_llamacpp and (identifies_only or measured_in_llamacpp)
+        ),
+        f"--device map is for identification, and {job.format} files are measured on one device; identify first "
+        "(npti-export identify), and give what comes of it as --profile": (
+            settings.device == MAP and not (identifies_only or measured_in_llamacpp)
         ),
         "--threads, --gpu-layers, --context and --prompt-batch are for llama.cpp, which runs nothing here": (
             any(getattr(settings, name) != getattr(defaults, name) for name in llamas)

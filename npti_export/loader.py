@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -230,6 +231,9 @@ class Models:
 
     def release_fast(self) -> None:
         """Free the identification copy."""
+        if self._fast is not None and self.settings.device == MAP:
+            self._fast = None
+            gc.collect()  # what spreads a model refers to itself in circles
         self._fast = None
         if self._copy is not None:
             self._copy.close()

@@ -1,17 +1,20 @@
 """A model whose layers lie in several places, against the same model in one: ``--device map``."""
 
+from types import SimpleNamespace
+
 import accelerate
 import numpy as np
 import pytest
 import torch
 from conftest import random_rule
+from jobs import QUICK, npti
 from tolerances import LOGITS_FLOAT32, SUMS_FLOAT64
 
 from npti_export.errors import ModelError
 from npti_export.models import gguf_source
 from npti_export.runtimes.base import chat
 from npti_export.runtimes.devices import entrance, usable_device
-from npti_export.runtimes.transformers import TransformersRuntime
+from npti_export.runtimes.transformers import TransformersRuntime, _check_spread
 from npti_export.steer import steered
 
 QUESTIONS = ["Hi", "What do you do when it rains all day?"]
@@ -81,3 +84,24 @@ def test_where_tokens_go():
     assert usable_device("map") == usable_device("auto")
     with pytest.raises(ModelError, match="--device cuda:99"):
         usable_device("cuda:99")
+
+
+def test_experts_are_not_computed_from_elsewhere():
+    whole = torch.nn.Linear(2, 2)
+    apart = torch.nn.Linear(2, 2, device="meta")
+    for model, mixture in ((whole, True), (apart, False)):
+        _check_spread(model, SimpleNamespace(name="m", architecture=SimpleNamespace(mixture=mixture)))
+    with pytest.raises(ModelError, match="mixture of experts cannot be computed from memory or disk"):
+        _check_spread(apart, SimpleNamespace(name="m", architecture=SimpleNamespace(mixture=True)))
+
+
+def test_what_is_measured_on_one_device(tiny_checkpoint, cli_environment, tmp_path):
+    job = ["--trait", "openness+", "--model", str(tiny_checkpoint), "--recipe", "npti", "--device", "map"]
+    done = npti(*job, "--format", "peft", "--out", "a", environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--device map is for identification, and peft files are measured on one device" in done.stderr
+    done = npti("identify", *job, *QUICK[:6], "--out", "p", environment=cli_environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    there = npti("identify", *job[:-1], "cpu", *QUICK[:6], "--out", "q", environment=cli_environment, cwd=tmp_path)
+    assert there.returncode == 0, there.stderr
+    assert (tmp_path / "p").read_bytes() == (tmp_path / "q").read_bytes()

@@ -231,18 +231,24 @@ def test_workers_fit_into_the_cluster():
     assert size(nodes((16, 4), (16, 4)), None, gpu=True, device="map") == (2, 16, 4)
     assert size(nodes((16, 8)), None, gpu=True, each=4, device="map") == (2, 8, 4)
     assert size(nodes((4, 0)), None, gpu=True, device="map") == (1, 4, 0)
+    assert size(nodes((64, 0), (16, 4)), None, gpu=True, each=4) == (1, 16, 4)  # cores where the GPUs are
+    assert size(nodes((64, 0), (8, 8)), None, gpu=True, device="map") == (1, 8, 8)
+    assert size(nodes((2, 8), (8, 2)), None, gpu=True) == (4, 1, 1)
     dead = nodes((64, 0))[0] | {"Alive": False}
     assert size([dead, *nodes((2, 0))], 2) == (2, 1, 0)
     for there, workers, threads, each, says in (
         (nodes((2, 0)), 3, 0, None, "2 cores"),
         (nodes((2, 0), (2, 0)), 2, 4, None, "--threads 4: the cluster has 2 \\+ 2 cores"),
         ([], 1, 0, None, "no cores"),
-        (nodes((8, 1)), 2, 0, None, "takes a GPU, and the cluster has 1; give at most 1"),
-        (nodes((8, 3), (8, 3)), 3, 0, 2, "takes 2 GPUs of one node, and the cluster has 3 \\+ 3; give at most 2"),
+        (nodes((8, 1)), 2, 0, None, "takes a GPU and a core, and the cluster has 1; give at most 1"),
+        (nodes((8, 3), (8, 3)), 3, 0, 2, "takes 2 GPUs of one node and a core, .* has 3 \\+ 3; give at most 2"),
+        (nodes((8, 0)), None, 0, 1, "--gpus 1: .* leave --gpus out"),
         (nodes((8, 3), (8, 3)), None, 0, 4, "--gpus 4: .* no node has more than 3"),
     ):
         with pytest.raises(ClusterError, match=says):
             size(there, workers, threads, gpu=True, each=each)
+    with pytest.raises(ClusterError, match=r"8 \+ 1 GPUs; say with --gpus"):
+        size(nodes((8, 8), (8, 1)), None, gpu=True, device="map")
 
 
 WITHOUT = """

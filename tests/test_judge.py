@@ -468,7 +468,8 @@ def test_judges_that_are_some(text, model, url):
         ("http://127.0.0.1:8080/v1", "names no model"), ("http://127.0.0.1/v1=", "names no model"),
         ("ftp://host/v1=m", "no address"), ("http:///v1=m", "no address"), ("http://me:secret@host/v1=m", "no address"),
         ("127.0.0.1:8080/v1=m", "begins with http://"), ("gpt-5", "or a .gguf file"), ("", "or a .gguf file"),
-        ("nothing.gguf", "no such file"),
+        ("nothing.gguf", "no such file"), ("http://host/secret", "--judge http://host/…: names no model"),
+        ("http://[::1/v1?secret=m", r"--judge http://\[::1/…: is no address"),
     ],
 )  # fmt: skip
 def test_judges_that_are_none(text, why):

@@ -103,6 +103,9 @@ def test_a_log_is_never_added_to_another_file(tiny, cli_environment, tmp_path):
     [
         ("https://user:key@example.org/v1=judge", "https://example.org/v1=judge"),
         ("--judge=https://example.org/v1?key=abc=judge", "--judge=https://example.org/v1=judge"),
+        ("http://h/v1?key=abc&token=def=model", "http://h/v1=model"),
+        ("http://h/v1?a=1&token=def", "http://h/v1"),
+        ("http://u:p/w@h/v1=m", "http://h/v1=m"),
         ("Why? What a = b?", "Why? What a = b?"),
         ("rule.gamma=0.7", "rule.gamma=0.7"),
     ],

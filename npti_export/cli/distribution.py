@@ -29,13 +29,13 @@ def distribution_options(command: Command) -> Command:
                 "--workers",
                 type=click.IntRange(1),
                 metavar="N",
-                help="ray: processes that answer, each with the model [default: one a GPU, or one for four cores]",
+                help="ray: processes that answer, each with the model [default: what GPUs hold, or one for four cores]",
             ),
             click.option(
                 "--gpus",
                 type=click.IntRange(1),
                 metavar="N",
-                help="ray: of each worker; over several of them a model is spread [default: 1]",
+                help="ray: of each worker, over which it spreads the model [default: 1, with --device map a node's]",
             ),
             click.option(
                 "--address",

@@ -209,20 +209,23 @@ def size_of(
     Raises:
         ClusterError: they do not fit.
     """
-    resources = [node["Resources"] for node in nodes if node["Alive"]]
-    cores = [int(one.get("CPU", 0)) for one in resources if one.get("CPU", 0) >= 1]
-    gpus = [int(one["GPU"]) for one in resources if one.get("GPU", 0) >= 1] if gpu else []
-    each = _gpus_of_a_worker(gpus, distribution, settings)
-    room = sum(one // each for one in gpus) if each else 0
-    workers = distribution.workers or room or max(len(cores), sum(cores) // _CORES_A_WORKER, 1)
+    found = [_Room(int(one.get("CPU", 0)), int(one.get("GPU", 0)) if gpu else 0) for one in _resources(nodes)]
+    there = [one for one in found if one.cores]
+    each = _gpus_of_a_worker([one.gpus for one in there if one.gpus], distribution, settings)
+    cores = [one.cores for one in there]
+    room = sum(one.workers(1, each) for one in there)
+    workers = distribution.workers or (room if each else max(len(cores), sum(cores) // _CORES_A_WORKER, 1))
     if each and workers > room:
         takes = "a GPU" if each == 1 else f"{each} GPUs of one node"
+        gpus = " + ".join(str(one.gpus) for one in there if one.gpus)
         raise ClusterError(
-            f"--workers {workers}: each worker takes {takes}, and the cluster has {' + '.join(map(str, gpus))}; give "
-            f"at most {room}, or --device cpu"
+            f"--workers {workers}: each worker takes {takes} and a core, and the cluster has {gpus}; give at most "
+            f"{room}, or --device cpu (of llama.cpp: --gpu-layers 0)"
         )
+    fits = [
+        size for size in range(1, max(cores, default=0) + 1) if sum(one.workers(size, each) for one in there) >= workers
+    ]
     threads = settings.threads
-    fits = [size for size in range(1, max(cores, default=0) + 1) if sum(one // size for one in cores) >= workers]
     if not fits or (threads and threads not in fits):
         raise ClusterError(
             f"--workers {workers}{f' with --threads {threads}' * bool(threads)}: the cluster has "
@@ -231,12 +234,34 @@ def size_of(
     return Size(workers, threads or fits[-1], each)
 
 
+@dataclass(frozen=True)
+class _Room:
+    cores: int
+    gpus: int
+
+    def workers(self, threads: int, gpus: int) -> int:
+        """How many of that size fit into the node."""
+        fit = self.cores // threads
+        return min(fit, self.gpus // gpus) if gpus else fit
+
+
+def _resources(nodes: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
 def _gpus_of_a_worker(gpus: Sequence[int], distribution: Distribution, settings: RuntimeSettings) -> int:
     """``gpus`` are those of each node that has any."""
-    each = distribution.gpus or (min(gpus, default=0) if settings.device == MAP else min(1, len(gpus)))
-    if distribution.gpus and each > max(gpus, default=0):
+    most, asked = max(gpus, default=0), distribution.gpus
+    if asked and asked > most:
+        mend = "give fewer" if most else "leave --gpus out"
         raise ClusterError(
-            f"--gpus {each}: a worker's GPUs are of one node, and no node has more than {max(gpus, default=0)} that "
-            "this job would use; give fewer"
+            f"--gpus {asked}: a worker's GPUs are of one node, and no node has more than {most} that this job would "
+            f"use; {mend}"
         )
-    return each
+    if asked or not gpus:
+        return asked or 0
+    if settings.device == MAP and len(set(gpus)) > 1:
+        raise ClusterError(
+            f"--device map: the nodes have {' + '.join(map(str, gpus))} GPUs; say with --gpus how many a worker takes"
+        )
+    return most if settings.device == MAP else 1

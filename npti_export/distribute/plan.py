@@ -26,7 +26,7 @@ class Distribution:
         workers: None takes one a GPU where the model runs on these, else one a node and four cores.
         address: of a cluster, as Ray writes it; None takes RAY_ADDRESS, or else starts one of this machine for the job.
         gpus: of each worker where the model runs on these; over several it is spread. None takes one, or all of a node
-            where the model is to be spread anyway.
+            (all nodes must have as many) where the model is to be spread anyway.
     """
 
     workers: int | None = None

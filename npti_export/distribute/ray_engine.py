@@ -103,6 +103,8 @@ class RayEngine:
         for number in self._actors:
             self._greet(number)
         self._silent: Counter[int] = Counter()
+        self._alone: float | None = None  # since when no worker has been there
+        self._told = False
         self._away: dict[int, float] = {}  # workers that are being started again, and until when not to ask them
         self._hello: Hello | None = None
         self._process: dict[int, str] = {}
@@ -133,12 +135,8 @@ class RayEngine:
         Raises:
             NptiError: the model is missing there, or every worker died.
         """
-        told, started = False, time.monotonic()
         while self._hello is None:
             self._wait()
-            if not told and self._hello is None and time.monotonic() > started + _PATIENCE:
-                self._progress.note("waiting for Ray to place a worker (ray status says what it is short of)")
-                told = True
         return self._hello
 
     def run(self, series: Sequence[Series], gatherings: Sequence[Gathering], matches: Sequence[Match]) -> None:
@@ -225,6 +223,8 @@ class RayEngine:
 
     def _wait(self) -> None:
         """Take what has come back, after at most ``_POLL`` seconds."""
+        self._pulse.check()
+        self._tell_of_waiting()
         for number in [number for number, until in self._away.items() if time.monotonic() >= until]:
             del self._away[number]
             self._greet(number)
@@ -235,23 +235,34 @@ class RayEngine:
         if not refs:
             raise ClusterError("every worker died and did not come back; ray's logs in /tmp/ray say why")
         ready, _ = self._ray.wait(refs, num_returns=1, timeout=_POLL)
-        if not ready:
-            self._pulse.check()
         for ref in ready:
             if ref in self._greeting:
                 self._greeted(ref, self._greeting.pop(ref))
             else:
                 self._take(ref, self._running.pop(ref))
 
+    def _tell_of_waiting(self) -> None:
+        if self._running or self._idle:
+            self._alone = None
+            return
+        now = time.monotonic()
+        self._alone = self._alone or now
+        if now - self._alone > _PATIENCE and not self._told:
+            self._progress.note("waiting for Ray to place a worker (ray status says what it is short of)")
+            self._told = True
+
     def _greeted(self, ref: Any, number: int) -> None:
+        exceptions = self._ray.exceptions
         try:
             said = _unless_fault(self._ray.get(ref))
-        except self._ray.exceptions.RayActorError as error:
+        except exceptions.RayTaskError:
+            raise  # a mistake of ours
+        except exceptions.RayError as error:
             self._silent[number] += 1
-            if isinstance(error, self._ray.exceptions.ActorUnavailableError) and self._silent[number] < _SILENT:
-                self._away[number] = time.monotonic() + _POLL
-            else:
+            if self._gone(error) or self._silent[number] >= _SILENT:
                 self._lose(number, error)
+            else:
+                self._away[number] = time.monotonic() + _POLL
             return
         self._silent[number] = 0
         if self._hello is None:
@@ -265,6 +276,12 @@ class RayEngine:
         self._meet(number, said.process)
         self._idle.append(number)
 
+    def _gone(self, error: Exception) -> bool:
+        """Whether Ray will not start a worker again."""
+        exceptions = self._ray.exceptions
+        lasting = (exceptions.RayActorError, exceptions.ActorUnschedulableError)
+        return isinstance(error, lasting) and not isinstance(error, exceptions.ActorUnavailableError)
+
     def _greet(self, number: int) -> None:
         """Ask a worker to say when it is there."""
         self._greeting[self._actors[number].hello.remote()] = number
@@ -275,16 +292,12 @@ class RayEngine:
             outcome = self._ray.get(ref)
         except exceptions.RayTaskError:
             raise  # a mistake of ours
-        except exceptions.RayActorError as error:
+        except exceptions.RayError as error:
             self._failed(run, error)
-            if isinstance(error, exceptions.ActorUnavailableError):  # it is being started again
-                self._greet(run.actor)
-            else:
+            if self._gone(error):
                 self._lose(run.actor, error)
-            return
-        except exceptions.RayError as error:  # the answer was lost on its way
-            self._failed(run, error)
-            self._idle.append(run.actor)
+            else:  # it is being started again, or its answer was lost on its way
+                self._greet(run.actor)
             return
         self._idle.append(run.actor)
         self._arriving = [run]

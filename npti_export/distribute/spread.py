@@ -17,6 +17,7 @@ from npti_export.distribute.gathering import Gathering
 from npti_export.distribute.plan import Distribution, Match, Series, Setup
 from npti_export.distribute.ray_engine import Log, RayEngine
 from npti_export.distribute.worker import file_bytes
+from npti_export.errors import ClusterError
 from npti_export.files import translate_os_errors
 from npti_export.identify.collect import cache_key, state_path
 from npti_export.identify.profiles import Place, check_matchable, kept_constant, matched_path
@@ -107,6 +108,10 @@ def _run(
 ) -> tuple[Place, Log]:
     assert place.cache is not None
     threads, gpu = models.settings.threads, wants_gpu(models)
+    if distribution.gpus and not gpu:
+        raise ClusterError(
+            f"--gpus {distribution.gpus}: the model would not run on a GPU as it is asked to; leave it out"
+        )
     with ExitStack() as stack:
         copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="npti-")))
         mark = stack.enter_context(_mark(place.cache))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-_SECRETS = re.compile(r"(\w+://)[^/@\s]*@|\?[^\s=]*=[^\s=]*(?==|$)")
+_ADDRESS = re.compile(r"(\w+://)(\S*)")
 
 
 def is_address(url: str) -> bool:
@@ -32,6 +32,23 @@ def public_address(url: str) -> str:
     return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
 
 
+def host_of(text: str) -> str:
+    """What may be shown of what is no proper address: its host, which is all that cannot be a key."""
+    scheme, _, rest = text[:200].partition("://")
+    host = rest.partition("/")[0].rpartition("@")[2].partition("?")[0]
+    return f"{scheme}://{host}{'/…' if '/' in rest else ''}"
+
+
 def without_secrets(argument: str) -> str:
-    """An argument of the command line with what :func:`public_address` leaves out left out of each address in it."""
-    return _SECRETS.sub(r"\1", argument)
+    """An argument of the command line, each address in it without user, password and query.
+
+    A model that is named behind an address (``URL=MODEL``) stays.
+    """
+
+    def public(found: re.Match[str]) -> str:
+        address, mark, query = found[2].rpartition("@")[2].partition("?")
+        last = query.rpartition("&")[2]
+        model = f"={last.rpartition('=')[2]}" if last.count("=") > 1 else ""
+        return f"{found[1]}{address}{model if mark else ''}"
+
+    return _ADDRESS.sub(public, argument)

@@ -80,12 +80,14 @@ def collect(
     while runtime is not None and overlap < settings.overlap:
         batch = questions[asked : asked + per_batch]
         fresh = run_batch(runtime, bench, batch, asked, recipe)
+        tokens = fresh.plus.tokens + fresh.minus.tokens
         stats = stats.absorb(fresh)
+        del fresh  # of a large model there is no room for it beside the next one
         asked += len(batch)
         done += 1
         if state is not None:
             save_state(state, stats, done)
-        progress.advance(len(batch), fresh.plus.tokens + fresh.minus.tokens)
+        progress.advance(len(batch), tokens)
         overlap = overlap_so_far(stats, recipe, asked, len(questions))
     if asked < len(questions):
         progress.note(stopped(asked, len(questions), overlap))

@@ -14,7 +14,7 @@ import torch
 from npti_export.routing import ExpertRouting, routing_for
 from npti_export.stats import BIN_COUNT, EDGES, ActivationStats
 
-# Activations that are sorted into bins at once: what that takes is some 20 bytes each, for a moment, beside the model.
+# Activations that are sorted into bins at once: what that takes is some 30 bytes each, for a moment, beside the model.
 _AT_ONCE = 1 << 25
 
 

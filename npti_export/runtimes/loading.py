@@ -28,8 +28,16 @@ def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {token for token in stop if token is not None}
 
 
-def load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool, *, spread: bool = False) -> tuple[Any, Any]:
-    """A model and its tokenizer; ``spread``: over the devices of this machine.
+def load(
+    source: ModelSource, dtype: torch.dtype, trust_remote_code: bool, *, spread: Path | None = None
+) -> tuple[Any, Any]:
+    """A model and its tokenizer.
+
+    Args:
+        source: the model.
+        dtype: of its weights.
+        trust_remote_code: run the repository's own code.
+        spread: over the devices of this machine, and, for what they do not hold, this folder.
 
     Raises:
         ModelError: transformers cannot load it (the reason given is its own), or see
@@ -49,8 +57,8 @@ def load(source: ModelSource, dtype: torch.dtype, trust_remote_code: bool, *, sp
             _check_templates(tokenizer.chat_template, str(source.path))
             # of a directory nothing but safetensors: other weights are programs that run as they are read
             only: dict[str, Any] = {} if source.kind == "gguf" else {"use_safetensors": True}
-            if spread:
-                only["device_map"] = "auto"
+            if spread is not None:
+                only |= {"device_map": "auto", "offload_folder": str(spread)}
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 **where, **only, dtype=dtype, trust_remote_code=trust_remote_code
             )

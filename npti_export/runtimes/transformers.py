@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import operator
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,10 +56,14 @@ class TransformersRuntime:
         self.source = source
         self.device = usable_device(device)
         self.dtype = pick_dtype(self.device) if dtype == "auto" else parse_dtype(dtype)
-        self.model, self.tokenizer = load(source, self.dtype, trust_remote_code, spread=device == MAP)
         if device == MAP:
+            self._offloaded = tempfile.TemporaryDirectory(prefix="npti-")  # goes when this object goes
+            folder = Path(self._offloaded.name)
+            self.model, self.tokenizer = load(source, self.dtype, trust_remote_code, spread=folder)
             self.device = entrance(self.model)
+            _check_spread(self.model, source)
         else:
+            self.model, self.tokenizer = load(source, self.dtype, trust_remote_code)
             self.model.to(self.device)
         self.model.eval()
         if source.architecture.mixture:
@@ -313,6 +319,19 @@ class TransformersRuntime:
             ids[row, place] = torch.tensor(list(sequence))
             mask[row, place] = 1
         return ids.to(self.device), mask.to(self.device)
+
+
+def _check_spread(model: Any, source: ModelSource) -> None:
+    """Experts are computed by code that fetches no weights from elsewhere, see :mod:`npti_export.routing`.
+
+    Raises:
+        ModelError: there was not room for all of a mixture of experts on the devices.
+    """
+    if source.architecture.mixture and any(one.device.type == "meta" for one in model.parameters()):
+        raise ModelError(
+            f"--device map: the devices do not hold all of {source.name}, and a mixture of experts cannot be computed "
+            "from memory or disk; take more GPUs, or --device cpu"
+        )
 
 
 def batches(

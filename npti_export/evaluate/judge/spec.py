@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from npti_export.errors import EvaluationError, shortened
-from npti_export.generators.address import is_address, public_address
+from npti_export.generators.address import host_of, is_address
 
 _FORMS = "give URL=MODEL, such as http://127.0.0.1:8080/v1=qwen3-8b, or a .gguf file"
 
@@ -55,7 +55,7 @@ def parse_judge(text: str, **more: Any) -> JudgeSpec:
     """
     if "://" in text:
         url, _, model = text.rpartition("=")
-        shown = shortened(public_address(url or text))
+        shown = host_of(url or text)
         if not url or not model.strip():
             raise EvaluationError(f"--judge {shown}: names no model; {_FORMS}")
         if not is_address(url):
