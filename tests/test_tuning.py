@@ -17,6 +17,7 @@ from tolerances import KV_FLOAT16
 
 from npti_export.bench import load_bench
 from npti_export.errors import BenchError, EvaluationError, ProfileError
+from npti_export.evaluate.capability.neutral import NeutralText
 from npti_export.evaluate.capability.tasks import Passage
 from npti_export.evaluate.conditions import Test
 from npti_export.evaluate.contrast import contrasts
@@ -34,7 +35,7 @@ from npti_export.profile import NeuronProfile
 from npti_export.profile_io import save_profile
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
-from npti_export.rule import build_rule
+from npti_export.rule import SteeringRule, build_rule
 from npti_export.runtimes.base import chat
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 from npti_export.traits import TraitSpec
@@ -418,6 +419,48 @@ def test_gamma_auto_takes_the_best_strength_within_the_budget(subject, tiny, mon
     assert found == two  # the time is up after the recipe's own
     with pytest.raises(EvaluationError, match=r"no strength of extraversion- from 1 to 1 times .* keeps the budget"):
         strength.with_strengths(asked, Silent(), dataclasses.replace(how, budget=Budget(0, 0), minutes=0))
+
+
+class Told(Silent):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def test_gamma_auto_measures_several_poles_together(subject, tiny, monkeypatch):
+    """Each keeps the budget alone; their sum does not, before all are weakened."""
+    poles = (TraitSpec("extraversion", "-"), TraitSpec("openness", "+", 1.5))
+    subject = dataclasses.replace(subject, recipe="mean-shift")
+    asked = Job(poles, None, model=str(tiny), recipe="mean-shift", overrides=FEW, runtime=subject.runtime)
+    asked = dataclasses.replace(asked, cache=subject.cache)
+    monkeypatch.setattr(
+        strength, "_best", lambda _at, _profile, measure, *_: (1.0, measure.figures(measure.base, None))
+    )
+    told, damages = Told(), {}
+    with opened(subject, Silent()) as at:
+        text = NeutralText(at.engine().base, trial_passages())
+        text.keep()
+        shape = at.source.shape.layers, at.source.shape.width
+        rules = []
+        for spec in poles:
+            with opened(dataclasses.replace(subject, trait=spec), Silent()) as other:
+                rules.append(build_rule(other.profile(other.recipe), spec, other.recipe).constant)
+        for share in strength.SHARES:
+            constant = (share * sum(rules)).astype(np.float32)
+            moved = SteeringRule(np.zeros(shape, np.float32), np.zeros(shape, np.bool_), constant)
+            with at.engine().steered(moved) as runtime:
+                damages[share] = float(text.kl(runtime).mean())
+    how = strength.Auto(Budget((damages[0.85] + damages[0.7]) / 2, 50), questions=3, answer_tokens=5)
+    found = strength.with_strengths(asked, told, how).traits
+    assert [one.strength for one in found] == pytest.approx([0.7, 1.05])
+    assert any("all together at 0.7 of these strengths: extraversion- " in note for note in told.notes)
+    loose = dataclasses.replace(how, budget=Budget(2 * damages[1.0], 50))
+    assert strength.with_strengths(asked, told, loose).traits == poles
+    tight = dataclasses.replace(how, budget=Budget(damages[0.5] / 2, 50))
+    with pytest.raises(EvaluationError, match=r"together the poles do not keep the budget .* not even at 0\.5"):
+        strength.with_strengths(asked, told, tight)
 
 
 def test_gamma_auto_keeps_the_recipe_that_a_published_profile_needs(tmp_path, monkeypatch):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from npti_export.errors import EvaluationError, ProfileError
 from npti_export.evaluate.conditions import Test
@@ -12,13 +14,14 @@ from npti_export.job import Job, prepared
 from npti_export.profile import NeuronProfile
 from npti_export.progress import Progress
 from npti_export.publish import check_publication
-from npti_export.rule import build_rule
+from npti_export.rule import build_rule, compose
 from npti_export.traits import FACETS, TraitSpec
 from npti_export.tuning.budget import Budget, largest_gain
 from npti_export.tuning.opening import ModelJob, Opened, opened
 from npti_export.tuning.trial import Figures, Measure, search_questions, trial_passages
 
 STRENGTHS = (1.0, 0.5, 1.5, 0.75, 2.0, 0.25, 1.25)  # in the order in which they are tried while there is time
+SHARES = (1.0, 0.85, 0.7, 0.5)  # of their own strengths that several poles together are tried at
 _PERSONAS = 2
 _ADVICE = "look for other settings by npti-export tune, or give a number"
 
@@ -29,7 +32,7 @@ class Auto:
 
     Attributes:
         budget: what steering may cost.
-        minutes: for all poles together, identification aside; one strength of each is tried in any case.
+        minutes: for the poles, each by itself, identification aside; one strength of each is tried in any case.
         questions: search questions that they are judged on.
         answer_tokens: longest answer.
         clock: gives seconds.
@@ -45,10 +48,12 @@ class Auto:
 def with_strengths(job: Job, progress: Progress, how: Auto | None = None) -> Job:
     """The job with each pole at the strength that gains most within the budget, on search questions.
 
-    A pole's own strength, as in ``calm:0.5``, is multiplied. Each of several poles is tuned alone.
+    A pole's own strength, as in ``calm:0.5``, is multiplied. Each of several poles is tuned alone; then all are
+    measured together, and weakened alike where their sum does not keep the budget.
 
     Raises:
-        EvaluationError: no strength of a pole keeps the budget, or none that does moves the answers towards it.
+        EvaluationError: no strength of a pole keeps the budget, or none that does moves the answers towards it; or
+            not even half of them all together keeps it.
         NptiError: something is wrong with the job; said before any work.
     """
     with prepared(job) as ready:
@@ -56,9 +61,21 @@ def with_strengths(job: Job, progress: Progress, how: Auto | None = None) -> Job
         profiles, chosen = ready.profiles, replace(job, recipe=job.recipe or ready.recipe.name)
     how = how or Auto()
     how = replace(how, minutes=how.minutes / len(job.traits))
-    return replace(
-        job, traits=tuple(_tuned(chosen, spec, profiles.get(spec.trait), how, progress) for spec in job.traits)
-    )
+    found = [_tuned(chosen, spec, profiles.get(spec.trait), how, progress) for spec in job.traits]
+    share = _share(chosen, found, how, progress) if len(found) > 1 else 1.0
+    return replace(job, traits=tuple(replace(one.spec, strength=one.spec.strength * share) for one in found))
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    spec: TraitSpec
+    profile: NeuronProfile
+    test: Test
+
+
+def _subject(job: Job, spec: TraitSpec) -> ModelJob:
+    bench = job.bench if spec.trait in FACETS else None
+    return ModelJob(spec, job.model, job.recipe, job.overrides, bench, job.runtime, job.cache)
 
 
 def _tuned(
@@ -67,10 +84,8 @@ def _tuned(
     profile: NeuronProfile | None,
     how: Auto,
     progress: Progress,
-) -> TraitSpec:
-    bench = job.bench if spec.trait in FACETS else None
-    subject = ModelJob(spec, job.model, job.recipe, job.overrides, bench, job.runtime, job.cache)
-    with opened(subject, progress) as at:
+) -> _Tuned:
+    with opened(_subject(job, spec), progress) as at:
         questions = search_questions(at.bench, at.recipe, how.questions)
         profile = profile or at.profile(at.recipe)
         test = Test(at.bench, spec.sign, questions, at.recipe, how.answer_tokens, _PERSONAS)
@@ -81,7 +96,37 @@ def _tuned(
         f"gamma auto: {spec.pole} at {factor:g} times the recipe's strength: gain {figures.gain.mean:+.3f} on "
         f"{len(questions)} search questions, KL {damage:.3f}"
     )
-    return replace(spec, strength=spec.strength * factor)
+    return _Tuned(replace(spec, strength=spec.strength * factor), profile, test)
+
+
+def _share(job: Job, found: Sequence[_Tuned], how: Auto, progress: Progress) -> float:
+    """The largest share of their strengths at which all poles together keep the budget.
+
+    KL is that of the sum; fluency is a mean over the poles' questions.
+    """
+    budget, damages = how.budget, []
+    with opened(_subject(job, found[0].spec), progress) as at:
+        engine = at.engine()
+        # text that has nothing to do with any trait is the same for all
+        measures = [Measure(engine, one.test, trial_passages()[: None if one is found[0] else 0]) for one in found]
+        unsteered = float(np.mean([one.fluency for one in measures]))
+        progress.start("all together", len(SHARES))
+        for share in SHARES:
+            specs = [replace(one.spec, strength=one.spec.strength * share) for one in found]
+            rule = compose([build_rule(one.profile, spec, at.recipe) for one, spec in zip(found, specs, strict=True)])
+            figures = [one.rule(rule) for one in measures]
+            progress.advance(1)
+            damages.append(_damage(figures[0]))
+            if budget.holds(damages[-1], float(np.mean([one.fluency.mean for one in figures])), unsteered):
+                gains = ", ".join(f"{spec.pole} {one.gain.mean:+.3f}" for spec, one in zip(specs, figures, strict=True))
+                progress.note(
+                    f"gamma auto: all together at {share:g} of these strengths: {gains}, KL {damages[-1]:.3f}"
+                )
+                return share
+    raise EvaluationError(
+        f"--gamma auto: together the poles do not keep {budget}, not even at {min(SHARES):g} of their own strengths "
+        f"(KL {min(damages):.3g}); name fewer, or give a number"
+    )
 
 
 def _best(
