@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from npti_export.runtimes.base import Message, Runtime, chat
 from npti_export.stats import ContrastStats, PairSpread, load_stats, save_stats
 from npti_export.traits import SIGNS, Sign
 
+_CHEAP = 0.2  # seconds in which statistics are written after every batch
+_SHARE = 0.05  # of the time, that goes into writing others
 _CACHE_FORMAT = 6  # raise when the meaning of cached statistics changes
 
 
@@ -45,9 +48,10 @@ def collect(
     """Let the model answer as both poles and count what every neuron does.
 
     Search questions are answered once as each pole, in batches, until the neurons have settled or all are asked;
-    after each batch the statistics are saved under a key of everything that they depend on, so that a killed run goes
-    on where it stopped and a finished one is not repeated. When to stop is not part of the key: a run that is to ask
-    more questions goes on from one that asked fewer, and one that could do with fewer takes all answers that are there.
+    after each batch (of a large model, whose statistics take long to write, after some) they are saved under a key of
+    everything that they depend on, so that a killed run goes on from there and a finished one is not repeated. When
+    to stop is not part of the key: a run that is to ask more questions goes on from one that asked fewer, and one
+    that could do with fewer takes all answers that are there.
 
     Args:
         load_runtime: gives the model; not called where nothing is left to do.
@@ -77,21 +81,59 @@ def collect(
     runtime = load_runtime() if overlap < settings.overlap else None  # before the bar of the questions begins
     progress.start(f"identify {bench.trait}", len(questions))
     progress.advance(asked)
-    while runtime is not None and overlap < settings.overlap:
-        batch = questions[asked : asked + per_batch]
-        fresh = run_batch(runtime, bench, batch, asked, recipe)
-        tokens = fresh.plus.tokens + fresh.minus.tokens
-        stats = stats.absorb(fresh)
-        del fresh  # of a large model there is no room for it beside the next one
-        asked += len(batch)
-        done += 1
-        if state is not None:
-            save_state(state, stats, done)
-        progress.advance(len(batch), tokens)
-        overlap = overlap_so_far(stats, recipe, asked, len(questions))
+    with _Keeper(state) as keeper:
+        while runtime is not None and overlap < settings.overlap:
+            batch = questions[asked : asked + per_batch]
+            fresh = run_batch(runtime, bench, batch, asked, recipe)
+            tokens = fresh.plus.tokens + fresh.minus.tokens
+            keeper.changing()
+            stats = stats.absorb(fresh)
+            del fresh  # of a large model there is no room for it beside the next one
+            asked += len(batch)
+            done += 1
+            keeper.keep(stats, done)
+            progress.advance(len(batch), tokens)
+            overlap = overlap_so_far(stats, recipe, asked, len(questions))
     if asked < len(questions):
         progress.note(stopped(asked, len(questions), overlap))
     return stats, _origin(recipe, bench, asked, len(questions), overlap) | {"dtype": dtype, "key": key}
+
+
+class _Keeper:
+    """Saves statistics after each batch, or so seldom that it takes a twentieth of the time, and at the end anyway.
+
+    Args:
+        path: of the file; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._cost, self._saved = path, 0.0, time.monotonic()
+        self._left: tuple[ContrastStats, int] | None = None
+
+    def __enter__(self) -> _Keeper:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._save()
+
+    def changing(self) -> None:
+        """What was given is changed from now on, and no longer to be saved: a stop may come in between."""
+        self._left = None
+
+    def keep(self, stats: ContrastStats, batches: int) -> None:
+        """Take the statistics of so many first batches."""
+        self._left = stats, batches
+        if self._cost < _CHEAP or time.monotonic() - self._saved > self._cost / _SHARE:
+            self._save()
+
+    def _save(self) -> None:
+        left, self._left = self._left, None
+        if left is None or self._path is None:
+            return
+        began = time.monotonic()
+        save_state(self._path, *left)
+        self._saved = time.monotonic()
+        self._cost = self._saved - began
 
 
 def _origin(recipe: Recipe, bench: TraitBench, asked: int, total: int, overlap: float) -> dict[str, Any]:

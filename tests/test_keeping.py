@@ -1,0 +1,68 @@
+"""How often what was counted is saved while questions are asked."""
+
+import pytest
+
+from npti_export.identify import collect
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(cost, batches, seconds a batch) -> batches that were saved, in order; ``stop`` interrupts while adding."""
+    clock, saved = Clock(), []
+
+    def save(_path, stats, batches):
+        assert stats == f"of {batches}"
+        clock.now += save.cost
+        saved.append(batches)
+
+    monkeypatch.setattr(collect, "time", clock)
+    monkeypatch.setattr(collect, "save_state", save)
+
+    def ask(cost, batches, seconds, *, stop=None, error=KeyboardInterrupt):
+        save.cost = cost
+        saved.clear()
+        with collect._Keeper(tmp_path / "state") as keeper:
+            for done in range(1, batches + 1):
+                clock.now += seconds
+                if stop == done - 0.5:
+                    raise error
+                keeper.changing()
+                if stop == done:
+                    raise error
+                keeper.keep(f"of {done}", done)
+        return list(saved)
+
+    return ask, saved
+
+
+def test_what_is_quickly_written_is_written_each_time(run):
+    assert run[0](0.1, 5, 0.01) == [1, 2, 3, 4, 5]
+
+
+def test_what_takes_long_takes_a_twentieth_of_the_time_and_is_whole_in_the_end(run):
+    ask, _ = run
+    assert ask(1.0, 47, 2.0) == [1, 12, 23, 34, 45, 47]  # more than 20 seconds apart
+    assert ask(1.0, 45, 2.0) == [1, 12, 23, 34, 45]  # once
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_stop_saves_what_is_whole_and_nothing_that_is_being_added_to(run, error):
+    ask, saved = run
+    for stop, want in ((9.5, [1, 9]), (9, [1])):
+        with pytest.raises(error):
+            ask(1.0, 20, 2.0, stop=stop, error=error)
+        assert saved == want
+
+
+def test_without_a_cache_nothing_is_written(monkeypatch):
+    monkeypatch.setattr(collect, "save_state", None)
+    with collect._Keeper(None) as keeper:
+        keeper.keep("stats", 1)
