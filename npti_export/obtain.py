@@ -7,8 +7,9 @@ from contextlib import ExitStack
 
 from npti_export.bench import TraitBench
 from npti_export.distribute.spread import Request, answered
+from npti_export.errors import ProfileError
 from npti_export.files import translate_os_errors
-from npti_export.identify.profiles import Place, needed, profile_for
+from npti_export.identify.profiles import Place, anything_kept, needed, profile_for
 from npti_export.job import Prepared
 from npti_export.loader import Models, Timings
 from npti_export.profile import NeuronProfile
@@ -43,6 +44,13 @@ def _identified(
     nothing_else = job.out is None and kept is not None  # is asked for but profiles
     signs = {trait: SIGNS if nothing_else else _signs(ready, trait) for trait in wanted}
     place = Place(models.fast, ready.source, models.dtype(), models.device(), job.cache)
+    if job.resume and not any(
+        anything_kept(place, bench, signs[trait], recipe, kept) for trait, bench in wanted.items()
+    ):
+        raise ProfileError(
+            f"--resume: of this very job nothing is kept in {job.cache}; give the options of the run that was stopped, "
+            "or leave --resume out to begin"
+        )
     with ExitStack() as stack:
         if job.distribution is not None:
             asked = {trait: needed(bench, signs[trait], recipe, kept) for trait, bench in wanted.items()}

@@ -42,6 +42,7 @@ class Job:
         any_model: accept a profile or rule of another model of the same shape.
         force: replace existing outputs.
         cache: folder of resumable state; None keeps none.
+        resume: whether something has to be kept of an earlier run of the same job.
         runtime: how the model runs.
         distribution: the workers that identify; None: this process.
     """
@@ -71,5 +72,6 @@ class Job:
     any_model: bool = False
     force: bool = False
     cache: Path | None = None
+    resume: bool = False
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
     distribution: Distribution | None = None

@@ -1,6 +1,7 @@
 """How often what was counted is saved while questions are asked."""
 
 import pytest
+from jobs import QUICK, npti
 
 from npti_export.identify import collect
 
@@ -66,3 +67,22 @@ def test_without_a_cache_nothing_is_written(monkeypatch):
     monkeypatch.setattr(collect, "save_state", None)
     with collect._Keeper(None) as keeper:
         keeper.keep("stats", 1)
+
+
+def test_resume_goes_on_and_never_begins(tiny, cli_environment, tmp_path):
+    """Where one option differs it is another job, of which nothing is kept: that must not cost a night in silence."""
+    job = ["identify", "--trait", "openness", "--model", tiny, "--recipe", "npti", *QUICK[:6], "--out"]
+
+    def run(*arguments):
+        return npti(*arguments, environment=cli_environment, cwd=tmp_path)
+
+    done = run(*job, "a", "--resume", "--max-new-tokens", "7")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--resume: of this very job nothing is kept in" in done.stderr
+    assert run(*job, "a", "--max-new-tokens", "7").returncode == 0
+    assert run(*job, "b", "--resume", "--max-new-tokens", "7").returncode == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert run(*job, "c", "--resume", "--max-new-tokens", "6").returncode == 2
+    assert not (tmp_path / "c").exists()
+    done = run(*job, "c", "--resume", "--no-cache")
+    assert (done.returncode, "--no-cache does not keep" in done.stderr) == (2, True)

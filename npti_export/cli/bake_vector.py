@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from npti_export.cli.options import FILE, RichProgress, llama_options, llama_settings
+from npti_export.cli.options import FILE, llama_options, llama_settings
+from npti_export.cli.progress_bars import RichProgress
 from npti_export.terminal import echo_json, tame_console
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from npti_export.cli.options import FILE, RichProgress, base_options, job_options, model_options, rule_options
+from npti_export.cli.options import FILE, base_options, job_options, model_options, rule_options
+from npti_export.cli.progress_bars import RichProgress
 from npti_export.terminal import echo, echo_json, tame_console
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from npti_export.cli.endpoints import judge_options, judges_of
-from npti_export.cli.options import FILE, RichProgress, runtime_options, runtime_settings, trait_dir_option
+from npti_export.cli.options import FILE, runtime_options, runtime_settings, trait_dir_option
+from npti_export.cli.progress_bars import RichProgress
 from npti_export.terminal import tame_console
 
 _BASELINES = "npti,dpn-le,dpn-le-any,mean-shift,null"

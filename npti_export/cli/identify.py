@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from npti_export.cli.distribution import distribution_of, distribution_options
-from npti_export.cli.options import FILE, RichProgress, job_options, model_options
+from npti_export.cli.options import FILE, job_options, model_options
+from npti_export.cli.progress_bars import RichProgress
 from npti_export.terminal import echo, tame_console
 
 

@@ -19,13 +19,13 @@ from npti_export.cli.inspect import inspect
 from npti_export.cli.long_runs import end_plainly_on_lost_files, log_option
 from npti_export.cli.options import (
     FILE,
-    RichProgress,
     auto_rule_options,
     base_options,
     job_options,
     model_options,
     trait_dir_option,
 )
+from npti_export.cli.progress_bars import RichProgress
 from npti_export.cli.report import report_command
 from npti_export.cli.strip import strip
 from npti_export.cli.traits import traits

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from npti_export.cli.options import FILE, RichProgress, trial_options
+from npti_export.cli.options import FILE, trial_options
+from npti_export.cli.progress_bars import RichProgress
 from npti_export.terminal import tame_console
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from npti_export.cli.options import FILE, RichProgress, runtime_options, runtime_settings, trait_dir_option
+from npti_export.cli.options import FILE, runtime_options, runtime_settings, trait_dir_option
+from npti_export.cli.progress_bars import RichProgress
 from npti_export.terminal import echo_json, tame_console
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from npti_export.bench import Question, TraitBench
-from npti_export.identify.collect import questions_a_batch
+from npti_export.identify.collect import questions_a_batch, shards_beside
 from npti_export.loader import RuntimeSettings
 from npti_export.models import ModelSource
 from npti_export.recipe import Recipe
@@ -97,7 +97,7 @@ class Series:
     @property
     def shards(self) -> Path:
         """Folder of what is not merged into ``state`` yet."""
-        return self.state.with_suffix(".shards")
+        return shards_beside(self.state)
 
     @cached_property
     def questions(self) -> tuple[Question, ...]:

@@ -156,6 +156,11 @@ def state_path(cache: Path, bench: TraitBench, key: str) -> Path:
     return cache / "identify" / f"{bench.trait}-{key}.safetensors"
 
 
+def shards_beside(state: Path) -> Path:
+    """Folder of what several workers have answered that is not in ``state`` yet."""
+    return state.with_suffix(".shards")
+
+
 def stopped(asked: int, total: int, overlap: float) -> str:
     """What the user is told where not every question was asked."""
     return (

@@ -15,7 +15,7 @@ from npti_export.bench import TraitBench
 from npti_export.checked import encode_checked, load_checked
 from npti_export.errors import ArchitectureError, DamagedError
 from npti_export.files import atomic_output, translate_os_errors
-from npti_export.identify.collect import cache_key, collect
+from npti_export.identify.collect import cache_key, collect, shards_beside, state_path
 from npti_export.identify.matched import match
 from npti_export.models import ModelSource
 from npti_export.profile import Matrix, NeuronProfile, profile_from_stats
@@ -112,6 +112,20 @@ def needed(
     if neurons is None and any(rule.by_neurons for rule in rules.values()):
         neurons = recipe
     return neurons, tuple(sign for sign, rule in rules.items() if rule.matched)
+
+
+def anything_kept(
+    place: Place, bench: TraitBench, signs: Sequence[Sign], recipe: Recipe, neurons: Recipe | None
+) -> bool:
+    """Whether an earlier run, finished or not, left anything of what :func:`profile_for` would find."""
+    if place.cache is None:
+        return False
+    neurons, matched = needed(bench, signs, recipe, neurons)
+    paths = [matched_path(place, bench, sign, recipe) for sign in matched]
+    if neurons is not None:
+        state = state_path(place.cache, bench, cache_key(place.source, bench, neurons, place.dtype, place.device))
+        paths += [state, shards_beside(state)]
+    return any(path is not None and path.exists() for path in paths)
 
 
 def check_matchable(source: ModelSource) -> None:
