@@ -7,6 +7,10 @@ Then, on the default model: a95 by the bins against sorting every activation tha
 Last, for each shape (LAYERSxWIDTH; 32x14336 is Llama 3's 8B, 80x28672 its 70B), in a process of its own, on random
 counts: bytes of one trait's statistics, of the file that is kept of them and of the profile, and how far the process
 grew over each step of a job, beside what its inputs take.
+
+--plan adds what the paper's full job would take on GPUs that were not at hand: 36,000 questions a trait, five traits,
+both poles. Measured here are a layer's cost beside its arithmetic, and what statistics take; bandwidth and arithmetic
+are those of a data sheet (H100 SXM), of which a share is taken to be reached.
 """
 
 import argparse
@@ -20,6 +24,18 @@ from pathlib import Path
 import numpy as np
 from common import say
 
+ANSWERS = 2 * 5 * 36_000
+PROMPT, ANSWER = 130, 300  # tokens: the first is measured on the shipped bench, the second a guess (at most 500)
+BANDWIDTH, ARITHMETIC = 0.6 * 3.35e12, 0.4 * 989e12  # bytes and floating-point operations a second, share reached
+MEMORY = 0.9 * 80e9  # of one GPU
+MOST = 256  # answers at once
+HOURLY = 3.0  # dollars a GPU
+# parameters, layers, width, bytes of weights, bytes of KV a token, GPUs of a worker, whether in transformers
+PLANNED = {
+    "8B, bfloat16": (8.0e9, 32, 14336, 16.1e9, 131_072, 1, True),
+    "70B, bfloat16, over 4": (70.6e9, 80, 28672, 141e9, 327_680, 4, True),
+    "70B, Q4_K_M in llama.cpp": (70.6e9, 80, 28672, 42.5e9, 327_680, 1, False),
+}
 MB, PAGE = 1e6, os.sysconf("SC_PAGE_SIZE")
 
 
@@ -84,7 +100,31 @@ def step_overhead():
                 took.append(time.perf_counter() - began)
         seconds[layers] = min(took[1:]) / steps
     layer = (seconds[40] - seconds[8]) / 32
-    say(f"a step of generation: {1000 * layer:.2f} ms a layer and {1000 * (seconds[8] - 8 * layer):.1f} ms besides")
+    besides = seconds[8] - 8 * layer
+    say(f"a step of generation: {1000 * layer:.2f} ms a layer and {1000 * besides:.1f} ms besides")
+    return layer, besides
+
+
+def plan(layer, besides, taken):
+    """A table; ``taken`` by layers: seconds in which the statistics of a batch are added, and kept."""
+    say("\n| model | answers at once | of a batch: steps, passes, counting, statistics | 1 GPU | 8 GPUs | cost |")
+    say("|---" * 6 + "|")
+    for name, (size, layers, width, weights, kv, gpus, torch) in PLANNED.items():
+        room = gpus * MEMORY - weights - 4 * layers * width * 122
+        together = int(min(MOST, room / (kv * (PROMPT + ANSWER))))
+        reading = weights + together * kv * (PROMPT + ANSWER / 2)
+        step = max(reading / BANDWIDTH, 2 * size * together / ARITHMETIC) + (layers * layer + besides if torch else 0)
+        steps = ANSWER * step
+        tokens = together * (PROMPT + (PROMPT + ANSWER if torch else 0))
+        passes = 2 * size * tokens / ARITHMETIC
+        counting = 30 * together * ANSWER * layers * width / BANDWIDTH
+        adding, keeping = taken[layers]
+        computing = steps + passes + counting
+        parts = steps, passes, counting, adding + min(keeping, computing / 20)  # see identify.collect
+        hours = ANSWERS / together * sum(parts) / 3600
+        one = f"{hours:.0f} h" if gpus == 1 else f"({gpus}) {hours:.0f} h"
+        shown = ", ".join(f"{100 * part / sum(parts):.0f}%" for part in parts)
+        say(f"| {name} | {together} | {shown} | {one} | {hours * gpus / 8:.1f} h | {hours * gpus * HOURLY:,.0f} $ |")
 
 
 class Peak:
@@ -146,7 +186,7 @@ def nbytes(stats):
     return sum(array.nbytes for array in arrays)
 
 
-def of_shape(layers, width):
+def of_shape(layers, width, pipe):
     from npti_export.identify.select import pole_neurons
     from npti_export.profile import profile_from_stats, read_profile, write_profile
     from npti_export.stats import load_stats, save_stats
@@ -162,9 +202,11 @@ def of_shape(layers, width):
         with Peak() as peak:
             total = total.absorb(fresh)
         say(f"  add a batch         +{peak}")
+        adding = peak.seconds
         del fresh
         with Peak() as peak:
             save_stats(kept, total, {})
+        pipe.send((adding, peak.seconds))
         say(f"  keep                +{peak}, a file of {kept.stat().st_size / MB:.0f} MB")
         with Peak() as peak:
             profile = profile_from_stats("extraversion", total.plus, total.minus, Source, 0.95, {})
@@ -188,16 +230,23 @@ def of_shape(layers, width):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=["30x1536", "32x14336", "80x28672"])
-    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--questions", type=int, default=24, help="of the default model; 0 leaves that part out")
+    parser.add_argument("--plan", action="store_true")
     arguments = parser.parse_args()
+    overhead, taken = step_overhead(), {}
     if arguments.questions:
-        step_overhead()
         accuracy(arguments.questions)
     spawn = multiprocessing.get_context("spawn")
     for shape in arguments.shapes:
-        process = spawn.Process(target=of_shape, args=tuple(map(int, shape.split("x"))))
+        layers, width = map(int, shape.split("x"))
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=of_shape, args=(layers, width, theirs))
         process.start()
+        theirs.close()
+        taken[layers] = ours.recv()
         process.join()
+    if arguments.plan:
+        plan(*overhead, taken)
 
 
 if __name__ == "__main__":
