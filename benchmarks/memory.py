@@ -62,7 +62,7 @@ def measured(name, model, batches, folder):
     found = [resident()]
     for number in range(batches):
         at = number % len(questions)
-        stats += run_batch(runtime, bench, questions[at : at + 1], at, recipe)
+        stats = stats.absorb(run_batch(runtime, bench, questions[at : at + 1], at, recipe))
         save_stats(Path(folder) / "state.safetensors", stats, {"batches": number + 1})
         found.append(resident())
     return found

@@ -6,10 +6,10 @@ import time
 from contextlib import ExitStack
 
 from npti_export.bench import TraitBench
+from npti_export.distribute.cluster import place_of
 from npti_export.distribute.spread import Request, answered
-from npti_export.errors import ProfileError
 from npti_export.files import translate_os_errors
-from npti_export.identify.profiles import Place, anything_kept, needed, profile_for
+from npti_export.identify.profiles import Place, anything_kept, needed, nothing_to_resume, profile_for
 from npti_export.job import Prepared
 from npti_export.loader import Models, Timings
 from npti_export.profile import NeuronProfile
@@ -43,19 +43,20 @@ def _identified(
     job, recipe, kept = ready.job, ready.recipe, None if ready.job.save_profile is None else ready.kept
     nothing_else = job.out is None and kept is not None  # is asked for but profiles
     signs = {trait: SIGNS if nothing_else else _signs(ready, trait) for trait in wanted}
-    place = Place(models.fast, ready.source, models.dtype(), models.device(), job.cache)
-    if job.resume and not any(
-        anything_kept(place, bench, signs[trait], recipe, kept) for trait, bench in wanted.items()
-    ):
-        raise ProfileError(
-            f"--resume: of this very job nothing is kept in {job.cache}; give the options of the run that was stopped, "
-            "or leave --resume out to begin"
-        )
+    # workers elsewhere say themselves what they compute in, whatever this machine has
+    elsewhere = job.distribution is not None and place_of(job.distribution) is not None
+    computed = ("", "") if elsewhere else (models.dtype(), models.device())
+    place = Place(models.fast, ready.source, *computed, job.cache)
     with ExitStack() as stack:
-        if job.distribution is not None:
+        if job.distribution is None:
+            going_on = any(anything_kept(place, bench, signs[trait], recipe, kept) for trait, bench in wanted.items())
+            if job.resume and not going_on:
+                raise nothing_to_resume(job.cache)
+        else:
             asked = {trait: needed(bench, signs[trait], recipe, kept) for trait, bench in wanted.items()}
             neurons = {trait: by for trait, (by, _) in asked.items() if by is not None}
-            request = Request(wanted, neurons, {trait: poles for trait, (_, poles) in asked.items()}, recipe, job.model)
+            matched = {trait: poles for trait, (_, poles) in asked.items()}
+            request = Request(wanted, neurons, matched, recipe, job.model, job.resume)
             place, _ = stack.enter_context(answered(request, job.distribution, place, models, progress))
             progress = Silent()  # all is done: what follows reads it
         return {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,17 @@ def write_profile(profile: NeuronProfile, path: Path, *, force: bool) -> None:
     with atomic_output(path, force=force) as temporary:
         held = [name for name in (*FIELDS, *MOMENTS, *MATCHED) if getattr(profile, name) is not None]
         tensors = {name: np.ascontiguousarray(getattr(profile, name)) for name in held}
+        described["sha256"] = _digest(tensors)
         temporary.write_bytes(save(tensors, metadata={"npti.profile": json.dumps(described, sort_keys=True)}))
+
+
+def _digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+    """SHA-256 of what the tensors hold, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
 
 
 def read_profile(path: Path) -> NeuronProfile:
@@ -143,6 +155,9 @@ def read_profile(path: Path) -> NeuronProfile:
             there = set(tensors.keys())
             optional = [name for name in (*MOMENTS, *MATCHED) if name in there]
             arrays = {name: tensors.get_tensor(name) for name in (*FIELDS, *optional)}
+        digest = _digest(arrays)
+        if described.get("sha256", digest) != digest:  # earlier ones have none
+            raise ValueError("its checksum is another")
         trait, mark, origin = described["trait"], described["fingerprint"], described["origin"]
         if not (isinstance(mark, str | None) and isinstance(origin, dict)):
             raise TypeError("fingerprint is no text, or origin no object")

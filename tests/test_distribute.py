@@ -1,5 +1,6 @@
 """What workers give back is merged as one process would have counted it, in whatever order it comes."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,9 +16,12 @@ from npti_export.distribute.cluster import size_of
 from npti_export.distribute.gathering import Gathering
 from npti_export.distribute.plan import FAN, Distribution, Node, Outcome, Series, covering
 from npti_export.distribute.store import Shards
+from npti_export.distribute.worker import files_digest
 from npti_export.errors import ClusterError, ProfileError
+from npti_export.gguf.reader import read_gguf
+from npti_export.identify.collect import save_state
 from npti_export.loader import RuntimeSettings
-from npti_export.models import gguf_source
+from npti_export.models import gguf_source, resolve_model
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.stats import BIN_COUNT, ActivationStats, AnswerCounts, ContrastStats, PairSpread, encode_stats
@@ -118,7 +122,7 @@ def test_a_run_goes_on_from_the_shards_that_are_there(series, source):
     again = Gathering(series, source, Silent())
     assert (again.prefix, again.found, again.asked) == (10, 12, 2 * 11 + 1)
     asked = []
-    while (index := again.next(())) is not None:
+    while (index := again.next((), 99)) is not None:
         asked.append(index)
         again.answered(index, outcome(parts[index]))
     assert asked == [10, 11, *range(13, 19)]
@@ -146,7 +150,7 @@ def test_a_damaged_shard_is_asked_again_and_a_double_one_counts_once(series, sou
     again = Gathering(series, source, told)
     assert len(notes) == 1
     assert "shard 1 is damaged" in notes[0]
-    assert (again.next(()), again.next({1})) == (1, 4)
+    assert (again.next((), 99), again.next({1}, 99)) == (1, 4)
     for index in (1, *range(4, 20)):
         again.answered(index, outcome(parts[index]))
     again.finish()
@@ -165,11 +169,73 @@ def test_a_shard_that_is_damaged_during_the_run_is_noticed_at_the_end(series, so
     assert gathering.complete
     gathering.finish()
     assert not gathering.finished
-    assert gathering.next(()) == 7
+    assert gathering.next((), 99) == 7
     gathering.answered(7, outcome(parts[7]))
     gathering.finish()
     assert gathering.finished
     assert_counts_equal(load(series.state)[0], sum(parts[1:], parts[0]))
+
+
+@pytest.mark.parametrize("what", ["another job", "a flipped bit"])
+def test_a_state_that_changes_during_the_run_is_not_added_to(series, source, what):
+    """What it holds is counted anew: batches are neither counted twice nor left out."""
+    parts = [random_stats(source.shape, seed) for seed in range(20)]
+    held = 9 if what == "a flipped bit" else 0
+    if held:
+        save_state(series.state, sum(parts[1:9], parts[0]), 9)
+    gathering = Gathering(series, source, Silent())
+    gathering.prepare()
+    for index in range(held, 20):
+        gathering.answered(index, outcome(parts[index]))
+    if held:
+        data = bytearray(series.state.read_bytes())
+        data[-1] ^= 1
+        series.state.write_bytes(data)
+    else:  # by one process, with the same key
+        save_state(series.state, sum(parts[1:9], parts[0]), 9)
+    gathering.finish()
+    assert not gathering.finished
+    while (index := gathering.next((), 99)) is not None:
+        gathering.answered(index, outcome(parts[index]))
+    gathering.finish()
+    assert gathering.finished
+    stats, record = load(series.state)
+    assert record == {"batches": 20}
+    assert_counts_equal(stats, sum(parts[1:], parts[0]))
+
+
+def test_only_so_many_are_asked_behind_a_gap(series, source):
+    parts = [random_stats(source.shape, seed) for seed in range(20)]
+    gathering = Gathering(series, source, Silent())
+    gathering.prepare()
+    asked = []
+    while (index := gathering.next({0}, 4)) is not None:  # the first one hangs
+        asked.append(index)
+        gathering.answered(index, outcome(parts[index]))
+    assert asked == [1, 2, 3]
+    gathering.answered(0, outcome(parts[0]))
+    assert gathering.next((), 4) == 4
+
+
+def test_a_model_is_known_by_its_files(tiny, tmp_path):
+    """Other weights of the same size and norms are another model."""
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(tiny.read_bytes())
+    assert files_digest(gguf_source(copy)) == files_digest(gguf_source(tiny))  # wherever it lies
+    data = bytearray(copy.read_bytes())
+    weight = next(tensor for tensor in read_gguf(tiny).tensors if tensor.name == "blk.1.ffn_down.weight")
+    data[weight.offset : weight.offset + weight.nbytes] = bytes(weight.nbytes)
+    copy.write_bytes(data)
+    assert gguf_source(copy).fingerprint == gguf_source(tiny).fingerprint
+    assert files_digest(gguf_source(copy)) != files_digest(gguf_source(tiny))
+
+
+def test_a_directory_is_known_by_its_small_files_too(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "m")
+    before = files_digest(resolve_model(str(tmp_path / "m")))
+    assert before == files_digest(resolve_model(str(tiny_checkpoint)))
+    (tmp_path / "m/tokenizer_config.json").write_text("{}")
+    assert files_digest(resolve_model(str(tmp_path / "m"))) != before
 
 
 def test_what_is_asked_beyond_the_end_is_kept_for_a_run_that_asks_more(series, source):
@@ -189,7 +255,7 @@ def test_what_is_asked_beyond_the_end_is_kept_for_a_run_that_asks_more(series, s
     assert notes[0].startswith("stopped after 6 of 39 questions")
     assert_counts_equal(load(series.state)[0], sum(parts[1:3], parts[0]))
     rest = Gathering(series, source, Silent())
-    assert (rest.prefix, rest.found, rest.next(())) == (3, 2, 3)
+    assert (rest.prefix, rest.found, rest.next((), 99)) == (3, 2, 3)
     for index in (3, *range(6, 20)):
         rest.answered(index, outcome(parts[index]))
     rest.finish()

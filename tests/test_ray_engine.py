@@ -40,6 +40,10 @@ class FakeRay:
     def wait(self, refs, num_returns, timeout):
         return list(refs)[:1], list(refs)[1:]
 
+    def kill(self, _actor, *, no_restart):
+        assert not no_restart
+        self.calls.append("kill")
+
     def get(self, ref):
         outcome = self.answers.pop(0)
         if isinstance(outcome, Exception):
@@ -115,3 +119,20 @@ def test_a_worker_that_stays_away_is_given_up(tiny, tmp_path, monkeypatch):
         driven([hello, dead], series, match, told)
     with pytest.raises(ClusterError, match="die at the same task time and again"):
         driven([hello, *[unavailable(), hello] * 6], series, match, told)
+
+
+def test_a_task_that_raises_is_tried_in_a_fresh_worker_and_once_only(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_engine, "_POLL", 0.01)
+    series, match, done = match_task(gguf_source(tiny).shape, tmp_path)
+    hello, again = Hello("here:1", "float32", "cpu"), Hello("here:2", "float32", "cpu")
+
+    def broken():
+        return FakeRay.exceptions.RayTaskError("run", "RuntimeError: CUDA error: uncorrectable ECC", RuntimeError("e"))
+
+    told = Told()
+    calls, log = driven([hello, broken(), again, done], series, match, told)
+    assert calls[:5] == ["hello", "run", "kill", "hello", "run"]
+    assert log.restarted == 1
+    assert told.notes[0].startswith("the worker here:1 fails (RuntimeError: CUDA error: uncorrectable ECC)")
+    with pytest.raises(FakeRay.exceptions.RayTaskError):
+        driven([hello, broken(), again, broken()], series, match, told)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import QUANTILE_BIN, QUANTILE_FULL_BINS
+from tolerances import QUANTILE_BIN, QUANTILE_FULL_BINS, QUANTILE_WIDE_BIN
 
 from npti_export.errors import ProfileError
 from npti_export.runtimes.accumulate import StatsAccumulator
@@ -62,7 +62,7 @@ def test_quantiles_against_sorting(q):
 
 
 @given(
-    st.lists(st.floats(-1, 31, width=32), min_size=1, max_size=60),  # 32 and more share one open bin
+    st.lists(st.floats(-1, 1000, width=32), min_size=1, max_size=60),  # 1,024 and more share one open bin
     st.floats(0.01, 0.99),
 )
 @settings(max_examples=200, deadline=None)
@@ -70,8 +70,17 @@ def test_quantile_is_never_off_by_more_than_its_bin(values, q):
     activations = np.array(values, np.float32).reshape(1, -1, 1)
     exact = max(float(np.quantile(activations, q, method="inverted_cdf")), 0.0)
     found = float(collect(activations).quantile(q)[0, 0])
-    assert found <= exact * (1 + QUANTILE_BIN) + 2**-7
-    assert found >= exact / (1 + QUANTILE_BIN) - 2**-7
+    wide = QUANTILE_BIN if exact < 32 else QUANTILE_WIDE_BIN
+    assert found <= exact * (1 + wide) + 2**-6
+    assert found >= exact / (1 + wide) - 2**-6
+
+
+def test_large_activations_beside_one_that_is_huge():
+    """Some gates of large models are at dozens, and one token in thousands is at thousands."""
+    values = np.random.default_rng(4).normal(60, 15, (1, 20000, 1)).astype(np.float32)
+    values[0, 7] = 5000
+    exact = float(np.quantile(values, 0.95, method="inverted_cdf"))
+    assert float(collect(values).quantile(0.95)[0, 0]) == pytest.approx(exact, rel=0.1)
 
 
 def test_adding_shards_is_counting_everything_at_once():

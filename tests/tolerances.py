@@ -61,6 +61,9 @@ COLUMNS = {
 QUANTILE_BIN = 0.075
 QUANTILE_FULL_BINS = 0.01
 
+# Of a bin above 32, 2^(1/2).
+QUANTILE_WIDE_BIN = 0.42
+
 # One rounding of an f16 block scale.
 F16_SCALE = 2.0**-10
 

@@ -174,8 +174,10 @@ class Size:
     gpus: int
 
 
-def wants_gpu(models: Models) -> bool:
+def wants_gpu(models: Models, distribution: Distribution) -> bool:
     """Whether the model would run on a GPU where there is one.
+
+    Whether the workers' llama.cpp can is taken from this machine's, unless the user says how many GPUs they take.
 
     Raises:
         ClusterError: a certain GPU is asked for.
@@ -184,7 +186,8 @@ def wants_gpu(models: Models) -> bool:
     if models.engine == "llama.cpp":
         from npti_export.runtimes.llamacpp.library import llama
 
-        return bool(settings.gpu_layers and llama().llama_supports_gpu_offload())
+        asked = place_of(distribution) is not None and distribution.gpus is not None
+        return bool(settings.gpu_layers and (asked or llama().llama_supports_gpu_offload()))
     if settings.device.startswith("cuda:"):
         raise ClusterError(f"--device {settings.device}: Ray gives each worker a GPU of its own; say --device cuda")
     return settings.device in ("auto", "cuda", MAP)

@@ -86,11 +86,16 @@ class Gathering:
         """Whether a batch is answered."""
         return index < self.prefix or any(index in range(at, end) for at, (end, _) in self._waiting.items())
 
-    def next(self, asking: Collection[int]) -> int | None:
-        """The next batch to ask, of those that nobody is ``asking``; None if there is none."""
+    def next(self, asking: Collection[int], ahead: int) -> int | None:
+        """The next batch to ask, of those that nobody is ``asking``; None if there is none.
+
+        At most ``ahead`` batches behind the first gap: one that hangs must not have all others asked, nor their counts
+        held here, before it is asked again.
+        """
         if self.complete:
             return None
-        left = (at for at in range(self.prefix, self.series.batches) if at not in asking and not self.has(at))
+        end = min(self.series.batches, self.prefix + ahead)
+        left = (at for at in range(self.prefix, end) if at not in asking and not self.has(at))
         return next(left, None)
 
     def answered(self, index: int, outcome: Outcome) -> None:
@@ -118,7 +123,7 @@ class Gathering:
         self.held.add(node)
 
     def damaged(self) -> None:
-        """Take stock again, after a shard turned out to be damaged or missing."""
+        """Take stock again, after something on disk turned out to be damaged, missing or another one."""
         self._read(again=True)
 
     def finish(self) -> None:
@@ -129,7 +134,10 @@ class Gathering:
         """
         assert self.complete
         if self.prefix > self._base:
-            stats, _ = resume(self.series.state, self._source, Silent())
+            stats, done = resume(self.series.state, self._source, Silent())
+            if done != self._base:  # another job went on with it meanwhile, or it was damaged
+                self.damaged()
+                return
             try:
                 for node in covering(self._base, self.prefix):
                     stats = stats.absorb(self.shards.total(node))

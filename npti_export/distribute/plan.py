@@ -153,7 +153,7 @@ class Setup:
 
     Attributes:
         source: the model.
-        nbytes: size of its files.
+        digest: of its files.
         model: what the user called it; where it is looked for on machines that lack the file.
         settings: of the runtime, with the threads of one worker.
         sequences: most that are decoded together.
@@ -164,7 +164,7 @@ class Setup:
     """
 
     source: ModelSource
-    nbytes: int
+    digest: str
     model: str | None
     settings: RuntimeSettings
     sequences: int
@@ -221,3 +221,43 @@ class Hello:
     process: str
     dtype: str
     device: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A batch that was answered.
+
+    Attributes:
+        trait: whose questions.
+        index: of the batch.
+        worker: number of the worker.
+        tokens: that were counted.
+        computing: seconds in which the model answered.
+        arrived: when it was known here, in seconds of :func:`time.monotonic`.
+    """
+
+    trait: str
+    index: int
+    worker: int
+    tokens: int
+    computing: float
+    arrived: float
+
+
+@dataclass
+class Log:
+    """What was done, in the order in which it came back.
+
+    Attributes:
+        asked: batches.
+        merged: sums of shards made.
+        repeated: tasks handed out a second time because they took long.
+        restarted: workers that Ray started again.
+        lost: workers that stayed away.
+    """
+
+    asked: list[Asked] = field(default_factory=list)
+    merged: int = 0
+    repeated: int = 0
+    restarted: int = 0
+    lost: int = 0

@@ -6,14 +6,14 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from npti_export import errors
 from npti_export.distribute.cluster import Pulse, Size
 from npti_export.distribute.gathering import Gathering
-from npti_export.distribute.plan import Ask, Fault, Hello, Match, Merge, Outcome, Series, Setup, Task
+from npti_export.distribute.plan import Ask, Asked, Fault, Hello, Log, Match, Merge, Outcome, Series, Setup, Task
 from npti_export.distribute.worker import Worker
 from npti_export.errors import ClusterError, NptiError, ProfileError
 from npti_export.identify.profiles import keep_constant
@@ -21,10 +21,13 @@ from npti_export.progress import Progress
 
 _RESTARTS = 3  # of one worker, by Ray; a model that does not fit into its node kills every worker that takes it
 _FAILURES = 6  # of one task, whoever did it
+_MISTAKES = 2  # the same, where it was the task that raised
 _POLL = 0.5  # seconds
 _SILENT = 120  # times, a poll apart, that a worker which is being started again may not answer
 _AGAIN = 60  # times that it looks for a shard which a shared folder shows late
+_AHEAD = 4  # batches a worker that are asked behind a gap
 _SLOW = 1.5  # times the median: a task that takes longer is done a second time, where a worker has nothing else to do
+_PATIENT = 8  # times as long for a third copy, and so on
 _UNKNOWN = 60.0  # seconds, where nothing of its kind has ended yet
 _PATIENCE = 20.0  # seconds until the user is told that Ray places no worker
 _CLOSING = 10.0
@@ -35,46 +38,6 @@ class _Running:
     task: Task
     actor: int
     started: float
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A batch that was answered.
-
-    Attributes:
-        trait: whose questions.
-        index: of the batch.
-        worker: number of the worker.
-        tokens: that were counted.
-        computing: seconds in which the model answered.
-        arrived: when it was known here, in seconds of :func:`time.monotonic`.
-    """
-
-    trait: str
-    index: int
-    worker: int
-    tokens: int
-    computing: float
-    arrived: float
-
-
-@dataclass
-class Log:
-    """What was done, in the order in which it came back.
-
-    Attributes:
-        asked: batches.
-        merged: sums of shards made.
-        repeated: tasks handed out a second time because they took long.
-        restarted: workers that Ray started again.
-        lost: workers that stayed away.
-    """
-
-    asked: list[Asked] = field(default_factory=list)
-    merged: int = 0
-    repeated: int = 0
-    restarted: int = 0
-    lost: int = 0
 
 
 class RayEngine:
@@ -112,6 +75,7 @@ class RayEngine:
         self._running: dict[Any, _Running] = {}
         self._arriving: list[_Running] = []
         self._failures: Counter[Task] = Counter()
+        self._mistakes: Counter[Task] = Counter()
         self._seconds: defaultdict[type, list[float]] = defaultdict(list)
         self._series: dict[str, Any] = {}
         self._gatherings: dict[str, Gathering] = {}
@@ -190,7 +154,8 @@ class RayEngine:
             if match not in under_way:
                 return match
         for trait, gathering in self._gatherings.items():
-            index = gathering.next({one.index for one in under_way if isinstance(one, Ask) and one.trait == trait})
+            asking = {one.index for one in under_way if isinstance(one, Ask) and one.trait == trait}
+            index = gathering.next(asking, _AHEAD * max(len(self._actors), 1))
             if index is not None:
                 return Ask(trait, index)
         return None
@@ -198,10 +163,11 @@ class RayEngine:
     def _slowest(self) -> Task | None:
         """What has been under way for longest, if that is far longer than usual: its worker may be slow, or gone."""
         now, copies = time.monotonic(), Counter(one.task for one in self._running.values())
+        latest = {one.task: one.started for one in self._running.values()}  # in the order in which they were begun
         late = [
-            (now - one.started, one.task)
-            for one in self._running.values()
-            if copies[one.task] == 1 and self._open(one.task) and now - one.started > self._usual(one.task)
+            (now - started, task)
+            for task, started in latest.items()
+            if self._open(task) and now - started > self._usual(task) * _PATIENT ** (copies[task] - 1)
         ]
         if not late:
             return None
@@ -290,8 +256,9 @@ class RayEngine:
         exceptions = self._ray.exceptions
         try:
             outcome = self._ray.get(ref)
-        except exceptions.RayTaskError:
-            raise  # a mistake of ours
+        except exceptions.RayTaskError as error:
+            self._broken(run, error)
+            return
         except exceptions.RayError as error:
             self._failed(run, error)
             if self._gone(error):
@@ -351,6 +318,22 @@ class RayEngine:
             self._progress.note(f"the worker {self._process[number]} died; Ray started it again as {process}")
             self._process[number] = process
             self.log.restarted += 1
+
+    def _broken(self, run: _Running, error: Exception) -> None:
+        """A task raised what nobody expects. Once, that is its worker's: a GPU or a disk that fails.
+
+        Raises:
+            RayTaskError: the same task did so before, so it is ours.
+        """
+        self._mistakes[run.task] += 1
+        if self._mistakes[run.task] >= _MISTAKES:
+            raise error
+        self._progress.note(
+            f"the worker {self._process[run.actor]} fails ({_reason(error)}); it is started again, and the task given "
+            "out anew"
+        )
+        self._ray.kill(self._actors[run.actor], no_restart=False)
+        self._greet(run.actor)
 
     def _failed(self, run: _Running, error: Exception) -> None:
         self._failures[run.task] += 1

@@ -14,13 +14,13 @@ from pathlib import Path
 from npti_export.bench import TraitBench
 from npti_export.distribute.cluster import Size, connected, local_cores, place_of, size_of, wants_gpu
 from npti_export.distribute.gathering import Gathering
-from npti_export.distribute.plan import Distribution, Match, Series, Setup
-from npti_export.distribute.ray_engine import Log, RayEngine
-from npti_export.distribute.worker import file_bytes
+from npti_export.distribute.plan import Distribution, Log, Match, Series, Setup
+from npti_export.distribute.ray_engine import RayEngine
+from npti_export.distribute.worker import files_digest
 from npti_export.errors import ClusterError
 from npti_export.files import translate_os_errors
 from npti_export.identify.collect import cache_key, state_path
-from npti_export.identify.profiles import Place, check_matchable, kept_constant, matched_path
+from npti_export.identify.profiles import Place, check_matchable, kept_constant, matched_path, nothing_to_resume
 from npti_export.loader import Models
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
@@ -39,6 +39,7 @@ class Request:
         matched: by trait, the poles that constants are matched for.
         recipe: by which they are.
         model: what the user called it.
+        resume: whether something has to be kept already.
     """
 
     benches: Mapping[str, TraitBench]
@@ -46,6 +47,7 @@ class Request:
     matched: Mapping[str, Sequence[Sign]]
     recipe: Recipe
     model: str | None
+    resume: bool = False
 
 
 @dataclass
@@ -55,6 +57,12 @@ class _Plan:
     series: list[Series]
     gatherings: list[Gathering]
     matches: list[Match]
+    constants: bool = False  # whether one is there
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything is there of an earlier run."""
+        return self.constants or any(one.asked for one in self.gatherings)
 
     @property
     def left(self) -> bool:
@@ -92,6 +100,7 @@ def answered(
         plan, log = None, Log()
         if place_of(distribution) is None:  # workers compute in what this process would
             plan = _plan(request, place, progress)
+            _check_resumed(request, place, plan)
             plan.finish()
         if plan is None or plan.left:
             place, log = _run(request, distribution, place, plan, models, progress)
@@ -107,7 +116,7 @@ def _run(
     progress: Progress,
 ) -> tuple[Place, Log]:
     assert place.cache is not None
-    threads, gpu = models.settings.threads, wants_gpu(models)
+    threads, gpu = models.settings.threads, wants_gpu(models, distribution)
     if distribution.gpus and not gpu:
         raise ClusterError(
             f"--gpus {distribution.gpus}: the model would not run on a GPU as it is asked to; leave it out"
@@ -124,6 +133,7 @@ def _run(
         if plan is None or (hello.dtype, hello.device) != (place.dtype, place.device):
             place = replace(place, dtype=hello.dtype, device=hello.device)
             plan = _plan(request, place, progress)
+            _check_resumed(request, place, plan)
         traits = [one.series.bench.trait for one in plan.gatherings]
         traits += [one.trait for one in plan.matches if one.trait not in traits]
         total = sum(len(one.series.questions) for one in plan.gatherings) + len(plan.matches)
@@ -136,13 +146,18 @@ def _run(
         return place, engine.log
 
 
+def _check_resumed(request: Request, place: Place, plan: _Plan) -> None:
+    if request.resume and not plan.begun:
+        raise nothing_to_resume(place.cache)
+
+
 def _setup(request: Request, place: Place, models: Models, size: Size, mark: Path, copies: Path) -> Setup:
     sequences = max(one.identify.batch_size for one in (request.recipe, *request.neurons.values()))
     settings = replace(models.settings, threads=size.threads)
     if size.gpus > 1:  # llama.cpp takes all that it sees by itself
         settings = replace(settings, device=MAP)
     source, host = place.source, socket.gethostname()
-    return Setup(source, file_bytes(source), request.model, settings, sequences, mark, copies, host, __version__)
+    return Setup(source, files_digest(source), request.model, settings, sequences, mark, copies, host, __version__)
 
 
 def _plan(request: Request, place: Place, progress: Progress) -> _Plan:
@@ -159,7 +174,9 @@ def _plan(request: Request, place: Place, progress: Progress) -> _Plan:
             check_matchable(place.source)
             path = matched_path(place, bench, sign, request.recipe)
             assert path is not None
-            if kept_constant(path, place.source) is None:
+            if kept_constant(path, place.source) is not None:
+                plan.constants = True
+            else:
                 if path.is_file():
                     progress.note(f"{path}: damaged, matching afresh")
                 plan.matches.append(Match(trait, sign, request.recipe, path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import sys
@@ -21,6 +22,9 @@ from npti_export.progress import Silent
 from npti_export.runtimes.base import Runtime
 from npti_export.stats import encode_stats
 from npti_export.version import __version__
+
+_SAMPLES, _SAMPLE = 17, 1 << 16  # pieces of a file, and bytes of each
+_MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # of a directory
 
 
 class Worker:
@@ -113,15 +117,15 @@ class Worker:
             ModelError: it is not there, or what is there is another one.
         """
         setup, here = self._setup, socket.gethostname()
-        there = setup.source.path.exists()
-        if here == setup.host and there:
-            return setup.source
+        found = setup.source
         try:
-            found = resolve_model(str(setup.source.path) if there else setup.model)
-        except ModelError as error:
+            if not found.path.exists():
+                found = resolve_model(setup.model)
+            same = (found.fingerprint, found.kind) == (setup.source.fingerprint, setup.source.kind)
+            same = same and files_digest(found) == setup.digest
+        except (ModelError, OSError) as error:
             raise ModelError(f"on the node {here}: {error}") from error
-        same = (found.fingerprint, found.kind) == (setup.source.fingerprint, setup.source.kind)
-        if not same or file_bytes(found) != setup.nbytes:
+        if not same:
             raise ModelError(
                 f"on the node {here}: {found.path} is not the {setup.source.name} of {setup.host}; put the same files "
                 "at the same place on every node"
@@ -129,7 +133,20 @@ class Worker:
         return found
 
 
-def file_bytes(source: ModelSource) -> int:
-    """Size of a model's weights."""
-    files = source.shards or ([source.path] if source.kind == "gguf" else list(source.path.glob("*.safetensors")))
-    return sum(path.stat().st_size for path in files)
+def files_digest(source: ModelSource) -> str:
+    """SHA-256 of a model's files: small ones whole, of weights the sizes and pieces from all over them.
+
+    A fingerprint is of the norms, which all quantisations of a model and many fine-tunes of it have in common.
+    """
+    files = list(source.shards) or [source.path]
+    if source.path.is_dir():
+        files = sorted(path for path in source.path.iterdir() if path.suffix in _MODEL_FILES)
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name if source.path.is_dir() else ''} {size} ".encode())
+        with path.open("rb") as stream:
+            for number in range(_SAMPLES):
+                stream.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()

@@ -22,7 +22,7 @@ from npti_export.traits import SIGNS, Sign
 
 _CHEAP = 0.2  # seconds in which statistics are written after every batch
 _SHARE = 0.05  # of the time, that goes into writing others
-_CACHE_FORMAT = 6  # raise when the meaning of cached statistics changes
+_CACHE_FORMAT = 7  # raise when the meaning of cached statistics changes
 
 
 def cache_folder() -> Path:
@@ -257,8 +257,16 @@ def cache_key(source: ModelSource, bench: TraitBench, recipe: Recipe, dtype: str
         "identify": recipe.identify.model_dump(exclude={"until", "overlap", "floor", "matched_questions"}),
         "dtype": dtype,
         "device": device,
+        "runtime": _versions(dtype),
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _versions(dtype: str) -> list[str]:
+    """Of what computes: another version may round otherwise, and batches of two make no one series."""
+    from importlib.metadata import version
+
+    return [version(name) for name in (["llama-cpp-python"] if dtype.startswith("ggml") else ["torch", "transformers"])]
 
 
 def _place(source: ModelSource) -> list[Any]:

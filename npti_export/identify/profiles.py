@@ -13,13 +13,13 @@ import numpy as np
 
 from npti_export.bench import TraitBench
 from npti_export.checked import encode_checked, load_checked
-from npti_export.errors import ArchitectureError, DamagedError
+from npti_export.errors import ArchitectureError, DamagedError, ProfileError
 from npti_export.files import atomic_output, translate_os_errors
-from npti_export.identify.collect import cache_key, collect, shards_beside, state_path
+from npti_export.identify.collect import cache_key, collect, resume, state_path
 from npti_export.identify.matched import match
 from npti_export.models import ModelSource
 from npti_export.profile import Matrix, NeuronProfile, profile_from_stats
-from npti_export.progress import Progress
+from npti_export.progress import Progress, Silent
 from npti_export.recipe import Recipe
 from npti_export.runtimes.base import Runtime
 from npti_export.stats import ContrastStats
@@ -117,15 +117,25 @@ def needed(
 def anything_kept(
     place: Place, bench: TraitBench, signs: Sequence[Sign], recipe: Recipe, neurons: Recipe | None
 ) -> bool:
-    """Whether an earlier run, finished or not, left anything of what :func:`profile_for` would find."""
+    """Whether an earlier run, finished or not, left anything that :func:`profile_for` would go on from."""
     if place.cache is None:
         return False
     neurons, matched = needed(bench, signs, recipe, neurons)
     paths = [matched_path(place, bench, sign, recipe) for sign in matched]
-    if neurons is not None:
-        state = state_path(place.cache, bench, cache_key(place.source, bench, neurons, place.dtype, place.device))
-        paths += [state, shards_beside(state)]
-    return any(path is not None and path.exists() for path in paths)
+    if any(path is not None and kept_constant(path, place.source) is not None for path in paths):
+        return True
+    if neurons is None:
+        return False
+    state = state_path(place.cache, bench, cache_key(place.source, bench, neurons, place.dtype, place.device))
+    return resume(state, place.source, Silent())[1] > 0
+
+
+def nothing_to_resume(cache: Path | None) -> ProfileError:
+    """What is said of ``--resume`` where there is nothing."""
+    return ProfileError(
+        f"--resume: of this very job nothing is kept in {cache}; give the options of the run that was stopped, or "
+        "leave --resume out to begin"
+    )
 
 
 def check_matchable(source: ModelSource) -> None:
