@@ -162,7 +162,8 @@ def _check(job: EvaluationJob) -> None:
         raise EvaluationError(f"--inventory {job.inventory}: is left out by --skip inventory; give one of the two")
     if job.tasks and "capability" in job.skips:
         raise EvaluationError(f"--tasks {job.tasks[0]}: is left out by --skip capability; give one of the two")
-    check_harness(job.harness, skipped="capability" in job.skips)
+    trusted = job.subject.runtime.trust_remote_code
+    check_harness(job.harness, skipped="capability" in job.skips, trusted=trusted)
     if job.journal is not None and not job.judges:
         raise EvaluationError("--judge-journal keeps verdicts, and there is no --judge; give one, or leave it out")
     if job.personas < 1 or job.answer_tokens < 2:
