@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
 from npti_export.runtimes.llamacpp.sampling import Sampler
 from npti_export.runtimes.llamacpp.speaking import Speaker
+from npti_export.temporaries import TemporaryFolder
 from npti_export.terminal import printable
 
 FORMAT = 1
@@ -261,7 +261,7 @@ def _own_base(model: Path) -> Iterator[Path | None]:
         return
     from npti_export.export.strip import strip
 
-    with tempfile.TemporaryDirectory(prefix="npti-chat-") as folder:
-        base = Path(folder) / "base.gguf"
+    with TemporaryFolder() as folder:
+        base = folder / "base.gguf"
         strip(model, base, force=False)
-        yield base if base.exists() else next(iter(sorted(Path(folder).glob("*.gguf"))))
+        yield base if base.exists() else next(iter(sorted(folder.glob("*.gguf"))))

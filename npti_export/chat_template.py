@@ -1,7 +1,9 @@
 """Chat templates are programs that come with a model: whether one may be run at all.
 
 They are rendered in jinja2's sandbox, from which they reach neither files nor our objects. The sandbox bounds no time
-and no memory, so a template that is more than loops over the messages is first tried in a process of its own.
+and no memory, so a template that is more than loops over the messages is first tried in a process of its own, on short
+and long chats of one turn and of many. The bound is on what is tried: a template that waits for a certain word, an hour
+or a longer chat still gets past it.
 """
 
 from __future__ import annotations
@@ -18,18 +20,13 @@ from npti_export.errors import ModelError, shortened
 from npti_export.template_trial import OVER
 
 LONGEST_TEMPLATE = 1 << 20  # characters; the longest in use have some tens of thousands
-LONGEST_PROMPT = 1 << 20  # characters that a template may make of a few words
-SECONDS, MEGABYTES = 2, 512  # of processor time and memory, for a few words
+LONGEST_PROMPT = 1 << 20  # characters that a template may make of a chat
+SECONDS, MEGABYTES = 2, 512  # of processor time and memory, for all chats that are tried
 _PATIENCE = 60.0  # seconds by the clock, on a machine with much else to do
 _TRIAL = Path(__file__).with_name("template_trial.py")
-_CHATS = (
-    [{"role": "user", "content": "How are you?"}],
-    [{"role": "system", "content": "You are kind."}, {"role": "user", "content": "How are you?"}],
-    [
-        {"role": "user", "content": "How are you?"},
-        {"role": "assistant", "content": "Fine."},
-        {"role": "user", "content": "Why?"},
-    ],
+_TEXT = (
+    "How are you? I've been up since 6:45 and wrote 3 pages, no more.\n\n- one\n- two: \u201cmaybe\u201d\n\n"
+    "```python\nprint({'a': [1, 2.5]})\n```\n<think>Why not?</think> Gr\u00fc\u00dfe, \u4f60\u597d! https://example.org/?a=b&c=d\n"
 )
 _PLAIN = (
     "Template", "Output", "TemplateData", "If", "For", "Const", "Name", "Getitem", "Getattr", "Compare", "Operand",
@@ -39,22 +36,22 @@ _DEEPEST = 2  # loops over the messages inside each other
 
 
 def check_template(template: str, where: str) -> None:
-    """Raise unless a chat template can be rendered within bounds.
+    """Raise unless a chat template renders the chats that are tried within bounds.
 
     Args:
         template: its source.
         where: file or model that it came with, for messages.
 
     Raises:
-        ModelError: too long, or it takes too much time, memory or room on a chat of a few words, or it could not be
-            tried at all.
+        ModelError: too long, or it takes too much time, memory or room on a chat of some words or pages, or it could
+            not be tried at all.
     """
     if len(template) > LONGEST_TEMPLATE:
         raise ModelError(f"{where}: its chat template has {len(template)} characters, more than any in use; {_MEND}")
     if not _kept_limits(template):
         raise ModelError(
             f"{where}: its chat template takes more than {SECONDS} s, {MEGABYTES} MB or {LONGEST_PROMPT} characters "
-            f"for a chat of a few words; {_MEND}"
+            f"for chats of a few words or pages; {_MEND}"
         )
 
 
@@ -77,9 +74,24 @@ def _kept_limits(template: str) -> bool:
     return _is_plain(template) or _tried(template)
 
 
+def _chats() -> list[list[dict[str, str]]]:
+    """Short and long, of one turn and of many, each with a system turn and without."""
+    long = _TEXT * 50
+    made: list[list[dict[str, str]]] = []
+    for lengths in ([12], [12, 5, 4], [len(long)], [300, 3000, len(long), 40, 1000], [50, 100] * 20 + [5000]):
+        # an odd number of turns: the last one is the user's; no two begin alike
+        turns = [
+            {"role": ("user", "assistant")[at % 2], "content": f"{long[at:]}{long[:at]}"[:length]}
+            for at, length in enumerate(lengths)
+        ]
+        made.append(turns)
+        made.extend([{"role": "system", "content": text}, *turns] for text in ("You are kind.", long))
+    return made
+
+
 def _tried(template: str) -> bool:
     """Whether the template kept the limits in a process of its own."""
-    asked: dict[str, object] = {"template": template, "chats": _CHATS, "seconds": SECONDS, "megabytes": MEGABYTES}
+    asked: dict[str, object] = {"template": template, "chats": _chats(), "seconds": SECONDS, "megabytes": MEGABYTES}
     asked["path"] = sys.path  # jinja2 may be anywhere that this process finds it
     command = [sys.executable, "-I", str(_TRIAL)]
     try:

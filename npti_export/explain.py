@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from npti_export.compile_for import FileCompiler
@@ -18,6 +16,7 @@ from npti_export.models import gguf_source
 from npti_export.pipeline import calibration_questions, obtain_rule, open_models
 from npti_export.progress import Progress
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
+from npti_export.temporaries import TemporaryFolder
 
 
 def explain(job: Job, programs: Sequence[str], progress: Progress, *, measures: bool) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def explain(job: Job, programs: Sequence[str], progress: Progress, *, measures: 
     """
     kinds = [parse_program(text) for text in programs]
     timings = Timings()
-    with TemporaryDirectory(prefix="npti-") as folder, prepared(replace(job, out=Path(folder) / "x.gguf")) as asked:
+    with TemporaryFolder() as folder, prepared(replace(job, out=folder / "x.gguf")) as asked:
         if asked.base is not None:
             check_base(asked.base)
         with (

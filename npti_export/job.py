@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from npti_export.base_file import BasePlan, check_layout, check_request, made_base, plan_base
 from npti_export.bench import TraitBench
@@ -34,6 +32,7 @@ from npti_export.progress import Progress
 from npti_export.recipe import Recipe, recipe_from_json, select_recipe
 from npti_export.request import Job
 from npti_export.rule_io import SavedRule, Where, artifact_format, base_name, load_rule
+from npti_export.temporaries import TemporaryFolder
 from npti_export.traits import TraitSpec, parse_recorded
 
 QUESTION_TOKENS = 48  # what a question and its answer bring at least: decides how many the compiler asks
@@ -169,9 +168,9 @@ def _source(job: Job, saved: SavedRule | None) -> Iterator[ModelSource]:
         return
     assert job.rule_from is not None
     if artifact_format(job.rule_from) == "gguf":
-        with tempfile.TemporaryDirectory(prefix="npti-") as folder:
+        with TemporaryFolder() as folder:
             steered = read_model(job.rule_from)
-            base = Path(folder) / base_name(steered)
+            base = folder / base_name(steered)
             strip(job.rule_from, base, force=False)
             yield gguf_source(shard_paths(base, len(steered.parts))[0])
         return

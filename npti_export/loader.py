@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from npti_export.errors import ModelError
 from npti_export.models import ModelSource
 from npti_export.progress import Progress
 from npti_export.runtimes.devices import MAP
+from npti_export.temporaries import TemporaryFolder
 
 if TYPE_CHECKING:
     from npti_export.gguf.reader import GGUFFile
@@ -130,7 +130,7 @@ class Models:
         self._fast: TransformersRuntime | None = None
         self._llama: LlamaCppRuntime | None = None
         self._copy: LlamaCppRuntime | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: TemporaryFolder | None = None
 
     def __enter__(self) -> Models:
         return self
@@ -194,8 +194,8 @@ class Models:
                 if self._shared is not None:
                     path = shared_copy(self._header, self._shared, self._progress, threads=threads)
                 else:
-                    self._folder = tempfile.TemporaryDirectory(prefix="npti-")
-                    path = write_copy(self._header, Path(self._folder.name), self._progress, threads=threads)
+                    self._folder = TemporaryFolder()
+                    path = write_copy(self._header, self._folder.path, self._progress, threads=threads)
             self._copy = self._loaded(lambda: self._open_llama(path))
         return self._copy
 
@@ -239,7 +239,7 @@ class Models:
             self._copy.close()
             self._copy = None
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.remove()
             self._folder = None
 
     def _load(self, dtype: str) -> TransformersRuntime:

@@ -67,10 +67,16 @@ def main() -> int:
     sys.path[:] = asked["path"]
     made = environment()
     limit(asked["seconds"], asked["megabytes"])
+    try:
+        template = made.from_string(asked["template"])
+    except MemoryError:
+        return OVER
+    except Exception:  # whoever renders it in earnest says what is wrong
+        return 0
     for chat in asked["chats"]:
         length = 0
         try:
-            pieces = made.from_string(asked["template"]).generate(
+            pieces = template.generate(
                 messages=chat, add_generation_prompt=True, bos_token="<s>", eos_token="</s>", raise_exception=refuse,
                 strftime_now=datetime.now().strftime, tools=None, functions=None, function_call=None, tool_choice=None,
             )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Temporary places beside an output: locked as long as their job lives, swept by the next job if it was killed."""
+"""Temporary places: locked as long as their job lives, swept by the next job if it was killed.
+
+They lie beside an output, or in the system's folder for such.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +19,7 @@ if sys.platform != "win32":
     import fcntl
 
 PARTIAL, BASE, REPLACED = ".partial", ".base.partial", ".replaced"
+_FOLDERS, _LOCK = "npti-", "npti.lock"  # in the system's folder; a folder without such a lock is not ours
 _RANDOM = "?" * 8  # characters that tempfile puts into a name
 
 
@@ -37,6 +42,63 @@ class Temporary:
             os.close(self.handle)
 
 
+class TemporaryFolder:
+    """A new folder in the system's place for them, removed at the end of a block, or when this object goes.
+
+    Those that killed processes left there are removed first. They may hold gigabytes.
+
+    Attributes:
+        path: of the folder.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def __init__(self) -> None:
+        _sweep_folders()
+        made = _new_folder()
+        self._end = weakref.finalize(self, made.remove)
+        self.path = made.path / "files"
+        self.path.mkdir()
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove it, if it is still there."""
+        self._end()
+
+
+def _new_folder() -> Temporary:
+    while True:
+        place = Path(tempfile.mkdtemp(prefix=_FOLDERS))
+        lock = place / _LOCK
+        lock.touch()
+        handle = locked(lock, wait=True)
+        # another process's sweep may have taken it for a leftover before it was locked
+        if lock.is_file() if handle is None else _is(lock, handle):
+            return Temporary(place, handle)
+        if handle is not None:
+            os.close(handle)
+
+
+def _sweep_folders() -> None:
+    """Remove the folders of this user's killed processes. The lock is the folder's own, as anybody may name one so."""
+    if sys.platform == "win32":
+        return
+    with suppress(OSError):
+        for place in sorted(Path(tempfile.gettempdir()).glob(f"{_FOLDERS}{_RANDOM}")):
+            if place.is_symlink() or place.stat().st_uid != os.geteuid() or not (place / _LOCK).is_file():
+                continue
+            handle = locked(place / _LOCK, wait=False)
+            if handle is not None:
+                _remove(place)
+                os.close(handle)
+
+
 def temporary_beside(path: Path, *, folder: bool, suffix: str = PARTIAL) -> Temporary:
     """A new file or folder beside ``path``, of a hidden name; what killed jobs left there for ``path`` is removed.
 
@@ -46,7 +108,7 @@ def temporary_beside(path: Path, *, folder: bool, suffix: str = PARTIAL) -> Temp
     sweep(path)
     while True:
         place = _made(path, folder=folder, suffix=suffix)
-        handle = _locked(place, wait=True)
+        handle = locked(place, wait=True)
         # another job's sweep may have taken it for a leftover before it was locked
         if handle is None or _is(place, handle):
             return Temporary(place, handle)
@@ -63,7 +125,7 @@ def sweep(path: Path) -> None:
         return
     with suppress(OSError):
         for left in _leftovers(path, PARTIAL) + _leftovers(path, BASE):
-            handle = _locked(left, wait=False)
+            handle = locked(left, wait=False)
             if handle is not None:
                 _put_back(left.with_suffix(REPLACED), path)
                 _remove(left)
@@ -98,7 +160,7 @@ def _made(path: Path, *, folder: bool, suffix: str) -> Path:
     return Path(name)
 
 
-def _locked(place: Path, *, wait: bool) -> int | None:
+def locked(place: Path, *, wait: bool) -> int | None:
     """A handle that holds the lock of a file or folder, or None where it is another's, gone, or cannot be had."""
     if sys.platform == "win32":
         return None

@@ -1,5 +1,6 @@
 """Chat templates come with models, and are programs: they are kept from harm, and from going on for ever."""
 
+import json
 import time
 
 import pytest
@@ -38,6 +39,13 @@ ENDLESS = {
     "filter": "{{ 'a' | center(99999999999) | length }}",
     "content": "{% for a in messages[0].content * 999 %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}",
 }
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+WAITING = [
+    "messages[-1]['content']|length > 40", "messages[-1]['content']|length > 4000", "messages|length > 8",
+    "messages[0].role != 'system' and messages|length > 3", "messages[0].role == 'system' and messages|length > 3",
+    "messages[0].role == 'system' and messages[0].content|length > 1000", "'```' in messages[-1].content",
+    "messages|map(attribute='content')|join|length > 20000", "messages[-3] and messages[-2].content|length > 30",
+]  # fmt: skip
 ESCAPES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ messages.__class__.__base__.__subclasses__()[100] }}",
@@ -83,6 +91,25 @@ def test_endless_templates_are_refused(name):
         check_template(ENDLESS[name], "m.gguf")
     assert time.monotonic() - started < 2 * chat_template._PATIENCE
     assert "gguf_new_metadata.py" in str(error.value)
+
+
+@pytest.mark.parametrize("condition", WAITING)
+def test_templates_that_wait_for_a_longer_chat_are_refused(condition):
+    with pytest.raises(ModelError, match=r"^m\.gguf: its chat template takes more than"):
+        check_template(f"{{% if {condition} %}}{LOOP}{{% endif %}}{CHATML}", "m.gguf")
+
+
+def test_what_is_tried():
+    chats = chat_template._chats()
+    assert all(chat[-1]["role"] == "user" for chat in chats)
+    assert len({json.dumps(chat) for chat in chats}) == len(chats)
+    lengths = [sum(len(one["content"]) for one in chat) for chat in chats]
+    assert (min(lengths) < 20, max(lengths) > 20_000) == (True, True)
+    assert {chat[0]["role"] for chat in chats} == {"user", "system"}
+    started = time.process_time()
+    for chat in chats:
+        environment().from_string(CHATML).render(messages=chat)
+    assert time.process_time() - started < chat_template.SECONDS / 2
 
 
 def test_long_ones_too():

@@ -14,6 +14,7 @@ from test_bake import bake
 from npti_export.errors import EvaluationError
 from npti_export.evaluate.document import read_document
 from npti_export.evaluate.harness import Harness, _is_greedy, _until, check_harness
+from npti_export.evaluate.task_files import check_task_file
 from npti_export.runtimes.base import Exchange
 from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
@@ -105,6 +106,54 @@ def test_it_says_what_to_install(monkeypatch):
     check_harness([])
     with pytest.raises(EvaluationError, match="--harness x: is left out by --skip capability"):
         check_harness(["x"], skipped=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "process_docs: !function evil.process", "a: [{b: !function evil.f}]", "%TAG !y! !func\n---\na: !y!tion e.f",
+        "a: !!python/object/apply:os.system [ls]", "a: !%66unction evil.f", "a: 1\n---\nb: !function e.f",
+        "metric_list:\n- metric: ./evil", "metric_list:\n- {metric: [acc, someone/evil]}", "!function evil.f",
+        "dataset_kwargs: {trust_remote_code: true}", "include: [good.yaml, sub/bad.yaml]", "include: sub/bad.yaml",
+        "x: &x {include: sub/bad.yaml}\n<<: *x", "include: sub/first.yaml", "group: g\ntask: [sub/bad.yaml]",
+        "? !function e.f\n: 1",
+    ],
+)  # fmt: skip
+def test_task_files_that_run_code_are_refused(text, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "good.yaml").write_text("task: x")
+    (tmp_path / "sub" / "bad.yaml").write_text("task: x\nprocess_docs: !function evil.f\n")
+    (tmp_path / "sub" / "first.yaml").write_text("include: bad.yaml")
+    path = tmp_path / "task.yaml"
+    path.write_text(text)
+    with pytest.raises(EvaluationError, match=r"^--harness .*\.yaml: line \d+ .*; pass --trust-remote-code if you"):
+        check_harness([str(path)])
+
+
+@pytest.mark.parametrize("text", ["a: [", "a: " + "[" * 5000, "\x00", "x" * (1 << 21), "a: *b"])
+def test_task_files_that_are_no_yaml(text, tmp_path):
+    path = tmp_path / "task.yaml"
+    path.write_text(text)
+    with pytest.raises(EvaluationError, match=r"cannot be read as YAML|is larger than"):
+        check_task_file(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(CHOICE), "", "a: &a [1, *a]", "include: task.yaml\nb: 2024-01-01\nc: =\nd: '!function e.f'",
+        "include: none.yaml", f"include: {'x' * 5000}",
+        "include: {a: 1}", "a: |\n  !function e.f\n# !function e.f", "? [1]\n: 2", "metric: acc",
+    ],
+)  # fmt: skip
+def test_other_task_files_are_left_to_the_harness(text, tmp_path, monkeypatch):
+    path = tmp_path / "task.yaml"
+    path.write_text(text)
+    check_task_file(path)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    path.write_text("a: !function e.f")
+    with pytest.raises(EvaluationError, match=r"pip install 'npti-export\[harness\]'$"):
+        check_harness([str(path)], trusted=True)
 
 
 def test_the_command_says_so_before_any_work(tiny, tmp_path, cli_environment):

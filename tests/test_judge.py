@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from itertools import product
 
 import click
@@ -15,7 +16,7 @@ from npti_export.append_only import AppendOnly
 from npti_export.bench import shipped_folder
 from npti_export.bench.definition import read_definition
 from npti_export.cli.endpoints import judge_options, judges_of
-from npti_export.errors import EvaluationError, NptiError
+from npti_export.errors import EvaluationError, NptiError, OutputError
 from npti_export.evaluate.card import section
 from npti_export.evaluate.delivery import _lines
 from npti_export.evaluate.document import JudgePart
@@ -23,7 +24,7 @@ from npti_export.evaluate.judge import raters
 from npti_export.evaluate.judge.agreement import agreement, quadratic_kappa, rounded
 from npti_export.evaluate.judge.prompts import SCHEMA, judge_messages, read_rating
 from npti_export.evaluate.judge.raters import LocalRater
-from npti_export.evaluate.judge.run import check_judges, judge_answers
+from npti_export.evaluate.judge.run import check_judges, judge_answers, opened_journal
 from npti_export.evaluate.judge.spec import JudgeSpec, parse_judge
 from npti_export.loader import RuntimeSettings
 from npti_export.report_page import tables
@@ -347,6 +348,52 @@ def test_a_damaged_journal(value, damage, tmp_path):
             journal.write_text(first + "\n" + second)
     with Stub() as stub, pytest.raises(EvaluationError, match=r"verdicts.jsonl:2: is no verdict"):
         judge(spec(stub), journal=journal)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"key": "a", "rating": 3}', '{"key":"a","rating":3}', '{"a": 1}', "[1, 2]", "notes", "\x00", '{"order":1,"te',
+        "some\nnotes", '{"key":"a","rating":3}\n{"key":"b","rati', "x" * 200_000,
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_journal_stays_as_it_is(content, tmp_path):
+    journal = tmp_path / "verdicts.jsonl"
+    journal.write_text(content)
+    with Stub() as stub:
+        with pytest.raises((EvaluationError, OutputError), match=r"is no (verdict of|journal).*name another file"):
+            judge(spec(stub), journal=journal)
+        assert stub.requests == 0
+    assert journal.read_text() == content
+
+
+@pytest.mark.parametrize("left", range(1, 95, 7))
+def test_a_torn_line_is_cut_wherever_it_is_torn(left, tmp_path):
+    kept = AppendOnly(tmp_path / "v.jsonl", "key")
+    for number in range(2):
+        kept.append({"key": f"{number}", "rating": 3})
+    kept.close()
+    first, second = kept.path.read_bytes().splitlines(keepends=True)
+    left = min(left, len(second) - 1)
+    for before in (first, b""):
+        kept.path.write_bytes(before + second[:left])
+        again = AppendOnly(kept.path, "key")
+        again.close()
+        assert again.mended
+        assert kept.path.read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_a_journal_is_of_one_run(tmp_path):
+    journal = tmp_path / "verdicts.jsonl"
+    with Stub() as stub, opened_journal(journal) as kept:
+        with pytest.raises(OutputError, match=r"verdicts.jsonl: another run writes to it; wait for it, or name"):
+            judge(spec(stub), journal=journal)
+        assert stub.requests == 0
+        check_judges([spec(stub)], kept, pytest.fail)
+        part = judge(spec(stub), journal=kept)
+    with Stub() as stub:
+        assert judge(spec(stub), journal=journal).judges[0].unusable == part.judges[0].unusable
 
 
 @pytest.mark.parametrize(

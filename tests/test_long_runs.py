@@ -84,9 +84,30 @@ def test_a_mapped_file_that_is_cut_short(tmp_path):
     assert done.stdout == ""
 
 
-def test_what_is_promised_after_ctrl_c():
-    assert interrupted(["--trait", "calm"]).endswith("goes on from the last finished batch")
-    assert interrupted(["--trait", "calm", "--no-cache"]).endswith("begins anew, as --no-cache keeps nothing")
+BATCH, ANEW = "goes on from the last finished batch", "begins anew, as --no-cache keeps nothing"
+AGAIN = "takes up its identifications, and asks for answers again"
+
+
+@pytest.mark.parametrize(
+    ("command", "promised"),
+    [
+        ("--trait calm", BATCH), ("--trait calm --no-cache", ANEW), ("--out chat --trait calm", BATCH),
+        ("--from calm/ --out b.gguf", None), ("identify --trait calm --out evaluate", BATCH),
+        ("compile --trait calm", BATCH), ("compile --trait calm --no-cache", ANEW), ("dial --traits all", BATCH),
+        ("dial request d/ calm", None), ("tune --trait calm", f"{BATCH} or trial"),
+        ("tune --trait calm --no-cache", ANEW),
+        ("tune --trait calm --no-cache --storage=s.db", "goes on from the last finished trial"),
+        ("bench build d/ --out e", "goes on from the last answer"),
+        ("bench build d/ --force", "without --force goes on from the last answer"), ("bench lint d/", None),
+        ("evaluate m.gguf", AGAIN), ("evaluate m.gguf --no-cache", ANEW), ("ablate --trait calm", AGAIN),
+        ("evaluate m.gguf --judge-journal v", AGAIN.replace(",", " and verdicts,")),
+        ("evaluate m.gguf --judge-journal=v --no-cache", AGAIN.replace("identifications", "verdicts")),
+        ("ablate --no-cache", ANEW), ("chat m.gguf", None), ("strip m.gguf --out b.gguf", None),
+    ],
+)  # fmt: skip
+def test_what_is_promised_after_ctrl_c(command, promised):
+    whole = "interrupted; nothing was half-written"
+    assert interrupted(command.split()) == whole + (f", and the same command {promised}" if promised else "")
 
 
 def test_a_log_is_never_added_to_another_file(tiny, cli_environment, tmp_path):

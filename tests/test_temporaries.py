@@ -1,14 +1,18 @@
 """What killed jobs leave beside an output is removed by the next one; what living jobs make is not."""
 
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
 
 from npti_export.files import atomic_directory, atomic_files, atomic_output
-from npti_export.temporaries import sweep, temporary_beside
+from npti_export.temporaries import TemporaryFolder, sweep, temporary_beside
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such locks, nothing is removed")
 
@@ -126,3 +130,88 @@ def test_gone_already(tmp_path):
     with pytest.raises(OSError, match="No such file"):
         temporary_beside(tmp_path / "no" / "a.bin", folder=True)
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def system_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield tmp_path
+    tempfile.tempdir = None
+
+
+FOLDER = """
+import os, signal, sys
+from npti_export.temporaries import TemporaryFolder
+made = TemporaryFolder()
+(made.path / "x").write_text("gigabytes")
+print(made.path, flush=True)
+sys.stdin.readline()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_folder_of_a_killed_process_is_gone_after_the_next_one_is_made(system_folder):
+    others = ["npti-notes", "npti-abcdefgh", "npti-abcdefg.txt"]
+    for name in others:
+        (system_folder / name).mkdir()
+    process = subprocess.Popen([sys.executable, "-c", FOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    left = Path(process.stdout.readline().strip())
+    assert left.is_relative_to(system_folder)
+    with TemporaryFolder() as mine:
+        (mine / "x").write_text("mine")
+        with TemporaryFolder() as another:
+            assert another != mine
+        assert not another.parent.exists()
+        assert names(left) == names(mine) == ["x"]  # both live
+        process.communicate("\n")
+        assert process.returncode == -signal.SIGKILL
+        assert names(left) == ["x"]
+        TemporaryFolder().remove()
+        assert not left.parent.exists()
+        assert names(mine) == ["x"]
+    assert names(system_folder) == sorted(others)
+
+
+def test_a_folder_goes_with_its_object(system_folder):
+    made = TemporaryFolder()
+    path = made.path
+    del made
+    assert not path.parent.exists()
+    assert names(system_folder) == []
+    ends = FOLDER.replace("os.kill(os.getpid(), signal.SIGKILL)", "")
+    assert subprocess.run([sys.executable, "-c", ends], input=b"", check=True, capture_output=True).stdout
+    assert names(system_folder) == []
+
+
+def test_many_folders_at_once(system_folder):
+    program = """
+from npti_export.temporaries import TemporaryFolder
+for _ in range(100):
+    with TemporaryFolder() as folder:
+        (folder / "x").write_text("x")
+        assert (folder / "x").read_text() == "x"
+"""
+    running = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(3)]
+    assert [process.wait(300) for process in running] == [0, 0, 0]
+    assert names(system_folder) == []
+
+
+def test_old_marks_of_killed_runs_are_removed(tmp_path):
+    from npti_export.distribute.spread import _mark
+
+    folder = tmp_path / "identify"
+    folder.mkdir()
+    killed, young, other = (folder / f".{name}.shared" for name in ("a" * 32, "b" * 32, "notes"))
+    with _mark(tmp_path) as long:
+        for path in (killed, young, other):
+            path.touch()
+        for path in (killed, other, long):
+            os.utime(path, (time.time() - 2 * 24 * 3600,) * 2)
+        with _mark(tmp_path) as mine:
+            assert {long, mine, young, other} == set(folder.iterdir())
+    assert {young, other} == set(folder.iterdir())

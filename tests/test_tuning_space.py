@@ -1,6 +1,7 @@
 """What the tuner may choose, what it picks, when it stops, and the recipe that it writes; no model is run."""
 
 import sqlite3
+from contextlib import closing
 
 import numpy as np
 import optuna
@@ -213,6 +214,28 @@ def test_bad_studies_and_fruitless_searches(tmp_path):
 
     with study_of(None) as study, pytest.raises(EvaluationError, match=r"no trial gave a rule.*no neuron at all"):
         study.run(fails, [], Limits(None, 1.0), Silent())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("update alembic_version set version_num = 'v9.9.9'", "no longer compatible"),
+        ("insert into alembic_version values ('v1.3.0.a')", "more than one head"),
+        ("update study_directions set direction = 'UP'", "UP"),
+        ("delete from study_directions", "other directions"),
+        ("delete from studies", ""),
+    ],
+)
+def test_studies_of_other_versions(change, said, tmp_path):
+    path = tmp_path / "s.sqlite"
+    with study_of(path):
+        pass
+    with closing(sqlite3.connect(path)) as file:
+        file.execute(change)
+        file.commit()
+    words = rf"s.sqlite: not a study of .*of another version of optuna \(.*{said}.*; name another file$"
+    with pytest.raises(EvaluationError, match=words), study_of(path):
+        pass
 
 
 @pytest.mark.parametrize(

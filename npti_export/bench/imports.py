@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from npti_export.bench.published_layout import INVENTORY, import_layout, is_layo
 from npti_export.bench.reading import Faults, text_fault, text_lines
 from npti_export.errors import BenchError, OutputError
 from npti_export.files import atomic_output, check_place, check_writable, translate_os_errors
+from npti_export.temporaries import TemporaryFolder
 from npti_export.traits import FACETS
 
 TEXTS = (".txt", ".text", ".md")
@@ -98,14 +98,14 @@ def _import_inventory(source: Path, out: Path, how: How, faults: Faults, *, forc
     check_place(out, 0)
     counts: dict[str, Counter[str]] = {}
     columns: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="npti-") as staged, ExitStack() as stack:
+    with TemporaryFolder() as staged, ExitStack() as stack:
         streams: dict[str, IO[str]] = {}
         for item in inventory_items(source, how.columns, how.sheet, faults, columns):
             trait = item["trait"]
             if trait not in streams:
                 if len(streams) == 200:  # open files
                     raise BenchError(f"{source}: names more than 200 traits; is {columns['trait']!r} the right column?")
-                path = Path(staged) / f"{trait}.jsonl"
+                path = staged / f"{trait}.jsonl"
                 streams[trait] = stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
             streams[trait].write(json.dumps(item, ensure_ascii=False) + "\n")
             counts.setdefault(trait, Counter())["items"] += 1

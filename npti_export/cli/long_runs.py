@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shlex
@@ -28,6 +29,7 @@ _LOST = (
 _FIRST = "npti-export "  # in the first line of a log
 _BEGINNING = 4096  # bytes that hold it
 _EVERY = 10.0  # seconds between lines of one stage
+_ANEW = "begins anew, as --no-cache keeps nothing"
 _callbacks: list[Any] = []  # which C code keeps pointers to
 
 
@@ -122,10 +124,29 @@ def _ending(error: BaseException) -> str:
 
 
 def interrupted(arguments: Sequence[str]) -> str:
-    """What Ctrl-C leaves behind, and how to go on."""
-    kept = "--no-cache" not in arguments
-    after = "goes on from the last finished batch" if kept else "begins anew, as --no-cache keeps nothing"
-    return f"interrupted; nothing was half-written, and the same command {after}"
+    """What Ctrl-C leaves behind, and how to go on, by what the command keeps."""
+    after = _after(arguments)
+    return f"interrupted; nothing was half-written{f', and the same command {after}' if after else ''}"
+
+
+def _after(arguments: Sequence[str]) -> str:
+    """What the same command does; nothing of one that keeps nothing in any case."""
+    given = {one.partition("=")[0] for one in arguments}
+    # names stand before all options; without any it is the main job
+    names = list(itertools.takewhile(lambda one: not one.startswith("-"), arguments))
+    if names[:2] == ["bench", "build"]:
+        return "without --force goes on from the last answer" if "--force" in given else "goes on from the last answer"
+    keeps = not names or names[0] in ("identify", "compile", "tune", "evaluate", "ablate") or names == ["dial"]
+    if not keeps or "--from" in given:
+        return ""
+    name, kept = names[0] if names else "", [] if "--no-cache" in given else ["batch"]
+    if name == "tune" and (kept or "--storage" in given):
+        kept.append("trial")
+    if name in ("evaluate", "ablate"):
+        kept = ["identifications"] if kept else []
+        kept += ["verdicts"] if "--judge-journal" in given else []
+        return f"takes up its {' and '.join(kept)}, and asks for answers again" if kept else _ANEW
+    return f"goes on from the last finished {' or '.join(kept)}" if kept else _ANEW
 
 
 class ProgressLog:

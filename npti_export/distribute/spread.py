@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,8 +25,11 @@ from npti_export.loader import Models
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.runtimes.devices import MAP
+from npti_export.temporaries import Temporary, TemporaryFolder, locked
 from npti_export.traits import Sign
 from npti_export.version import __version__
+
+_MARK_SECONDS = 24 * 3600  # the lock of a younger mark may not be held yet, or not be seen on another node yet
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def answered(
         NptiError: Ray is missing or the cluster too small; or what a worker says.
     """
     with ExitStack() as stack:
-        cache = place.cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="npti-")))
+        cache = place.cache or stack.enter_context(TemporaryFolder())
         place = replace(place, cache=cache)
         plan, log = None, Log()
         if place_of(distribution) is None:  # workers compute in what this process would
@@ -122,7 +125,7 @@ def _run(
             f"--gpus {distribution.gpus}: the model would not run on a GPU as it is asked to; leave it out"
         )
     with ExitStack() as stack:
-        copies = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="npti-")))
+        copies = stack.enter_context(TemporaryFolder())
         mark = stack.enter_context(_mark(place.cache))
         progress.start("start Ray", 1)
         ray = stack.enter_context(connected(distribution, local_cores(distribution, threads)))
@@ -189,9 +192,20 @@ def _mark(cache: Path) -> Iterator[Path]:
     path = cache / "identify" / f".{uuid.uuid4().hex}.shared"
     with translate_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_marks(path.parent)
         path.touch()
+    handle = locked(path, wait=True)
     try:
         yield path
     finally:
+        Temporary(path, handle).remove()
+
+
+def _sweep_marks(folder: Path) -> None:
+    """Remove marks that killed runs left: old ones that nobody holds."""
+    for old in folder.glob(f".{'[0-9a-f]' * 32}.shared"):
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+            if time.time() - old.stat().st_mtime > _MARK_SECONDS:
+                handle = locked(old, wait=False)
+                if handle is not None:
+                    Temporary(old, handle).remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from npti_export.models import ModelSource
 from npti_export.recipe import Recipe
 from npti_export.rule import SteeringRule
 from npti_export.runtimes.base import Runtime
+from npti_export.temporaries import TemporaryFolder
 
 if TYPE_CHECKING:
     from npti_export.runtimes.llamacpp.context import Settings
@@ -63,9 +63,9 @@ class LlamaEngine:
 
         program = compile_exact(rule, self._recipe.compile.basis_units)
         unknown = ["0" * 64] * len(self._header.parts)  # of the base, which this file is never stripped to
-        with tempfile.TemporaryDirectory(prefix="npti-") as folder:
-            write_bake(plan_bake(self._header, program, {}, unknown), Path(folder) / "steered.gguf")
-            first = shard_paths(Path(folder) / "steered.gguf", len(self._header.parts))[0]
+        with TemporaryFolder() as folder:
+            write_bake(plan_bake(self._header, program, {}, unknown), folder / "steered.gguf")
+            first = shard_paths(folder / "steered.gguf", len(self._header.parts))[0]
             sequences = self._recipe.identify.batch_size
             with LlamaCppRuntime(first, self._settings, sequences=sequences, source=self.source) as runtime:
                 yield runtime

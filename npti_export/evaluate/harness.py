@@ -14,6 +14,7 @@ from npti_export.errors import EvaluationError, NptiError
 from npti_export.evaluate.capability.model import Model
 from npti_export.evaluate.document import Change, Task
 from npti_export.evaluate.estimate import estimate
+from npti_export.evaluate.task_files import check_task_file
 from npti_export.runtimes.base import Exchange
 
 _NEW_TOKENS = 256  # of an answer where a task says nothing, as in lm-evaluation-harness
@@ -22,20 +23,26 @@ HARNESS_LIMIT = 100  # documents of a task, unless another number is asked for
 Samples = dict[str, dict[int, dict[str, Any]]]
 
 
-def check_harness(names: Sequence[str], *, skipped: bool = False) -> None:
+def check_harness(names: Sequence[str], *, skipped: bool = False, trusted: bool = False) -> None:
     """Whether tasks can be run, as far as that can be said without a model.
 
     Args:
         names: of tasks, groups or YAML files, as a user gave them.
         skipped: whether tests of skill are left out.
+        trusted: whether files of tasks may run Python code that comes with them.
 
     Raises:
-        EvaluationError: they are, lm-evaluation-harness is not installed, or it does not know a task.
+        EvaluationError: they are, a file would run code, lm-evaluation-harness is not installed, or it does not know a
+            task.
     """
     if not names:
         return
     if skipped:
         raise EvaluationError(f"--harness {names[0]}: is left out by --skip capability; give one of the two")
+    for name in names:
+        if _is_file(name) and Path(name).is_file() and not trusted:
+            with _installed():  # YAML comes with it
+                check_task_file(Path(name))
     manager = _manager(names)
     for name in names:
         if _is_file(name):

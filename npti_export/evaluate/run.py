@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npti_export.bench import Question, TraitBench, load_bench
 from npti_export.errors import EvaluationError, NptiError
 from npti_export.evaluate import baselines
 from npti_export.evaluate.assemble import Found, assemble
 from npti_export.evaluate.capability.part import BaseSkill, base_skill, compare_tasks
-from npti_export.evaluate.capability.tasks import neutral_passages, read_tasks, shipped_tasks
+from npti_export.evaluate.capability.tasks import TaskSet, neutral_passages, read_tasks, shipped_tasks
 from npti_export.evaluate.conditions import Answered, Doubles, Test, Told, Way, ask, scored
 from npti_export.evaluate.contrast import contrasts
 from npti_export.evaluate.document import CapabilityPart, Document, JudgePart
@@ -29,6 +30,9 @@ from npti_export.loader import Timings
 from npti_export.progress import Progress
 from npti_export.runtimes.base import Runtime
 from npti_export.traits import FACETS
+
+if TYPE_CHECKING:
+    from npti_export.evaluate.judge.verdicts import VerdictJournal
 
 QUESTIONS = 32  # unless another number is asked for
 BASELINES = (*baselines.METHODS, baselines.NULL)  # in every evaluation
@@ -89,10 +93,24 @@ def evaluate(job: EvaluationJob, progress: Progress) -> Document:
     _check(job)
     items = read_inventory(job.inventory) if "inventory" not in job.skips else ()
     tasks = [*shipped_tasks(), *map(read_tasks, job.tasks)] if "capability" not in job.skips else []
-    if job.judges:
-        from npti_export.evaluate.judge.run import check_judges
+    with ExitStack() as stack:
+        journal = None
+        if job.judges:
+            from npti_export.evaluate.judge.run import check_judges, opened_journal
 
-        check_judges(job.judges, job.journal, progress.note)
+            # held from here on, so that a second run with it is refused before it has done any work
+            journal = stack.enter_context(opened_journal(job.journal))
+            check_judges(job.judges, journal, progress.note)
+        return _evaluated(job, items, tasks, journal, progress)
+
+
+def _evaluated(
+    job: EvaluationJob,
+    items: Sequence[Item],
+    tasks: Sequence[TaskSet],
+    journal: VerdictJournal | None,
+    progress: Progress,
+) -> Document:
     timings, started = Timings(), time.perf_counter()
     with opened(job.subject, timings, progress, job.questions or 0) as subject:
         _check_fine_tuning(job, subject)
@@ -105,7 +123,7 @@ def evaluate(job: EvaluationJob, progress: Progress) -> Document:
             job.personas,
             job.seed,
         )
-        work = _Work(job, subject, test, timings, progress)
+        work = _Work(job, subject, test, journal, timings, progress)
         with timings.measure("capability"):
             kept = {"kept_bytes": KEPT_BYTES} if subject.shares else {}
             limit = job.harness_limit or None
@@ -144,7 +162,8 @@ def _check(job: EvaluationJob) -> None:
         raise EvaluationError(f"--inventory {job.inventory}: is left out by --skip inventory; give one of the two")
     if job.tasks and "capability" in job.skips:
         raise EvaluationError(f"--tasks {job.tasks[0]}: is left out by --skip capability; give one of the two")
-    check_harness(job.harness, skipped="capability" in job.skips)
+    trusted = job.subject.runtime.trust_remote_code
+    check_harness(job.harness, skipped="capability" in job.skips, trusted=trusted)
     if job.journal is not None and not job.judges:
         raise EvaluationError("--judge-journal keeps verdicts, and there is no --judge; give one, or leave it out")
     if job.personas < 1 or job.answer_tokens < 2:
@@ -189,6 +208,7 @@ class _Work:
     job: EvaluationJob
     subject: Subject
     test: Test
+    journal: VerdictJournal | None
     timings: Timings
     progress: Progress
     damage: float = 0.0
@@ -258,7 +278,7 @@ class _Work:
                 [question.text for question in self.test.questions],
                 {one.way.name: one.texts for one in answered},
                 seed=self.job.seed,
-                journal=self.job.journal,
+                journal=self.journal,
                 note=self.progress.note,
             )
         return None

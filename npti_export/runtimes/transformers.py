@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from npti_export.runtimes.base import FALLBACK_TEMPLATE, Exchange, Message
 from npti_export.runtimes.devices import MAP, entrance, in_place, parse_dtype, pick_dtype, usable_device
 from npti_export.runtimes.loading import load, stop_tokens
 from npti_export.stats import ActivationStats, AnswerCounts
+from npti_export.temporaries import TemporaryFolder
 
 if TYPE_CHECKING:
     import torch
@@ -57,9 +56,8 @@ class TransformersRuntime:
         self.device = usable_device(device)
         self.dtype = pick_dtype(self.device) if dtype == "auto" else parse_dtype(dtype)
         if device == MAP:
-            self._offloaded = tempfile.TemporaryDirectory(prefix="npti-")  # goes when this object goes
-            folder = Path(self._offloaded.name)
-            self.model, self.tokenizer = load(source, self.dtype, trust_remote_code, spread=folder)
+            self._offloaded = TemporaryFolder()  # goes when this object goes
+            self.model, self.tokenizer = load(source, self.dtype, trust_remote_code, spread=self._offloaded.path)
             self.device = entrance(self.model)
             _check_spread(self.model, source)
         else:

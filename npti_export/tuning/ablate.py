@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, cast
 
 from npti_export.errors import EvaluationError, ProfileError
@@ -21,6 +19,7 @@ from npti_export.progress import Progress
 from npti_export.recipe import PoleSection, Recipe
 from npti_export.rule import SteeringRule, build_rule
 from npti_export.runtimes.base import Runtime
+from npti_export.temporaries import TemporaryFolder
 from npti_export.tuning.opening import ModelJob, Opened, opened
 from npti_export.tuning.space import with_section
 from npti_export.tuning.trial import PASSAGES, Figures, Measure, search_questions, trial_passages
@@ -202,9 +201,9 @@ class _Sweeps:
             model_type=source.model_type,
             fingerprint=source.identity,
         )
-        with tempfile.TemporaryDirectory(prefix="npti-") as folder:
-            write_adapter(SavedRule(rule, about, "response"), Path(folder))
-            yield _attached(runtime, folder)
+        with TemporaryFolder() as folder:
+            write_adapter(SavedRule(rule, about, "response"), folder)
+            yield _attached(runtime, str(folder))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from npti_export.errors import OutputError, RecipeError
 from npti_export.files import atomic_output, check_writable
 from npti_export.recipe import PoleSection, Recipe, load_recipe
+from npti_export.temporaries import TemporaryFolder
 
 _MARK = "# Settings found by npti-export tune, on search questions only."
 _SECTIONS = ("prompt", "identify", "select", "rule", "compile", "verify")
@@ -150,8 +150,8 @@ def _beside(base: str, path: Path) -> str:
 def _check_reads_back(text: str, recipe: Recipe, pole: str, section: PoleSection) -> None:
     from npti_export.tuning.space import with_section
 
-    with tempfile.TemporaryDirectory(prefix="npti-") as folder:
-        path = Path(folder) / "tuned.toml"
+    with TemporaryFolder() as folder:
+        path = folder / "tuned.toml"
         path.write_text(text, encoding="utf-8")
         read, meant = load_recipe(str(path)).for_pole(pole), with_section(recipe, pole, section).for_pole(pole)
     if any(getattr(read, name) != getattr(meant, name) for name in _SECTIONS):

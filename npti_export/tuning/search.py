@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _AT_RANDOM = 12  # trials before the sampler learns from them, the enqueued ones included
 _FRUITLESS = 200  # failed trials after which there is no point in going on
 _FIGURES = ("gain", "fluency", "damage")
+_SAID = 200  # characters of what optuna says of a file
 _CONFIRMED = "confirmed"
 _DIGEST = "sha256"  # of a trial's point and figures: a file that was damaged must not choose
 
@@ -212,7 +213,8 @@ def opened_study(
         seed: of the sampler, together with the number of trials that there are.
 
     Raises:
-        EvaluationError: the file is no such storage, or is damaged, or another run makes trials of the same study.
+        EvaluationError: the file is no such storage, is damaged or of another version of optuna, or another run makes
+            trials of the same study.
         OutputError: it cannot be written.
     """
     import optuna
@@ -221,25 +223,47 @@ def opened_study(
     before, logged = optuna.logging.get_verbosity(), optuna.logging.set_verbosity
     logged(optuna.logging.ERROR)
     try:
-        file = None if storage is None else _file(storage)
+        if storage is not None:
+            with translate_os_errors(storage), storage.open("ab"):  # whether it can be written, in our words
+                pass
         with _alone(storage, name), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(
-                storage=file,
-                study_name=name,
-                directions=["maximize", "minimize"],
-                load_if_exists=True,
-            )
-            drawn = seed + len(study.get_trials(deepcopy=False))
-            study.sampler = optuna.samplers.TPESampler(
-                seed=drawn, multivariate=True, group=True, n_startup_trials=_AT_RANDOM
-            )
+            study = _loaded(storage, name, seed)
             yield Study(study, space, excess)
     except (DatabaseError, optuna.exceptions.StorageInternalError, sqlite3.Error) as error:
         reason = str(getattr(error, "orig", None) or error)
-        raise EvaluationError(f"{storage}: not a study of trials, or damaged ({reason}); name another file") from error
+        raise _unusable(storage, reason) from error
     finally:
         logged(before)
+
+
+def _loaded(storage: Path | None, name: str, seed: int) -> optuna.Study:
+    import optuna
+    from alembic.util.exc import CommandError
+
+    directions = ["maximize", "minimize"]
+    try:
+        study = optuna.create_study(
+            storage=None if storage is None else _file(storage),
+            study_name=name,
+            directions=directions,
+            load_if_exists=True,
+        )
+        if [one.name.lower() for one in study.directions] != directions:
+            raise ValueError("it has other directions")
+        drawn = seed + len(study.get_trials(deepcopy=False))
+    except (CommandError, RuntimeError, AssertionError, LookupError, TypeError, ValueError) as error:
+        # optuna's own ways of saying that a file is of another version, or that what it holds cannot be
+        raise _unusable(storage, str(error) or type(error).__name__) from error
+    study.sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, group=True, n_startup_trials=_AT_RANDOM)
+    return study
+
+
+def _unusable(storage: Path | None, reason: str) -> EvaluationError:
+    said = " ".join(reason.split())[:_SAID]
+    return EvaluationError(
+        f"{storage}: not a study of trials, damaged, or of another version of optuna ({said}); name another file"
+    )
 
 
 @contextmanager
@@ -268,9 +292,6 @@ def _alone(storage: Path | None, name: str) -> Iterator[None]:
 
 def _file(path: Path) -> optuna.storages.RDBStorage:
     import optuna
-
-    with translate_os_errors(path), path.open("ab"):  # whether it can be written, in our words
-        pass
 
     def connect() -> sqlite3.Connection:  # a URL would give some characters of a path another meaning
         return sqlite3.connect(path, check_same_thread=False)

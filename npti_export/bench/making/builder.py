@@ -118,11 +118,15 @@ class _Builder:
         self._cells, self._rules = plan.cells(), filters(plan)
         self._wanted = sum(cell.wanted for cell in self._cells)
         self._journal = Journal(folder.journal)
-        self._store = Store(folder.store)
-        if self._journal.mended:
-            display.note("the last answer had not been written whole; it is asked for again")
-        # Answers that came before those in front of them; what an order cost is never paid twice.
-        self._saved = {record.order: record for record in self._journal.records(self._store.done)}
+        try:
+            self._store = Store(folder.store)
+            if self._journal.mended:
+                display.note("the last answer had not been written whole; it is asked for again")
+            # Answers that came before those in front of them; what an order cost is never paid twice.
+            self._saved = {record.order: record for record in self._journal.records(self._store.done)}
+        except BaseException:
+            self._journal.close()  # which lets go of its lock
+            raise
         self._unusable = 0
         self._begun = time.monotonic()
         self.report: Report = {}

@@ -45,12 +45,12 @@ class Journal:
         path: of the file; made if it is not there.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, is no journal, or another run has it open.
         DiskFullError: no room.
     """
 
     def __init__(self, path: Path) -> None:
-        self._lines = AppendOnly(path)
+        self._lines = AppendOnly(path, "order", otherwise="pass --force to start anew")
         self.mended = self._lines.mended
 
     def close(self) -> None:

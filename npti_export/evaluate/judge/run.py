@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,37 @@ _Pairs = dict[tuple[str, str], None]
 _Ratings = dict[What, dict[tuple[str, str], float | None]]
 
 
-def check_judges(judges: Sequence[JudgeSpec], journal: Path | None, note: Callable[[str], None]) -> None:
+@contextmanager
+def opened_journal(journal: Path | VerdictJournal | None) -> Iterator[VerdictJournal]:
+    """A journal, read and held until the block ends; one that is open already stays open.
+
+    Raises:
+        EvaluationError: it is damaged.
+        OutputError: it cannot be written, is no journal, or another run has it open.
+    """
+    if isinstance(journal, VerdictJournal):
+        yield journal
+        return
+    kept = VerdictJournal(journal)
+    try:
+        yield kept
+    finally:
+        kept.close()
+
+
+def check_judges(
+    judges: Sequence[JudgeSpec], journal: Path | VerdictJournal | None, note: Callable[[str], None]
+) -> None:
     """Ask each judge one short thing, and read the journal: what is wrong with them is known before any work.
 
     Raises:
         EvaluationError: a judge is unusable, refuses or does not answer, or the journal is damaged.
         BenchError: the packages of the extra ``bench`` are missing.
         ModelError: a local judge cannot be run.
-        OutputError: the journal cannot be written.
+        OutputError: the journal cannot be written, is none, or another run has it open.
     """
-    VerdictJournal(journal).close()
+    with opened_journal(journal):
+        pass
     definition = read_definition(shipped_folder("extraversion"))  # any: fluency is rated without it
     asked = Asked("fluency", judge_messages("fluency", definition, "+", "How are you?", "Well, thank you."))
     for rater in open_judges(judges, note):
@@ -52,7 +74,7 @@ def judge_answers(
     answers: Mapping[str, Sequence[str]],
     *,
     seed: int = 0,
-    journal: Path | None = None,
+    journal: Path | VerdictJournal | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda _text: None,
 ) -> JudgePart:
@@ -71,7 +93,7 @@ def judge_answers(
         questions: what was asked.
         answers: by condition, one a question.
         seed: of the order and of the intervals.
-        journal: file that keeps verdicts; with it, a run that was killed asks only for those that are missing.
+        journal: file that keeps verdicts, or one that is open; a run that was killed asks only for what is missing.
         progress: told how far it is.
         note: told, in a sentence, what the user should know.
 
@@ -105,19 +127,16 @@ def _of_all(
     sign: str,
     pairs: Sequence[tuple[str, str]],
     seed: int,
-    journal: Path | None,
+    journal: Path | VerdictJournal | None,
     progress: Progress | None,
     note: Callable[[str], None],
 ) -> dict[str, _Ratings]:
     """Ratings by the names of the judges that gave any."""
-    kept = VerdictJournal(journal)
-    try:
+    with opened_journal(journal) as kept:
         meter = _Meter(len(raters) * len(WHAT) * len(pairs), progress)
         made = {
             rater.name: _ratings_or_fault(rater, definition, sign, pairs, seed, kept, meter, note) for rater in raters
         }
-    finally:
-        kept.close()
     faults = [one for one in made.values() if isinstance(one, NptiError)]
     found = {name: one for name, one in made.items() if not isinstance(one, NptiError)}
     if not found:

@@ -60,13 +60,13 @@ class VerdictJournal:
 
     Raises:
         EvaluationError: a line is no verdict; file and line are named.
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, is no journal, or another run has it open.
         DiskFullError: no room.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._known: dict[str, Verdict] = {}
-        self._file = AppendOnly(path) if path is not None else None
+        self._file = AppendOnly(path, "key") if path is not None else None
         try:
             for number, line in self._file.lines() if self._file else ():
                 self._known.update([_read(self._file.path if self._file else None, number, line)])
