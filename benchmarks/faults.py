@@ -80,18 +80,25 @@ class Place:
 
     def __init__(self, setting, root, model=None):
         self.setting, self.model = setting, model or setting.model
-        self.out, self.cache = root / "out", root / "cache"
-        for folder in (self.out, self.cache):
+        self.out, self.cache, self.temporary = root / "out", root / "cache", root / "tmp"
+        for folder in (self.out, self.cache, self.temporary):
             folder.mkdir(parents=True)
         self.file = self.out / NAME
         self.wrong, self.said = [], ""
 
     def start(self, *more, prepare=None):
         arguments = self.setting.job(*more, model=self.model)
-        return Run(arguments, self.out, self.setting.environment(self.cache), prepare)
+
+        def begin():
+            tempfile.tempdir = str(self.temporary)  # the parent has asked for the system's place already
+            if prepare is not None:
+                prepare()
+
+        return Run(arguments, self.out, self.setting.environment(self.cache), begin)
 
     def leftovers(self):
-        return [path for folder in (self.out, self.cache) for path in folder.rglob(".*.partial")]
+        partial = [path for folder in (self.out, self.cache) for path in folder.rglob(".*.partial")]
+        return partial + list(self.temporary.iterdir())
 
     def check_files(self, *allowed):
         """Nothing half-written under a name that counts, output or cache."""

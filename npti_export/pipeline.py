@@ -26,6 +26,7 @@ from npti_export.report import peak_rss_mb
 from npti_export.rule import build_rule, compose
 from npti_export.rule_io import Provenance, SavedRule
 from npti_export.runtimes.base import chat
+from npti_export.temporaries import sweep_folders
 from npti_export.version import __version__
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 
 
 def open_models(ready: Prepared, timings: Timings, progress: Progress, *, verifies: bool) -> Models:
-    """The job's model, not loaded yet, see :class:`npti_export.loader.Models`."""
+    """The job's model, not loaded yet, see :class:`npti_export.loader.Models`; room that killed jobs took is freed."""
+    sweep_folders()
     sequences = max(one.identify.batch_size for one in (ready.recipe, ready.kept))
     return Models(ready.source, ready.job.runtime, timings, progress, verifies=verifies, sequences=sequences)
 

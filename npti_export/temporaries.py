@@ -55,7 +55,7 @@ class TemporaryFolder:
     """
 
     def __init__(self) -> None:
-        _sweep_folders()
+        sweep_folders()
         made = _new_folder()
         self._end = weakref.finalize(self, made.remove)
         self.path = made.path / "files"
@@ -85,7 +85,7 @@ def _new_folder() -> Temporary:
             os.close(handle)
 
 
-def _sweep_folders() -> None:
+def sweep_folders() -> None:
     """Remove the folders of this user's killed processes. The lock is the folder's own, as anybody may name one so."""
     if sys.platform == "win32":
         return
