@@ -14,6 +14,18 @@ class Clock:
         return self.now
 
 
+class Adding:
+    """Statistics whose sum is told by its name, or that are interrupted as they are added to."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def absorb(self, done):
+        if self.error is not None:
+            raise self.error
+        return f"of {done}"
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """run(cost, batches, seconds a batch) -> batches that were saved, in order; ``stop`` interrupts while adding."""
@@ -35,10 +47,9 @@ def run(monkeypatch, tmp_path):
                 clock.now += seconds
                 if stop == done - 0.5:
                     raise error
-                keeper.changing()
                 if stop == done:
-                    raise error
-                keeper.keep(f"of {done}", done)
+                    keeper.added(Adding(error), None)
+                keeper.keep(keeper.added(Adding(None), done), done)
         return list(saved)
 
     return ask, saved

@@ -84,15 +84,12 @@ def collect(
     with _Keeper(state) as keeper:
         while runtime is not None and overlap < settings.overlap:
             batch = questions[asked : asked + per_batch]
-            fresh = run_batch(runtime, bench, batch, asked, recipe)
-            tokens = fresh.plus.tokens + fresh.minus.tokens
-            keeper.changing()
-            stats = stats.absorb(fresh)
-            del fresh  # of a large model there is no room for it beside the next one
+            before = stats.plus.tokens + stats.minus.tokens
+            stats = keeper.added(stats, run_batch(runtime, bench, batch, asked, recipe))
             asked += len(batch)
             done += 1
             keeper.keep(stats, done)
-            progress.advance(len(batch), tokens)
+            progress.advance(len(batch), stats.plus.tokens + stats.minus.tokens - before)
             overlap = overlap_so_far(stats, recipe, asked, len(questions))
     if asked < len(questions):
         progress.note(stopped(asked, len(questions), overlap))
@@ -116,9 +113,13 @@ class _Keeper:
     def __exit__(self, *error: object) -> None:
         self._save()
 
-    def changing(self) -> None:
-        """What was given is changed from now on, and no longer to be saved: a stop may come in between."""
+    def added(self, stats: ContrastStats, fresh: ContrastStats) -> ContrastStats:
+        """The sum, in the memory of the first, which is no longer to be saved: a stop may come in between.
+
+        Nothing else should refer to what is added: of a large model there is no room for it beside the next one.
+        """
         self._left = None
+        return stats.absorb(fresh)
 
     def keep(self, stats: ContrastStats, batches: int) -> None:
         """Take the statistics of so many first batches."""
