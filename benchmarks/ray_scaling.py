@@ -1,6 +1,6 @@
 """Identification on Ray against one process with the same threads, on the default model; both save what they have.
 
-    python benchmarks/ray_scaling.py [--workers 2] [--questions 48] [--tokens 64] [--pairs 3]
+    python benchmarks/ray_scaling.py [--workers 2] [--questions 128] [--tokens 64] [--pairs 3]
 
 Every core is one worker's, and one process gets as many threads as there are workers. Both take turns and load the
 model each time; Ray itself is running already, and what its start takes is printed by itself. Ratios are medians of the
@@ -12,6 +12,7 @@ Overhead of a shard: what passes between two answers of one worker, beyond the s
 import argparse
 import itertools
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -69,6 +70,8 @@ def by_workers(source, recipe, workers, cache):
     by_worker = {}
     for one in log.asked:
         by_worker.setdefault(one.worker, []).append(one)
+    if len(by_worker) < workers or min(map(len, by_worker.values())) < 3:
+        sys.exit("a worker answered fewer than three batches, of which the first is left out; give more --questions")
     pace, overheads = 0.0, []
     for some in by_worker.values():
         pace += sum(one.tokens for one in some[1:]) / (some[-1].arrived - some[0].arrived)
@@ -80,7 +83,7 @@ def by_workers(source, recipe, workers, cache):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--questions", type=int, default=48)
+    parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=3)
     arguments = parser.parse_args()
