@@ -256,11 +256,13 @@ def _directory_source(path: Path, name: str) -> ModelSource:
 
 
 def _shape(config: dict[str, Any]) -> ModelShape:
-    layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
-    experts = int(config.get("num_local_experts") or config.get("num_experts") or 1)
-    width = int(config.get("moe_intermediate_size", config["intermediate_size"]))
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    experts = config.get("num_local_experts") or config.get("num_experts") or 1
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
     sizes = {"layers": layers, "hidden size": hidden, "experts": experts, "width": width}
     for (name, value), most in zip(sizes.items(), _MOST, strict=True):
+        if type(value) is not int:  # of 1.5 layers there are not one
+            raise ValueError(f"{name} {shortened(value)} is no whole number")
         if not 1 <= value <= most:
             raise ValueError(f"{name} {shortened(value)} is not from 1 to {most}")
     return ModelShape(layers, experts * width, hidden, experts)

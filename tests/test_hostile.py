@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from test_structure import FILES, PACKAGE
 
 from npti_export.chat_template import check_template
 from npti_export.dial.index import load_dial
-from npti_export.errors import AdapterError, NptiError
+from npti_export.errors import AdapterError, ModelError, NptiError
 from npti_export.gguf.shards import named_shards, read_model, shard_paths
 from npti_export.models import resolve_model, weight_files
 from npti_export.rule_io import base_name
@@ -224,3 +225,15 @@ def test_a_template_in_a_file_of_weights_is_checked_by_both_runtimes():
         source = (PACKAGE / "runtimes" / name).read_text(encoding="utf-8")
         assert "check_template(" in source
     assert check_template("", "x") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_hidden_layers", 1.5), ("hidden_size", True), ("intermediate_size", "64")]
+)
+def test_sizes_are_whole_numbers(tiny_checkpoint, tmp_path, name, value):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(ModelError, match="is no whole number"):
+        resolve_model(str(folder))
