@@ -15,6 +15,7 @@ from npti_export.errors import DiskFullError, OutputError
 from npti_export.temporaries import REPLACED, temporary_beside
 
 _HASH_CHUNK = 1 << 22
+_SAMPLES, _SAMPLE = 64, 1 << 16  # pieces of a file, and bytes of each
 # What lies beside the weights of a model and belongs to it.
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
@@ -288,4 +289,15 @@ def sha256_file(path: Path) -> str:
     with path.open("rb") as stream:
         while chunk := stream.read(_HASH_CHUNK):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sampled_sha256(path: Path) -> str:
+    """SHA-256 of a file's size and of pieces from all over it: files of gigabytes are told apart at once."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as stream:
+        for number in range(_SAMPLES):
+            stream.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()

@@ -231,10 +231,10 @@ class Models:
 
     def release_fast(self) -> None:
         """Free the identification copy."""
-        if self._fast is not None and self.settings.device == MAP:
-            self._fast = None
-            gc.collect()  # what spreads a model refers to itself in circles
+        spread = self._fast is not None and self.settings.device == MAP
         self._fast = None
+        if spread:
+            gc.collect()  # what spreads a model refers to itself in circles
         if self._copy is not None:
             self._copy.close()
             self._copy = None

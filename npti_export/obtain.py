@@ -49,8 +49,9 @@ def _identified(
     place = Place(models.fast, ready.source, *computed, job.cache)
     with ExitStack() as stack:
         if job.distribution is None:
-            going_on = any(anything_kept(place, bench, signs[trait], recipe, kept) for trait, bench in wanted.items())
-            if job.resume and not going_on:
+            if job.resume and not any(
+                anything_kept(place, bench, signs[trait], recipe, kept) for trait, bench in wanted.items()
+            ):
                 raise nothing_to_resume(job.cache)
         else:
             asked = {trait: needed(bench, signs[trait], recipe, kept) for trait, bench in wanted.items()}

@@ -13,6 +13,7 @@ from functools import cached_property
 from npti_export.distribute.plan import Fault, Hello, Match, Merge, Node, Outcome, Series, Setup, Task
 from npti_export.distribute.store import Shards
 from npti_export.errors import ModelError, NptiError
+from npti_export.files import sampled_sha256
 from npti_export.identify.collect import run_batch
 from npti_export.identify.matched import match
 from npti_export.identify.profiles import encode_constant, keep_constant
@@ -23,7 +24,6 @@ from npti_export.runtimes.base import Runtime
 from npti_export.stats import encode_stats
 from npti_export.version import __version__
 
-_SAMPLES, _SAMPLE = 17, 1 << 16  # pieces of a file, and bytes of each
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # of a directory
 
 
@@ -143,10 +143,5 @@ def files_digest(source: ModelSource) -> str:
         files = sorted(path for path in source.path.iterdir() if path.suffix in _MODEL_FILES)
     digest = hashlib.sha256()
     for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name if source.path.is_dir() else ''} {size} ".encode())
-        with path.open("rb") as stream:
-            for number in range(_SAMPLES):
-                stream.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE))
+        digest.update(f"{path.name if source.path.is_dir() else ''} {sampled_sha256(path)} ".encode())
     return digest.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from npti_export.evaluate.judge.prompts import BEGINNINGS, RATINGS, SCHEMA, read
 from npti_export.evaluate.judge.spec import JudgeSpec
 from npti_export.evaluate.judge.verdicts import Asked, Verdict, unreadable
 from npti_export.evaluate.options import Options, choose, find_options
+from npti_export.files import sampled_sha256
 from npti_export.generators.address import public_address
 from npti_export.generators.base import RefusedError, Request, UnavailableError, UnusableAnswerError
 from npti_export.generators.endpoint import Endpoint, EndpointSettings
@@ -30,7 +30,6 @@ Done = Callable[[int, Verdict | None], None]
 _MOST_UNUSABLE = 25  # in a row, with not one readable verdict so far: something is wrong that more requests do not mend
 _MOST_SILENT = 8  # requests in a row that got no answer for as long as the user is willing to wait
 _BATCH = 32  # prompts of a local judge between two entries in the journal
-_SAMPLES, _SAMPLE = 64, 1 << 16  # of a file's bytes
 
 
 class Rater(Protocol):
@@ -285,14 +284,7 @@ def _batches(requests: Sequence[Asked]) -> list[list[int]]:
 
 
 def _sampled_digest(path: Path) -> str:
-    """Of a file's size and of pieces from all over it: files of gigabytes are told apart at once."""
     try:
-        size = path.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
-        with path.open("rb") as stream:
-            for number in range(_SAMPLES):
-                stream.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE))
+        return sampled_sha256(path)[:16]
     except OSError as error:
         raise EvaluationError(f"--judge {path}: cannot be read ({error.strerror})") from error
-    return digest.hexdigest()[:16]
