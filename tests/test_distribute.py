@@ -14,12 +14,12 @@ from tolerances import SUMS_FLOAT64
 from npti_export.bench import load_bench
 from npti_export.distribute.cluster import size_of
 from npti_export.distribute.gathering import Gathering
-from npti_export.distribute.plan import FAN, Distribution, Node, Outcome, Series, covering
-from npti_export.distribute.store import Shards
+from npti_export.distribute.plan import Distribution, Outcome, Series
 from npti_export.distribute.worker import files_digest
 from npti_export.errors import ClusterError, ProfileError
 from npti_export.gguf.reader import read_gguf
 from npti_export.identify.collect import save_state
+from npti_export.identify.shards import FAN, Node, Shards, covering
 from npti_export.loader import RuntimeSettings
 from npti_export.models import gguf_source, resolve_model
 from npti_export.progress import Silent

@@ -21,10 +21,10 @@ from tolerances import SUMS_FLOAT64
 from npti_export.bench import load_bench
 from npti_export.distribute.plan import Distribution
 from npti_export.distribute.spread import Request, answered
-from npti_export.distribute.store import Shards
 from npti_export.errors import ClusterError, ModelError
 from npti_export.identify.collect import cache_key, collect, state_path
 from npti_export.identify.profiles import Place, identified, kept_constant, match, matched_path
+from npti_export.identify.shards import Shards
 from npti_export.loader import Models, RuntimeSettings, Timings
 from npti_export.models import resolve_model
 from npti_export.progress import Silent

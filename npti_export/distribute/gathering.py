@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from npti_export.distribute.plan import Node, Outcome, Series, covering
-from npti_export.distribute.store import Shards
+from npti_export.distribute.plan import Outcome, Series
 from npti_export.errors import ProfileError
 from npti_export.files import translate_os_errors
 from npti_export.identify.collect import overlap_so_far, resume, save_state, stopped
+from npti_export.identify.shards import Node, Shards, covering
 from npti_export.models import ModelSource
 from npti_export.progress import Progress, Silent
 from npti_export.stats import ContrastStats
@@ -44,14 +44,11 @@ class Gathering:
             if node.first < end or node.end > series.batches:  # it is in something else already
                 self.shards.discard(node)
                 continue
-            try:
-                self._waiting[node.first] = node.end, self.shards.read(node).counts()
-            except ProfileError:
-                self._progress.note(f"{self.shards.folder}: shard {node.first} is damaged, asking its questions again")
-                self.shards.discard(node)
-                continue
-            self.held.add(node)
-            end = node.end
+            stats = self.shards.sound(node, self._progress.note)
+            if stats is not None:
+                self._waiting[node.first] = node.end, stats.counts()
+                self.held.add(node)
+                end = node.end
         self.found = sum(node.end - node.first for node in self.held)
         self._advance(first=True)
 

@@ -1,21 +1,18 @@
-"""What is to be done, as plain data: the shards of each trait, how they are merged, and what a worker needs to know."""
+"""What is to be done, as plain data: the shards of each trait, and what a worker needs to know."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
-from npti_export.bench import Question, TraitBench
-from npti_export.identify.collect import questions_a_batch, shards_beside
+from npti_export.identify.batches import Batches
+from npti_export.identify.collect import shards_beside
+from npti_export.identify.shards import Node
 from npti_export.loader import RuntimeSettings
 from npti_export.models import ModelSource
 from npti_export.recipe import Recipe
 from npti_export.stats import ContrastStats
 from npti_export.traits import Sign
-
-FAN = 8  # so many shards, or sums of shards, are merged into one
 
 
 @dataclass(frozen=True)
@@ -35,87 +32,19 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Node:
-    """A place in the tree by which shards are merged: a batch (``level`` 0), or the sum of ``FAN`` nodes below it.
-
-    The tree is fixed by the order of the questions, so what is summed with what never depends on who was first.
-    """
-
-    level: int
-    index: int
-
-    @property
-    def batches(self) -> int:
-        """How many it is the sum of."""
-        return int(FAN**self.level)
-
-    @property
-    def first(self) -> int:
-        """The first batch."""
-        return self.index * self.batches
-
-    @property
-    def end(self) -> int:
-        """The batch behind the last one."""
-        return self.first + self.batches
-
-    @property
-    def children(self) -> tuple[Node, ...]:
-        """What it is the sum of."""
-        return tuple(Node(self.level - 1, self.index * FAN + at) for at in range(FAN))
-
-    @property
-    def parent(self) -> Node:
-        """What it is part of."""
-        return Node(self.level + 1, self.index // FAN)
-
-
-def covering(first: int, end: int) -> Iterator[Node]:
-    """The largest nodes that together are the batches from ``first`` to before ``end``, in order."""
-    while first < end:
-        level = 0
-        while first % FAN ** (level + 1) == 0 and first + FAN ** (level + 1) <= end:
-            level += 1
-        yield Node(level, first // FAN**level)
-        first += FAN**level
-
-
-@dataclass(frozen=True)
-class Series:
-    """The search questions of a trait in the batches that one process would ask.
+class Series(Batches):
+    """The batches of a trait, and where they are kept.
 
     Attributes:
-        bench: personas and questions.
-        recipe: by which neurons are identified: its ``prompt``, ``identify`` and ``select`` sections.
         state: file of the merged statistics, the one that a single process goes on from.
     """
 
-    bench: TraitBench
-    recipe: Recipe
     state: Path
 
     @property
     def shards(self) -> Path:
         """Folder of what is not merged into ``state`` yet."""
         return shards_beside(self.state)
-
-    @cached_property
-    def questions(self) -> tuple[Question, ...]:
-        """All of them, in order."""
-        return self.bench.search(self.recipe.identify.questions, self.recipe.identify.seed)
-
-    @property
-    def batches(self) -> int:
-        """How many there are."""
-        return -(-len(self.questions) // questions_a_batch(self.recipe))
-
-    def asked(self, batches: int) -> int:
-        """Questions in so many first batches."""
-        return min(batches * questions_a_batch(self.recipe), len(self.questions))
-
-    def batch(self, index: int) -> Sequence[Question]:
-        """The questions of one batch."""
-        return self.questions[self.asked(index) : self.asked(index + 1)]
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import time
 from dataclasses import replace
 from functools import cached_property
 
-from npti_export.distribute.plan import Fault, Hello, Match, Merge, Node, Outcome, Series, Setup, Task
-from npti_export.distribute.store import Shards
+from npti_export.distribute.plan import Fault, Hello, Match, Merge, Outcome, Series, Setup, Task
 from npti_export.errors import ModelError, NptiError
 from npti_export.files import sampled_sha256
 from npti_export.identify.collect import run_batch
 from npti_export.identify.matched import match
 from npti_export.identify.profiles import encode_constant, keep_constant
+from npti_export.identify.shards import Node, Shards
 from npti_export.loader import Models, Timings
 from npti_export.models import ModelSource, resolve_model
 from npti_export.progress import Silent

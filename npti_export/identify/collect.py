@@ -12,6 +12,8 @@ from typing import Any
 from npti_export.bench import Question, TraitBench, pair_with_personas
 from npti_export.errors import ProfileError
 from npti_export.files import translate_os_errors
+from npti_export.identify.batches import Batches
+from npti_export.identify.shards import Shards
 from npti_export.identify.stopping import expected_overlap
 from npti_export.models import ModelSource
 from npti_export.progress import Progress
@@ -51,7 +53,8 @@ def collect(
     after each batch (of a large model, whose statistics take long to write, after some) they are saved under a key of
     everything that they depend on, so that a killed run goes on from there and a finished one is not repeated. When
     to stop is not part of the key: a run that is to ask more questions goes on from one that asked fewer, and one
-    that could do with fewer takes all answers that are there.
+    that could do with fewer takes all answers that are there. What workers of a cluster finished, see
+    :mod:`npti_export.distribute`, is taken, not asked again.
 
     Args:
         load_runtime: gives the model; not called where nothing is left to do.
@@ -70,30 +73,78 @@ def collect(
         BenchError: fewer questions than asked for.
         ProfileError: the model answered nothing.
     """
-    settings = recipe.identify
-    questions = bench.search(settings.questions, settings.seed)
-    per_batch = questions_a_batch(recipe)
     key = cache_key(source, bench, recipe, dtype, device)
     state = None if cache is None else state_path(cache, bench, key)
-    stats, done = resume(state, source, progress)
-    asked = min(done * per_batch, len(questions))
-    overlap = overlap_so_far(stats, recipe, asked, len(questions))
-    runtime = load_runtime() if overlap < settings.overlap else None  # before the bar of the questions begins
-    progress.start(f"identify {bench.trait}", len(questions))
-    progress.advance(asked)
+    shards = None if state is None else Shards(shards_beside(state))
     with _Keeper(state) as keeper:
-        while runtime is not None and overlap < settings.overlap:
-            batch = questions[asked : asked + per_batch]
-            before = stats.plus.tokens + stats.minus.tokens
-            stats = keeper.added(stats, run_batch(runtime, bench, batch, asked, recipe))
-            asked += len(batch)
-            done += 1
-            keeper.keep(stats, done)
-            progress.advance(len(batch), stats.plus.tokens + stats.minus.tokens - before)
-            overlap = overlap_so_far(stats, recipe, asked, len(questions))
-    if asked < len(questions):
-        progress.note(stopped(asked, len(questions), overlap))
-    return stats, _origin(recipe, bench, asked, len(questions), overlap) | {"dtype": dtype, "key": key}
+        counted = _Counted(Batches(bench, recipe), *resume(state, source, progress), keeper)
+        found = counted.done
+        while shards is not None and counted.take(shards, progress.note):
+            pass
+        if shards is not None and counted.done > found:
+            progress.note(f"{counted.done - found} batches are there that several workers answered ({shards.folder})")
+        runtime = None if counted.settled else load_runtime()  # before the bar of the questions begins
+        progress.start(f"identify {bench.trait}", counted.total)
+        progress.advance(counted.asked)
+        while runtime is not None and not counted.settled:
+            asked, tokens = counted.asked, counted.tokens
+            if shards is None or not counted.take(shards, progress.note):
+                counted.add(run_batch(runtime, bench, counted.next, asked, recipe))
+            progress.advance(counted.asked - asked, counted.tokens - tokens)
+    if shards is not None:
+        shards.forget(before=counted.done)
+    if counted.asked < counted.total:
+        progress.note(stopped(counted.asked, counted.total, counted.overlap))
+    return counted.stats, _origin(counted) | {"dtype": dtype, "key": key}
+
+
+class _Counted:
+    """The statistics of a series of batches as they are added up, in order.
+
+    Args:
+        series: of the trait.
+        stats: of the first batches.
+        done: how many these are.
+        keeper: told of each batch.
+    """
+
+    def __init__(self, series: Batches, stats: ContrastStats, done: int, keeper: _Keeper) -> None:
+        self.series, self.stats, self.done, self._keeper = series, stats, done, keeper
+        self.total = len(series.questions)
+        self._look()
+
+    def _look(self) -> None:
+        self.asked = self.series.asked(self.done)
+        self.overlap = overlap_so_far(self.stats, self.series.recipe, self.asked, self.total)
+
+    @property
+    def settled(self) -> bool:
+        """Whether enough is asked."""
+        return self.overlap >= self.series.recipe.identify.overlap
+
+    @property
+    def tokens(self) -> int:
+        """That were counted."""
+        return self.stats.plus.tokens + self.stats.minus.tokens
+
+    @property
+    def next(self) -> Sequence[Question]:
+        """The questions of the next batch."""
+        return self.series.batch(self.done)
+
+    def add(self, fresh: ContrastStats, batches: int = 1) -> None:
+        """Take the statistics of the next batches."""
+        self.stats = self._keeper.added(self.stats, fresh)
+        self.done += batches
+        self._keeper.keep(self.stats, self.done)
+        self._look()
+
+    def take(self, shards: Shards, note: Callable[[str], None]) -> bool:
+        """Take the next batches from what several workers have answered, unless these are enough; whether it did."""
+        found = None if self.settled else shards.starting(self.done, self.series.batches, note)
+        if found is not None:
+            self.add(found[1], found[0].batches)
+        return found is not None
 
 
 class _Keeper:
@@ -137,19 +188,14 @@ class _Keeper:
         self._cost = self._saved - began
 
 
-def _origin(recipe: Recipe, bench: TraitBench, asked: int, total: int, overlap: float) -> dict[str, Any]:
+def _origin(counted: _Counted) -> dict[str, Any]:
     return {
-        "recipe": json.loads(recipe.to_json()),
-        "bench": bench.digest,
-        "questions": asked,
-        "questions_available": total,
-        "expected_overlap": round(overlap, 4),
+        "recipe": json.loads(counted.series.recipe.to_json()),
+        "bench": counted.series.bench.digest,
+        "questions": counted.asked,
+        "questions_available": counted.total,
+        "expected_overlap": round(counted.overlap, 4),
     }
-
-
-def questions_a_batch(recipe: Recipe) -> int:
-    """How many questions are decoded together, each as both poles."""
-    return max(1, recipe.identify.batch_size // 2)
 
 
 def state_path(cache: Path, bench: TraitBench, key: str) -> Path:

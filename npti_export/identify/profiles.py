@@ -15,8 +15,9 @@ from npti_export.bench import TraitBench
 from npti_export.checked import encode_checked, load_checked
 from npti_export.errors import ArchitectureError, DamagedError, ProfileError
 from npti_export.files import atomic_output, translate_os_errors
-from npti_export.identify.collect import cache_key, collect, resume, state_path
+from npti_export.identify.collect import cache_key, collect, resume, shards_beside, state_path
 from npti_export.identify.matched import match
+from npti_export.identify.shards import Shards
 from npti_export.models import ModelSource
 from npti_export.profile import Matrix, NeuronProfile, profile_from_stats
 from npti_export.progress import Progress, Silent
@@ -127,7 +128,7 @@ def anything_kept(
     if neurons is None:
         return False
     state = state_path(place.cache, bench, cache_key(place.source, bench, neurons, place.dtype, place.device))
-    return resume(state, place.source, Silent())[1] > 0
+    return resume(state, place.source, Silent())[1] > 0 or bool(Shards(shards_beside(state)).found())
 
 
 def nothing_to_resume(cache: Path | None) -> ProfileError:
