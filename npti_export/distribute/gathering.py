@@ -44,9 +44,9 @@ class Gathering:
             if node.first < end or node.end > series.batches:  # it is in something else already
                 self.shards.discard(node)
                 continue
-            stats = self.shards.sound(node, self._progress.note)
-            if stats is not None:
-                self._waiting[node.first] = node.end, stats.counts()
+            found = self.shards.sound(node, self._progress.note)
+            if found is not None:
+                self._waiting[node.first] = node.end, found.counts()
                 self.held.add(node)
                 end = node.end
         self.found = sum(node.end - node.first for node in self.held)
