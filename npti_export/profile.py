@@ -120,10 +120,14 @@ def write_profile(profile: NeuronProfile, path: Path, *, force: bool) -> None:
     """Write a ``.safetensors`` profile, all neurons of both poles.
 
     Raises:
+        ProfileError: a value is not finite.
         OutputError: the file exists and ``force`` is not set.
     """
     from safetensors.numpy import save
 
+    for name in (*FIELDS, *MOMENTS, *MATCHED):
+        if not np.isfinite(getattr(profile, name) if getattr(profile, name) is not None else 0.0).all():
+            raise ProfileError(f"the profile of {profile.trait} is not written: its {name} holds what is not finite")
     described = {"trait": profile.trait, "fingerprint": profile.fingerprint, "origin": profile.origin}
     with atomic_output(path, force=force) as temporary:
         held = [name for name in (*FIELDS, *MOMENTS, *MATCHED) if getattr(profile, name) is not None]

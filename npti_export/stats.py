@@ -182,6 +182,11 @@ class ActivationStats:
             return self.tokens
         return np.repeat(self.routed, self.active.shape[1] // self.routed.shape[1], axis=1)
 
+    @property
+    def finite(self) -> bool:
+        """Whether all that was seen were numbers: one that was not stays in ``largest`` or ``product``."""
+        return all(bool(np.isfinite(one).all()) for one in (self.largest, self.product) if one is not None)
+
     def probability(self) -> npt.NDArray[np.float64]:
         """``P(a > 0)`` of each neuron, ``[layers, width]`` (paper: activation probability).
 

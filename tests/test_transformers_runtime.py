@@ -10,8 +10,12 @@ from reference import ReferenceLlama
 from test_mixtures import save_tiny
 from tolerances import LOGITS_FLOAT32, SIGNS_BFLOAT16
 
-from npti_export.errors import ModelError
+from npti_export.bench import load_bench
+from npti_export.errors import ModelError, ProfileError
+from npti_export.identify.matched import match
 from npti_export.models import gguf_source, resolve_model
+from npti_export.progress import Silent
+from npti_export.recipe import load_recipe
 from npti_export.runtimes import transformers as transformers_runtime
 from npti_export.runtimes.base import Exchange, chat
 from npti_export.runtimes.transformers import TransformersRuntime, batches
@@ -192,3 +196,23 @@ def test_a_batch_holds_what_fits_padding_included():
     assert sizes(tokens=24) == [2, 1, 1]  # two of 12 tokens; one of 40 goes alone
     assert sizes(logits=18) == [2, 1, 1]  # two times 12 - 4 + 1
     assert sizes(logits=17) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("where", ["gate_proj", "up_proj"])
+def test_activations_that_are_no_numbers_are_refused_not_counted(tiny_runtime, where):
+    """As of a model that overflows in float16: a profile of it would be refused when it is read."""
+    broken = tiny_runtime.converted("float16")
+    getattr(broken.layers[1].mlp, where).weight.data[5] = 6e4
+    prompts = [one * 2 for one in prompts_of(broken)]
+    with pytest.raises(ModelError, match="not numbers in float16; give --dtype bfloat16 or float32"):
+        broken.observe(prompts, [0, 0, 1], max_new_tokens=4, repetition_penalty=1.0)
+    with pytest.raises(ModelError, match="not numbers"):
+        broken.activation_stats([Exchange(prompts[0][:-3], prompts[0][-3:])])
+
+
+def test_a_stream_that_is_no_number_is_not_matched(tiny_runtime):
+    broken = tiny_runtime.converted("float32")
+    broken.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    recipe = load_recipe("matched", ["identify.matched_questions=2", "identify.max_new_tokens=3"])
+    with pytest.raises(ProfileError, match="holds what is not a number"):
+        match(broken, load_bench("openness"), "+", recipe, Silent())

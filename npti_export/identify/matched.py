@@ -82,6 +82,11 @@ def match(runtime: Runtime, bench: TraitBench, sign: Sign, recipe: Recipe, progr
     output = runtime.stream_follows(exchanges, wanted)
     progress.advance(2)
     missing = wanted - (read(plain, output) - base)
+    if not np.isfinite([wanted, base, output, missing]).all():
+        raise ProfileError(
+            f"{bench.trait}{sign}: the model's residual stream holds what is not a number; give --dtype bfloat16 or "
+            "float32, or set rule.matched = 0"
+        )
     left = float(np.linalg.norm(missing) / max(float(np.linalg.norm(wanted)), 1e-12))
     if left > _LEFT:
         raise ProfileError(

@@ -181,12 +181,25 @@ class TransformersRuntime:
             places = [index for index, one in enumerate(groups) if one == group]
             accumulator = self._counted([answers[place] for place in places])
             active[places], tokens[places] = accumulator.counts()
-            stats.append(accumulator.result())
+            stats.append(self._finite(accumulator.result()))
         return stats, AnswerCounts(active, tokens)
 
     def activation_stats(self, exchanges: Sequence[Exchange]) -> ActivationStats:
         """See :class:`Runtime`."""
-        return self._counted(exchanges).result()
+        return self._finite(self._counted(exchanges).result())
+
+    def _finite(self, stats: ActivationStats) -> ActivationStats:
+        """Statistics of numbers.
+
+        Raises:
+            ModelError: some were not, as where float16 overflows.
+        """
+        if not stats.finite:
+            raise ModelError(
+                f"{self.source.name}: computes activations that are not numbers in "
+                f"{str(self.dtype).removeprefix('torch.')}; give --dtype bfloat16 or float32, or get the files again"
+            )
+        return stats
 
     def _counted(self, exchanges: Sequence[Exchange]) -> StatsAccumulator:
         import torch

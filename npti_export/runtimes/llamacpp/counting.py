@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +114,7 @@ class GateCounter:
         if not len(chosen):
             return ActivationStats.empty(*group.largest.shape)
         refuse_no_numbers(group.largest, self._where)
+        refuse_no_numbers(group.product, self._where)
         return ActivationStats(
             int(self._tokens[chosen].sum()),
             self._counts[chosen].sum(0, dtype=np.int64),
@@ -139,13 +141,13 @@ class GateCounter:
         group.owners.clear()
 
 
-def refuse_no_numbers(largest: Floats, where: object) -> None:
-    """Raise if a gate was not a number.
+def refuse_no_numbers(seen: npt.NDArray[Any], where: object) -> None:
+    """Raise if a gate, or an input of a down projection, was not a number: what is made of all of them is none, then.
 
     Raises:
         ModelError: it names the file.
     """
-    if np.isnan(largest).any() or np.isposinf(largest).any():
+    if np.isnan(seen).any() or np.isposinf(seen).any():
         raise ModelError(f"{where}: computes gates that are not numbers; get the file again")
 
 
