@@ -72,6 +72,25 @@ def load_checked(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any
         raise DamagedError(f"{path}: is damaged ({error}); delete the file and run again") from error
 
 
+def peek_record(path: Path) -> dict[str, Any]:
+    """The record of a file that nobody has checked: what it claims, in a moment, however large it is.
+
+    Raises:
+        DamagedError: missing, or of another kind.
+    """
+    try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(_LENGTH), "little")
+            if size > _LONGEST_HEADER:
+                raise ValueError("its header is too long")
+            record = json.loads(json.loads(stream.read(size))["__metadata__"][_RECORD].partition(" ")[2])
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
+        raise DamagedError(f"{path}: is damaged ({error}); delete the file and run again") from error
+    if not isinstance(record, dict):
+        raise DamagedError(f"{path}: is damaged (its record is no object); delete the file and run again")
+    return record
+
+
 def _check(path: Path) -> None:
     with path.open("rb") as stream:
         length = stream.read(_LENGTH)

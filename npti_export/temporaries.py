@@ -135,6 +135,16 @@ def sweep(path: Path) -> None:
                 _put_back(old, path)
 
 
+def sweep_folder(folder: Path) -> None:
+    """Remove what killed jobs left half-written in a folder of ours."""
+    with suppress(OSError):
+        for left in sorted(folder.glob(f".*.{_RANDOM}{PARTIAL}")):
+            handle = locked(left, wait=False)
+            if handle is not None:
+                _remove(left)
+                os.close(handle)
+
+
 def _leftovers(path: Path, suffix: str) -> list[Path]:
     return sorted(path.absolute().parent.glob(f"{glob.escape(_prefix(path))}{_RANDOM}{suffix}"))
 

@@ -24,7 +24,7 @@ from npti_export.loader import RuntimeSettings
 from npti_export.models import gguf_source, resolve_model
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
-from npti_export.stats import BIN_COUNT, ActivationStats, AnswerCounts, ContrastStats, PairSpread, encode_stats
+from npti_export.stats import BIN_COUNT, ActivationStats, AnswerCounts, ContrastStats, PairSpread
 from npti_export.stats import load_stats as load
 
 
@@ -44,9 +44,10 @@ def random_stats(shape, seed):
     return ContrastStats(plus, minus, PairSpread.of_answers(one, other))
 
 
-def outcome(stats):
+def outcome(gathering, index, stats):
     tokens = stats.plus.tokens + stats.minus.tokens
-    return Outcome("here:1", stats=stats.counts(), data=encode_stats(stats, {}), tokens=tokens)
+    data = gathering.shards.encode(Node(0, index), stats)
+    return Outcome("here:1", stats=stats.counts(), data=data, tokens=tokens)
 
 
 def assert_counts_equal(left, right):
@@ -75,12 +76,11 @@ def source(tiny):
 
 def gather(series, source, order, parts, merging):
     gathering = Gathering(series, source, Silent())
-    gathering.prepare()
+    gathering.shards.prepare()
     for index in order:
-        gathering.answered(index, outcome(parts[index]))
+        gathering.answered(index, outcome(gathering, index, parts[index]))
         for node in list(gathering.merges(())) if merging else []:
-            gathering.shards.merge(node)
-            gathering.merged(node)
+            gathering.merge(node)
     assert gathering.complete
     gathering.finish()
     return series.state.read_bytes()
@@ -98,7 +98,7 @@ def test_every_order_gives_the_same_bytes_and_the_counts_of_one_process(series, 
             assert not own.shards.exists()
     assert len(files) == 1
     found, record = load(own.state)
-    assert record == {"batches": 20}
+    assert record == {"batches": 20, "of": series.state.stem}
     plain = ContrastStats.empty(source.shape.layers, source.shape.width)
     for part in parts:
         plain += part
@@ -112,39 +112,39 @@ def test_every_order_gives_the_same_bytes_and_the_counts_of_one_process(series, 
 def test_a_run_goes_on_from_the_shards_that_are_there(series, source):
     parts = [random_stats(source.shape, seed) for seed in range(20)]
     first = Gathering(series, source, Silent())
-    first.prepare()
+    first.shards.prepare()
     for index in (*range(10), 12, 19):
-        first.answered(index, outcome(parts[index]))
+        first.answered(index, outcome(first, index, parts[index]))
     for node in list(first.merges(())):
-        first.shards.merge(node)
-        first.merged(node)
+        first.merge(node)
     assert first.shards.found() == {Node(1, 0), Node(0, 8), Node(0, 9), Node(0, 12), Node(0, 19)}
     again = Gathering(series, source, Silent())
     assert (again.prefix, again.found, again.asked) == (10, 12, 2 * 11 + 1)
     asked = []
     while (index := again.next((), 99)) is not None:
         asked.append(index)
-        again.answered(index, outcome(parts[index]))
+        again.answered(index, outcome(again, index, parts[index]))
     assert asked == [10, 11, *range(13, 19)]
     again.finish()
-    whole = replace(series, state=series.state.with_name("whole.safetensors"))
+    whole = replace(series, state=series.state.parent / "whole" / series.state.name)
     assert series.state.read_bytes() == gather(whole, source, range(20), parts, True)
 
 
 def test_a_damaged_shard_is_asked_again_and_a_double_one_counts_once(series, source):
     parts = [random_stats(source.shape, seed) for seed in range(20)]
     first = Gathering(series, source, Silent())
-    first.prepare()
+    first.shards.prepare()
     for index in range(4):
-        first.answered(index, outcome(parts[index]))
-    first.shards.write(Node(0, 2), encode_stats(parts[2], {"by": "another worker"}))
+        first.answered(index, outcome(first, index, parts[index]))
+    other = replace(parts[2].plus, product=parts[2].plus.product * (1 + 1e-15))  # another processor's
+    first.shards.write(Node(0, 2), first.shards.encode(Node(0, 2), replace(parts[2], plus=other)))
     assert len(list(series.shards.glob("0-2.*"))) == 2
     (path,) = series.shards.glob("0-1.*")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ProfileError, match="checksum"):
-        first.shards.read(Node(0, 1))
+    with pytest.raises(ProfileError, match="damaged"):
+        first.shards.read(Node(0, 1), path.name)
     notes, told = [], Silent()
     told.note = notes.append
     again = Gathering(series, source, told)
@@ -152,7 +152,7 @@ def test_a_damaged_shard_is_asked_again_and_a_double_one_counts_once(series, sou
     assert "shard 1 is damaged" in notes[0]
     assert (again.next((), 99), again.next({1}, 99)) == (1, 4)
     for index in (1, *range(4, 20)):
-        again.answered(index, outcome(parts[index]))
+        again.answered(index, outcome(again, index, parts[index]))
     again.finish()
     plain = sum(parts[1:], parts[0])
     assert_counts_equal(load(series.state)[0], plain)
@@ -161,16 +161,16 @@ def test_a_damaged_shard_is_asked_again_and_a_double_one_counts_once(series, sou
 def test_a_shard_that_is_damaged_during_the_run_is_noticed_at_the_end(series, source):
     parts = [random_stats(source.shape, seed) for seed in range(20)]
     gathering = Gathering(series, source, Silent())
-    gathering.prepare()
+    gathering.shards.prepare()
     for index in range(20):
-        gathering.answered(index, outcome(parts[index]))
+        gathering.answered(index, outcome(gathering, index, parts[index]))
     (path,) = series.shards.glob("0-7.*")
     path.write_bytes(path.read_bytes()[:-9])
     assert gathering.complete
     gathering.finish()
     assert not gathering.finished
     assert gathering.next((), 99) == 7
-    gathering.answered(7, outcome(parts[7]))
+    gathering.answered(7, outcome(gathering, 7, parts[7]))
     gathering.finish()
     assert gathering.finished
     assert_counts_equal(load(series.state)[0], sum(parts[1:], parts[0]))
@@ -184,9 +184,9 @@ def test_a_state_that_changes_during_the_run_is_not_added_to(series, source, wha
     if held:
         save_state(series.state, sum(parts[1:9], parts[0]), 9)
     gathering = Gathering(series, source, Silent())
-    gathering.prepare()
+    gathering.shards.prepare()
     for index in range(held, 20):
-        gathering.answered(index, outcome(parts[index]))
+        gathering.answered(index, outcome(gathering, index, parts[index]))
     if held:
         data = bytearray(series.state.read_bytes())
         data[-1] ^= 1
@@ -196,24 +196,24 @@ def test_a_state_that_changes_during_the_run_is_not_added_to(series, source, wha
     gathering.finish()
     assert not gathering.finished
     while (index := gathering.next((), 99)) is not None:
-        gathering.answered(index, outcome(parts[index]))
+        gathering.answered(index, outcome(gathering, index, parts[index]))
     gathering.finish()
     assert gathering.finished
     stats, record = load(series.state)
-    assert record == {"batches": 20}
+    assert record == {"batches": 20, "of": series.state.stem}
     assert_counts_equal(stats, sum(parts[1:], parts[0]))
 
 
 def test_only_so_many_are_asked_behind_a_gap(series, source):
     parts = [random_stats(source.shape, seed) for seed in range(20)]
     gathering = Gathering(series, source, Silent())
-    gathering.prepare()
+    gathering.shards.prepare()
     asked = []
     while (index := gathering.next({0}, 4)) is not None:  # the first one hangs
         asked.append(index)
-        gathering.answered(index, outcome(parts[index]))
+        gathering.answered(index, outcome(gathering, index, parts[index]))
     assert asked == [1, 2, 3]
-    gathering.answered(0, outcome(parts[0]))
+    gathering.answered(0, outcome(gathering, 0, parts[0]))
     assert gathering.next((), 4) == 4
 
 
@@ -246,10 +246,10 @@ def test_what_is_asked_beyond_the_end_is_kept_for_a_run_that_asks_more(series, s
     notes, told = [], Silent()
     told.note = notes.append
     gathering = Gathering(early, source, told)
-    gathering.prepare()
+    gathering.shards.prepare()
     for index in (5, 4, 2, 1, 0):  # three batches are enough
         assert not gathering.complete
-        gathering.answered(index, outcome(parts[index]))
+        gathering.answered(index, outcome(gathering, index, parts[index]))
     assert (gathering.prefix, gathering.complete) == (3, True)
     gathering.finish()
     assert notes[0].startswith("stopped after 6 of 39 questions")
@@ -257,7 +257,7 @@ def test_what_is_asked_beyond_the_end_is_kept_for_a_run_that_asks_more(series, s
     rest = Gathering(series, source, Silent())
     assert (rest.prefix, rest.found, rest.next((), 99)) == (3, 2, 3)
     for index in (3, *range(6, 20)):
-        rest.answered(index, outcome(parts[index]))
+        rest.answered(index, outcome(rest, index, parts[index]))
     rest.finish()
     assert_counts_equal(load(series.state)[0], sum(parts[1:], parts[0]))
 

@@ -15,7 +15,7 @@ from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
-from npti_export.stats import encode_stats, load_stats
+from npti_export.stats import load_stats
 
 QUICK = ["identify.questions=39", "identify.batch_size=4", "identify.until=all", "identify.max_new_tokens=8"]
 BATCHES = 20
@@ -37,11 +37,12 @@ class Job:
         key = cache_key(self.source, self.bench, self.recipe, "ggml-q4_1", "cpu")
         self.state = state_path(cache, self.bench, key)
         self.shards = Shards(Series(self.bench, self.recipe, self.state).shards)
-        self.shards.folder.mkdir(parents=True)
+        self.names = {}
 
     def write(self, *indices):
         for index in indices:
-            self.shards.write(Node(0, index), encode_stats(self.parts[index], {}))
+            node = Node(0, index)
+            self.names[node] = self.shards.write(node, self.shards.encode(node, self.parts[index]))
 
     def load(self):
         self.loads += 1
@@ -76,7 +77,7 @@ def whole(job):
 
 def test_what_workers_finished_is_taken_and_only_the_rest_is_asked(job):
     job.write(*range(10), 12, 13, 19)
-    job.shards.merge(Node(1, 0))
+    job.shards.merge(Node(1, 0), job.names)
     stats, origin = job.collect()
     assert job.asked == [2] * 7  # 10, 11 and 14 to 18
     assert job.loads == 1
@@ -85,7 +86,7 @@ def test_what_workers_finished_is_taken_and_only_the_rest_is_asked(job):
     assert_counts_equal(stats, whole(job))
     assert not job.shards.folder.exists()
     kept, record = load_stats(job.state)
-    assert record == {"batches": BATCHES}
+    assert record == {"batches": BATCHES, "of": job.state.stem}
     assert_counts_equal(kept, whole(job))
 
 
@@ -111,7 +112,7 @@ def test_a_damaged_shard_is_asked_again(job):
 def test_children_that_a_kill_left_beside_their_sum_count_once(job):
     job.write(*range(8))
     children = [(path, path.read_bytes()) for path in job.shards.folder.iterdir()]
-    job.shards.merge(Node(1, 0))
+    job.shards.merge(Node(1, 0), job.names)
     for path, data in children:
         path.write_bytes(data)
     stats, _ = job.collect()
@@ -143,11 +144,11 @@ def test_a_shard_that_vanishes_while_it_is_read_is_asked(job, monkeypatch):
     """Another job with the same key may merge it meanwhile."""
     job.write(0)
 
-    def gone(self, node):
+    def gone(self, path, node):
         self.discard(node)
         raise ProfileError("missing")
 
-    monkeypatch.setattr(Shards, "read", gone)
+    monkeypatch.setattr(Shards, "_load", gone)
     stats, _ = job.collect()
     assert len(job.asked) == BATCHES
     assert_counts_equal(stats, whole(job))

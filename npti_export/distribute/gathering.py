@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from npti_export.distribute.plan import Outcome, Series
-from npti_export.errors import ProfileError
-from npti_export.files import translate_os_errors
+from npti_export.errors import ClusterError, ProfileError
 from npti_export.identify.collect import overlap_so_far, resume, save_state, stopped
 from npti_export.identify.shards import Node, Shards, covering
 from npti_export.models import ModelSource
 from npti_export.progress import Progress, Silent
 from npti_export.stats import ContrastStats
+
+_DAMAGES = 20  # times that a trait's shards may turn out to be damaged or missing
 
 
 class Gathering:
@@ -30,6 +31,7 @@ class Gathering:
         self._source, self._progress = source, progress
         self.finished = False
         self.found = 0
+        self._damages = 0
         self._read()
 
     def _read(self, *, again: bool = False) -> None:
@@ -38,7 +40,7 @@ class Gathering:
         stats, self._base = resume(series.state, self._source, Silent() if again else self._progress)
         self.counts, self.prefix = stats.counts(), self._base
         self._waiting: dict[int, tuple[int, ContrastStats]] = {}  # by first batch: the end, and what was counted
-        self.held: set[Node] = set()
+        self.held: dict[Node, str] = {}  # what is on disk, and in which file
         end = self._base
         for node in sorted(self.shards.found(), key=lambda one: (one.first, -one.level)):
             if node.first < end or node.end > series.batches:  # it is in something else already
@@ -46,8 +48,9 @@ class Gathering:
                 continue
             found = self.shards.sound(node, self._progress.note)
             if found is not None:
-                self._waiting[node.first] = node.end, found.counts()
-                self.held.add(node)
+                name, stats = found
+                self._waiting[node.first] = node.end, stats.counts()
+                self.held[node] = name
                 end = node.end
         self.found = sum(node.end - node.first for node in self.held)
         self._advance(first=True)
@@ -74,11 +77,6 @@ class Gathering:
         behind = (series.asked(end) - series.asked(first) for first, (end, _) in self._waiting.items())
         return series.asked(self.prefix) + sum(behind)
 
-    def prepare(self) -> None:
-        """Make the folder that shards go to."""
-        with translate_os_errors(self.shards.folder):
-            self.shards.folder.mkdir(parents=True, exist_ok=True)
-
     def has(self, index: int) -> bool:
         """Whether a batch is answered."""
         return index < self.prefix or any(index in range(at, end) for at, (end, _) in self._waiting.items())
@@ -99,9 +97,7 @@ class Gathering:
         """Take a batch's answers, which the worker has written where it sends no ``data``."""
         assert outcome.stats is not None
         node = Node(0, index)
-        if outcome.data is not None:
-            self.shards.write(node, outcome.data)
-        self.held.add(node)
+        self.held[node] = outcome.name if outcome.data is None else self.shards.write(node, outcome.data)
         self._waiting[index] = index + 1, outcome.stats
         self._advance()
 
@@ -111,16 +107,40 @@ class Gathering:
             return
         for parent in {node.parent for node in self.held}:
             inside = self._base <= parent.first and parent.end <= self.prefix
-            if inside and parent not in merging and self.held.issuperset(parent.children):
+            if inside and parent not in merging and self.held.keys() >= set(parent.children):
                 yield parent
 
-    def merged(self, node: Node) -> None:
+    def merge(self, node: Node) -> None:
+        """Sum a node's children here.
+
+        Raises:
+            ProfileError: one of them is missing or damaged.
+        """
+        self.merged(node, self.shards.merge(node, self.held))
+
+    def merged(self, node: Node, name: str) -> None:
         """Take note of a sum that is on disk."""
-        self.held.difference_update(node.children)
-        self.held.add(node)
+        for child in node.children:
+            self.held.pop(child, None)
+        self.held[node] = name
+
+    def late(self, index: int, name: str) -> None:
+        """Remove the file of a batch that another worker had answered before; the two may differ in the last digits."""
+        if name and name != self.held.get(Node(0, index)):
+            (self.shards.folder / name).unlink(missing_ok=True)
 
     def damaged(self) -> None:
-        """Take stock again, after something on disk turned out to be damaged, missing or another one."""
+        """Take stock again, after something on disk turned out to be damaged, missing or another one.
+
+        Raises:
+            ClusterError: that happens time and again.
+        """
+        self._damages += 1
+        if self._damages > _DAMAGES:
+            raise ClusterError(
+                f"{self.shards.folder}: what was written there is damaged or missing time and again; look after the "
+                "disk, or set NPTI_CACHE to a folder on another one"
+            )
         self._read(again=True)
 
     def finish(self) -> None:
@@ -137,14 +157,16 @@ class Gathering:
                 return
             try:
                 for node in covering(self._base, self.prefix):
-                    stats = stats.absorb(self.shards.total(node))
+                    stats = stats.absorb(self.shards.total(node, self.held))
             except ProfileError:
                 self.damaged()
                 return
-            save_state(self.series.state, stats, self.prefix)
+            if not save_state(self.series.state, stats, self.prefix):
+                self.damaged()
+                return
             for node in [node for node in self.held if node.end <= self.prefix]:
                 self.shards.discard(node)
-                self.held.discard(node)
+                del self.held[node]
         self.shards.close()
         self.finished = True
         asked, total = self.series.asked(self.prefix), len(self.series.questions)

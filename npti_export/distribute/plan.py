@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,10 +58,15 @@ class Ask:
 
 @dataclass(frozen=True)
 class Merge:
-    """Sum the children of a node, whose files are there."""
+    """Sum the children of a node, whose files are there.
+
+    Attributes:
+        names: of these files.
+    """
 
     trait: str
     node: Node
+    names: Mapping[Node, str] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ class Outcome:
         computing: seconds in which the model answered.
         seconds: of the whole task, as the worker saw it.
         stats: without histograms; None for a constant.
+        name: of the file that it wrote, of a batch or a sum.
         data: the file to write, where the worker does not share the folder; empty for a sum that it cannot make.
         tokens: that were counted.
     """
@@ -133,6 +140,7 @@ class Outcome:
     computing: float = 0.0
     seconds: float = 0.0
     stats: ContrastStats | None = None
+    name: str = ""
     data: bytes | None = None
     tokens: int = 0
 

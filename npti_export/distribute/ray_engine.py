@@ -119,7 +119,7 @@ class RayEngine:
         self._series = {one.bench.trait: self._ray.put(one) for one in series}  # once, not with every task
         for gathering in gatherings:
             if not gathering.finished:
-                gathering.prepare()
+                gathering.shards.prepare()
         again = 0
         while True:
             for gathering in gatherings:
@@ -149,7 +149,7 @@ class RayEngine:
         for trait, gathering in self._gatherings.items():
             merging = [one.node for one in under_way if isinstance(one, Merge) and one.trait == trait]
             for node in gathering.merges(merging):
-                return Merge(trait, node)
+                return Merge(trait, node, {child: gathering.held[child] for child in node.children})
         for match in self._matches:
             if match not in under_way:
                 return match
@@ -271,6 +271,8 @@ class RayEngine:
         self._hand_out()  # the worker goes on while we look at what it brought
         self._arriving = []
         if not self._open(run.task):  # done by another one meanwhile, or no longer needed
+            if isinstance(run.task, Ask) and isinstance(outcome, Outcome):
+                self._gatherings[run.task.trait].late(run.task.index, outcome.name)
             return
         if isinstance(run.task, Merge) and isinstance(outcome, Fault) and outcome.kind == ProfileError.__name__:
             self._merge(run.task)  # it may not have seen what others wrote a moment ago
@@ -293,7 +295,7 @@ class RayEngine:
             if outcome.data is not None:  # it cannot see the files
                 self._merge(task)
             else:
-                gathering.merged(task.node)
+                gathering.merged(task.node, outcome.name)
                 self.log.merged += 1
             return
         self.log.asked.append(
@@ -306,11 +308,10 @@ class RayEngine:
         """Sum shards here."""
         gathering = self._gatherings[task.trait]
         try:
-            gathering.shards.merge(task.node)
+            gathering.merge(task.node)
         except ProfileError:
             gathering.damaged()
             return
-        gathering.merged(task.node)
         self.log.merged += 1
 
     def _meet(self, number: int, process: str) -> None:

@@ -22,6 +22,7 @@ from npti_export.files import translate_os_errors
 from npti_export.identify.collect import cache_key, state_path
 from npti_export.identify.profiles import Place, check_matchable, kept_constant, matched_path, nothing_to_resume
 from npti_export.loader import Models
+from npti_export.locks import alone
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
 from npti_export.runtimes.devices import MAP
@@ -102,8 +103,7 @@ def answered(
         place = replace(place, cache=cache)
         plan, log = None, Log()
         if place_of(distribution) is None:  # workers compute in what this process would
-            plan = _plan(request, place, progress)
-            _check_resumed(request, place, plan)
+            plan = _own_plan(request, place, progress, stack)
             plan.finish()
         if plan is None or plan.left:
             place, log = _run(request, distribution, place, plan, models, progress)
@@ -135,8 +135,7 @@ def _run(
         progress.advance(1)
         if plan is None or (hello.dtype, hello.device) != (place.dtype, place.device):
             place = replace(place, dtype=hello.dtype, device=hello.device)
-            plan = _plan(request, place, progress)
-            _check_resumed(request, place, plan)
+            plan = _own_plan(request, place, progress, stack)
         traits = [one.series.bench.trait for one in plan.gatherings]
         traits += [one.trait for one in plan.matches if one.trait not in traits]
         total = sum(len(one.series.questions) for one in plan.gatherings) + len(plan.matches)
@@ -147,6 +146,22 @@ def _run(
             progress.advance(one.asked)
         engine.run(plan.series, plan.gatherings, plan.matches)
         return place, engine.log
+
+
+def _own_plan(request: Request, place: Place, progress: Progress, stack: ExitStack) -> _Plan:
+    """What is left to be done, by this job alone until ``stack`` ends: two that ask the same questions would ask each
+    of them twice, and the one that has them all first would take the other's shards away."""
+    plan, waited = _plan(request, place, progress), False
+    for state in sorted({one.state for one in plan.series}):  # in one order, so that no two wait for each other
+
+        def waiting(state: Path = state) -> None:
+            progress.note(f"waiting for another job, which has workers answer the same questions ({state.stem})")
+
+        waited |= stack.enter_context(alone(state.with_suffix(".shards"), waiting))
+    if waited:
+        plan = _plan(request, place, progress)
+    _check_resumed(request, place, plan)
+    return plan
 
 
 def _check_resumed(request: Request, place: Place, plan: _Plan) -> None:

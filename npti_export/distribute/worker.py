@@ -21,7 +21,6 @@ from npti_export.loader import Models, Timings
 from npti_export.models import ModelSource, resolve_model
 from npti_export.progress import Silent
 from npti_export.runtimes.base import Runtime
-from npti_export.stats import encode_stats
 from npti_export.version import __version__
 
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # of a directory
@@ -73,9 +72,9 @@ class Worker:
     def _run(self, task: Task, series: Series) -> Outcome:
         shares, shards = self._setup.mark.is_file(), Shards(series.shards)
         if isinstance(task, Merge):
-            if shares:
-                shards.merge(task.node)
-            return Outcome(self.process, data=None if shares else b"")
+            if not shares:
+                return Outcome(self.process, data=b"")
+            return Outcome(self.process, name=shards.merge(task.node, task.names))
         if isinstance(task, Match):
             found = match(self._runtime, series.bench, task.sign, task.recipe, Silent())
             data = encode_constant(found.constant)
@@ -86,11 +85,11 @@ class Worker:
         started = time.perf_counter()
         stats = run_batch(runtime, series.bench, series.batch(task.index), first, series.recipe)
         computing = time.perf_counter() - started
-        data = encode_stats(stats, {})
-        if shares:
-            shards.write(Node(0, task.index), data)
+        node = Node(0, task.index)
+        data = shards.encode(node, stats)
+        name = shards.write(node, data) if shares else ""
         tokens = stats.plus.tokens + stats.minus.tokens
-        return Outcome(self.process, computing, 0.0, stats.counts(), None if shares else data, tokens)
+        return Outcome(self.process, computing, 0.0, stats.counts(), name, None if shares else data, tokens)
 
     @cached_property
     def _runtime(self) -> Runtime:

@@ -6,15 +6,17 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from npti_export.bench import Question, TraitBench, pair_with_personas
-from npti_export.errors import ProfileError
-from npti_export.files import translate_os_errors
+from npti_export.checked import peek_record
+from npti_export.errors import DamagedError, ProfileError
 from npti_export.identify.batches import Batches
 from npti_export.identify.shards import Shards
 from npti_export.identify.stopping import expected_overlap
+from npti_export.locks import alone
 from npti_export.models import ModelSource
 from npti_export.progress import Progress
 from npti_export.recipe import Recipe
@@ -24,7 +26,7 @@ from npti_export.traits import SIGNS, Sign
 
 _CHEAP = 0.2  # seconds in which statistics are written after every batch
 _SHARE = 0.05  # of the time, that goes into writing others
-_CACHE_FORMAT = 7  # raise when the meaning of cached statistics changes
+_CACHE_FORMAT = 8  # raise when the meaning of cached statistics changes
 
 
 def cache_folder() -> Path:
@@ -333,6 +335,8 @@ def resume(state: Path | None, source: ModelSource, progress: Progress) -> tuple
     try:
         saved, record = load_stats(state)
         done = record["batches"]
+        if record["of"] != state.stem:
+            raise ProfileError("of other questions")
         shapes = {one.active.shape for one in (saved.plus, saved.minus)}
         if not isinstance(done, int) or shapes != {fresh.plus.active.shape}:
             raise ProfileError("of another shape")
@@ -343,8 +347,20 @@ def resume(state: Path | None, source: ModelSource, progress: Progress) -> tuple
     return saved, done
 
 
-def save_state(state: Path, stats: ContrastStats, batches: int) -> None:
-    """Keep the statistics of so many first batches."""
-    with translate_os_errors(state):
-        state.parent.mkdir(parents=True, exist_ok=True)
-    save_stats(state, stats, {"batches": batches})
+def save_state(state: Path, stats: ContrastStats, batches: int) -> bool:
+    """Keep the statistics of so many first batches, unless another job has kept those of more; whether it did."""
+    with alone(state):
+        if _claimed(state) > batches:
+            with suppress(ProfileError):  # damaged
+                load_stats(state)
+                return False
+        save_stats(state, stats, {"batches": batches, "of": state.stem})
+    return True
+
+
+def _claimed(state: Path) -> int:
+    """Of how many batches a kept state says to be."""
+    try:
+        return int(peek_record(state)["progress"]["batches"])
+    except (DamagedError, KeyError, TypeError, ValueError):
+        return 0
