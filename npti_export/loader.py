@@ -152,7 +152,8 @@ class Models:
         return str(pick_dtype(usable_device(self.settings.device))).removeprefix("torch.")
 
     def device(self) -> str:
-        """The kind of device: cpu, cuda or mps; for llama.cpp cpu or gpu.
+        """What it computes on: cpu, mps, or cuda with the names of the GPUs; for llama.cpp cpu, or gpu with the number
+        of layers there where these are not all. Where the model brings code of its own, that.
 
         Raises:
             ModelError: the requested one cannot be used here.
@@ -160,10 +161,13 @@ class Models:
         if self.engine == "llama.cpp":
             from npti_export.runtimes.llamacpp.library import llama
 
-            return "gpu" if self.settings.gpu_layers and llama().llama_supports_gpu_offload() else "cpu"
-        from npti_export.runtimes.devices import usable_device
+            layers = self.settings.gpu_layers
+            if not (layers and llama().llama_supports_gpu_offload()):
+                return "cpu"
+            return f"gpu {layers}" if layers > 0 else "gpu"
+        from npti_export.runtimes.devices import described
 
-        return usable_device(self.settings.device).type
+        return described(self.settings.device) + " remote code" * self.settings.trust_remote_code
 
     def fast(self) -> Runtime:
         """The model as identification runs it."""

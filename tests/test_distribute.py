@@ -12,20 +12,21 @@ from jobs import QUICK
 from tolerances import SUMS_FLOAT64
 
 from npti_export.bench import load_bench
-from npti_export.distribute.cluster import size_of
+from npti_export.distribute.cluster import gpus_of, size_of
 from npti_export.distribute.gathering import Gathering
-from npti_export.distribute.plan import Distribution, Outcome, Series
-from npti_export.distribute.worker import files_digest
+from npti_export.distribute.plan import Distribution, Outcome, Series, Setup
+from npti_export.distribute.worker import Worker, files_digest
 from npti_export.errors import ClusterError, ProfileError
 from npti_export.gguf.reader import read_gguf
 from npti_export.identify.collect import save_state
 from npti_export.identify.shards import FAN, Node, Shards, covering
-from npti_export.loader import RuntimeSettings
+from npti_export.loader import Models, RuntimeSettings
 from npti_export.models import gguf_source, resolve_model
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.stats import BIN_COUNT, ActivationStats, AnswerCounts, ContrastStats, PairSpread
 from npti_export.stats import load_stats as load
+from npti_export.version import __version__
 
 
 def random_stats(shape, seed):
@@ -315,6 +316,30 @@ def test_workers_fit_into_the_cluster():
             size(there, workers, threads, gpu=True, each=each)
     with pytest.raises(ClusterError, match=r"8 \+ 1 GPUs; say with --gpus"):
         size(nodes((8, 8), (8, 1)), None, gpu=True, device="map")
+
+
+def test_a_node_that_cannot_go_on_is_named_in_one_sentence(series, source, tmp_path, monkeypatch):
+    """A disk that is full there, or a folder that is not there, is no mistake of the program's."""
+    setup = Setup(
+        source, files_digest(source), None, RuntimeSettings(), 4, tmp_path / "mark", tmp_path, "driver", __version__
+    )
+    worker = Worker(setup)
+
+    def full(_self, _task, _series):
+        raise OSError(28, "No space left on device", "/tmp/npti-x")
+
+    monkeypatch.setattr(Worker, "_run", full)
+    fault = worker.run(None, series)
+    assert fault.kind == "ClusterError"
+    assert fault.text.startswith(f"the worker {worker.process} cannot go on: [Errno 28] No space left on device")
+    monkeypatch.setattr(Models, "dtype", lambda _self: full(None, None, None))
+    assert worker.hello().kind == "ClusterError"
+
+
+def test_gpus_of_living_nodes():
+    there = nodes((4, 2), (4, 0), (4, 1))
+    there[2]["Alive"] = False
+    assert gpus_of(there) == 2
 
 
 WITHOUT = """

@@ -134,5 +134,5 @@ def test_a_task_that_raises_is_tried_in_a_fresh_worker_and_once_only(tiny, tmp_p
     assert calls[:5] == ["hello", "run", "kill", "hello", "run"]
     assert log.restarted == 1
     assert told.notes[0].startswith("the worker here:1 fails (RuntimeError: CUDA error: uncorrectable ECC)")
-    with pytest.raises(FakeRay.exceptions.RayTaskError):
+    with pytest.raises(ClusterError, match=r"fails in every worker \(RuntimeError: CUDA error: uncorrectable ECC\)"):
         driven([hello, broken(), again, broken()], series, match, told)

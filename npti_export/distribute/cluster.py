@@ -91,8 +91,15 @@ def connected(distribution: Distribution, cores: int) -> Iterator[Any]:
             if address is None and left:
                 continue
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            what = "Ray does not start here" if address is None else f"{named} {address}: no Ray answers there"
-            mend = "" if address is None else "; ray start --head starts one, and ray status shows where"
+            what = "Ray does not start here" if address is None else f"{named} {address}: cannot be joined from here"
+            mend = (
+                ""
+                if address is None
+                else (
+                    f"; run this on one of its nodes, make this machine one (ray start --address={address}), or give "
+                    "ray://HOST:10001"
+                )
+            )
             raise ClusterError(f"{what} ({reason}){mend}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray's own would end the process before anything is put in order
@@ -232,7 +239,7 @@ def size_of(
     if not fits or (threads and threads not in fits):
         raise ClusterError(
             f"--workers {workers}{f' with --threads {threads}' * bool(threads)}: the cluster has "
-            f"{' + '.join(map(str, cores)) or 'no'} cores; ask for fewer"
+            f"{' + '.join(map(str, cores)) or 'no'} cores now; ask for fewer, or have its nodes started first"
         )
     return Size(workers, threads or fits[-1], each)
 
@@ -246,6 +253,11 @@ class _Room:
         """How many of that size fit into the node."""
         fit = self.cores // threads
         return min(fit, self.gpus // gpus) if gpus else fit
+
+
+def gpus_of(nodes: Sequence[dict[str, Any]]) -> int:
+    """GPUs of all nodes."""
+    return sum(int(one.get("GPU", 0)) for one in _resources(nodes))
 
 
 def _resources(nodes: Sequence[dict[str, Any]]) -> list[dict[str, float]]:

@@ -221,8 +221,8 @@ class RayEngine:
         exceptions = self._ray.exceptions
         try:
             said = _unless_fault(self._ray.get(ref))
-        except exceptions.RayTaskError:
-            raise  # a mistake of ours
+        except exceptions.RayTaskError as error:
+            raise ClusterError(f"a worker cannot begin ({_reason(error)})") from error
         except exceptions.RayError as error:
             self._silent[number] += 1
             if self._gone(error) or self._silent[number] >= _SILENT:
@@ -321,14 +321,16 @@ class RayEngine:
             self.log.restarted += 1
 
     def _broken(self, run: _Running, error: Exception) -> None:
-        """A task raised what nobody expects. Once, that is its worker's: a GPU or a disk that fails.
+        """A task raised what nobody expects. Once, that is its worker's: a GPU that fails.
 
         Raises:
-            RayTaskError: the same task did so before, so it is ours.
+            ClusterError: the same task did so before.
         """
         self._mistakes[run.task] += 1
         if self._mistakes[run.task] >= _MISTAKES:
-            raise error
+            raise ClusterError(
+                f"the same task fails in every worker ({_reason(error)}); ray's logs in /tmp/ray say where"
+            ) from error
         self._progress.note(
             f"the worker {self._process[run.actor]} fails ({_reason(error)}); it is started again, and the task given "
             "out anew"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from npti_export.bench import TraitBench
-from npti_export.distribute.cluster import Size, connected, local_cores, place_of, size_of, wants_gpu
+from npti_export.distribute.cluster import Size, connected, gpus_of, local_cores, place_of, size_of, wants_gpu
 from npti_export.distribute.gathering import Gathering
 from npti_export.distribute.plan import Distribution, Log, Match, Series, Setup
 from npti_export.distribute.ray_engine import RayEngine
@@ -130,6 +130,8 @@ def _run(
         progress.start("start Ray", 1)
         ray = stack.enter_context(connected(distribution, local_cores(distribution, threads)))
         size = size_of(ray.nodes(), distribution, models.settings, gpu=gpu)
+        if not size.gpus and models.settings.gpu_layers and models.engine == "llama.cpp" and gpus_of(ray.nodes()):
+            progress.note("the cluster has GPUs, and no worker takes one: where its llama.cpp can, give --gpus 1")
         engine = stack.enter_context(RayEngine(ray, _setup(request, place, models, size, mark, copies), size, progress))
         hello = engine.hello()
         progress.advance(1)

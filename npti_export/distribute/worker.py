@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from npti_export.distribute.plan import Fault, Hello, Match, Merge, Outcome, Series, Setup, Task
-from npti_export.errors import ModelError, NptiError
+from npti_export.errors import ClusterError, ModelError, NptiError
 from npti_export.files import sampled_sha256
 from npti_export.identify.collect import run_batch
 from npti_export.identify.matched import match
@@ -48,22 +48,28 @@ class Worker:
                     "install the same version on every node"
                 )
             return Hello(self.process, self._models.dtype(), self._models.device())
-        except NptiError as error:
-            return Fault(type(error).__name__, str(error))
+        except (NptiError, OSError) as error:
+            return self._fault(error)
 
     def run(self, task: Task, series: Series) -> Outcome | Fault:
         """Do one task of a trait."""
         started = time.perf_counter()
         try:
             outcome = self._run(task, series)
-        except NptiError as error:
-            return Fault(type(error).__name__, str(error))
+        except (NptiError, OSError) as error:
+            return self._fault(error)
         except (MemoryError, RuntimeError) as error:
             torch = sys.modules.get("torch")
             if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
                 return Fault("MemoryError", f"the worker {self.process} is out of memory")
             raise
         return replace(outcome, seconds=time.perf_counter() - started)
+
+    def _fault(self, error: NptiError | OSError) -> Fault:
+        """An error on purpose, or of the node: a full disk, a folder that is not there."""
+        if isinstance(error, NptiError):
+            return Fault(type(error).__name__, str(error))
+        return Fault(ClusterError.__name__, f"the worker {self.process} cannot go on: {error}; mend that node")
 
     def close(self) -> None:
         """Free the model and what was written for it."""

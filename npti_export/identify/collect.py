@@ -65,7 +65,7 @@ def collect(
         recipe: its ``prompt``, ``identify`` and ``select`` settings.
         progress: told of each batch.
         dtype: what the runtime computes in, part of the cache key.
-        device: the kind of device that it computes on, likewise.
+        device: what it computes on, likewise.
         cache: folder of the saved state; None keeps nothing.
 
     Returns:
@@ -315,7 +315,8 @@ def _versions(dtype: str) -> list[str]:
     """Of what computes: another version may round otherwise, and batches of two make no one series."""
     from importlib.metadata import version
 
-    return [version(name) for name in (["llama-cpp-python"] if dtype.startswith("ggml") else ["torch", "transformers"])]
+    runtime = ["llama-cpp-python"] if dtype.startswith("ggml") else ["torch", "transformers"]
+    return [version(name) for name in (*runtime, "numpy")]
 
 
 def _place(source: ModelSource) -> list[Any]:

@@ -40,6 +40,22 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def described(name: str) -> str:
+    """What answers by the device of that name depend on: its kind, and of GPUs which ones.
+
+    Raises:
+        ModelError: this machine or this build of torch does not have it.
+    """
+    import torch
+
+    device = usable_device(name)
+    if device.type != "cuda":
+        return device.type
+    places = range(torch.cuda.device_count()) if name == MAP else [device.index or 0]
+    kinds = sorted({torch.cuda.get_device_name(place) for place in places})
+    return " ".join(["cuda", *([MAP] if name == MAP else []), *kinds])
+
+
 def pick_dtype(device: torch.device) -> torch.dtype:
     """The fastest dtype that is right for identification on a device."""
     import torch
