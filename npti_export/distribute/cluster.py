@@ -92,14 +92,8 @@ def connected(distribution: Distribution, cores: int) -> Iterator[Any]:
                 continue
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             what = "Ray does not start here" if address is None else f"{named} {address}: cannot be joined from here"
-            mend = (
-                ""
-                if address is None
-                else (
-                    f"; run this on one of its nodes, make this machine one (ray start --address={address}), or give "
-                    "ray://HOST:10001"
-                )
-            )
+            join = f"; run this on one of its nodes, or make this machine one (ray start --address={address})"
+            mend = "" if address is None else join
             raise ClusterError(f"{what} ({reason}){mend}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray's own would end the process before anything is put in order
