@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from npti_export.files import translate_os_errors
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system without them
 
 
 @contextmanager
@@ -26,13 +29,16 @@ def alone(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[bo
     with translate_os_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
     lock, waited = FileLock(place), False
-    with translate_os_errors(place), suppress(NotImplementedError):  # a file system without locks
+    with translate_os_errors(place):
         try:
             lock.acquire(timeout=0)
-        except Timeout:
+        except Timeout:  # an OSError, too
             waited = True
             waiting()
             lock.acquire()
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
     try:
         yield waited
     finally:

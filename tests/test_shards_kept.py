@@ -1,5 +1,6 @@
 """What is kept of a series of batches: whose it is, who may replace it, and folders that are shown late."""
 
+import errno
 import os
 import shutil
 import threading
@@ -17,7 +18,7 @@ from npti_export.distribute import gathering as gathering_module
 from npti_export.distribute import spread
 from npti_export.distribute.gathering import Gathering
 from npti_export.distribute.plan import Series
-from npti_export.errors import ClusterError, DamagedError, ProfileError
+from npti_export.errors import ClusterError, DamagedError, OutputError, ProfileError
 from npti_export.identify import shards as shards_module
 from npti_export.identify.collect import resume, save_state, state_path
 from npti_export.identify.profiles import Place
@@ -27,6 +28,8 @@ from npti_export.models import gguf_source
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
 from npti_export.temporaries import temporary_beside
+
+fcntl = pytest.importorskip("fcntl")
 
 
 @pytest.fixture
@@ -210,3 +213,22 @@ def test_a_second_job_with_the_same_questions_waits_and_finds_the_answers(series
         events.append("finished")
     thread.join()
     assert events == ["finished", ("left", False)]
+
+
+def test_a_file_system_without_locks_keeps_all_the_same(series, parts, source, monkeypatch):
+    def none(_handle, _how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert save_state(series.state, parts[0], 1)
+    monkeypatch.undo()
+    assert resume(series.state, source, Silent())[1] == 1
+
+
+def test_a_lock_that_may_not_be_made_is_said(tmp_path, monkeypatch):
+    def refused(_handle, _how):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(OutputError, match="openness"), alone(tmp_path / "openness.safetensors"):
+        pass
