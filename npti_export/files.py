@@ -8,11 +8,12 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from npti_export.errors import DiskFullError, OutputError
-from npti_export.temporaries import REPLACED, temporary_beside
+from npti_export.placing import place, place_all, sync_folder, umask
+from npti_export.temporaries import REPLACED, sweep, temporary_beside
 
 _HASH_CHUNK = 1 << 22
 _SAMPLES, _SAMPLE = 64, 1 << 16  # pieces of a file, and bytes of each
@@ -34,6 +35,8 @@ _DIAL = (DIAL_INDEX, "README.md", "base*.gguf", "*.shift.gguf", "*.clamp.gguf", 
 def check_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
     """Raise before any work is done if ``path`` could not be written at the end of it.
 
+    What a killed job left of it is removed first, and is no reason.
+
     Raises:
         OutputError: the path exists and ``force`` is not set, is a directory, or its folder is missing
             or not writable.
@@ -45,6 +48,7 @@ def check_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
         path.exists()
     if path.is_dir():
         raise OutputError(f"{path}: is a directory; give the name of a file to write")
+    sweep(path)
     if path.exists() and not force:
         raise OutputError(f"{path}: exists already; pass --force to replace it, or choose another name")
     check_place(path, need_bytes)
@@ -93,7 +97,7 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
         with translate_os_errors(path):
             yield temporary.path
             if temporary.path.exists():
-                _publish(temporary.path, path, force=force)
+                place(temporary.path, path, force=force)
     finally:
         temporary.remove()
 
@@ -102,8 +106,7 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
 def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``paths``; publish files of their names from it on success, none on any failure.
 
-    For files that belong together and are opened by the first one's name: that one is published last, and one that it
-    replaces is removed before any other, so that old and new ones never pass for one whole.
+    For files that belong together and are opened by the first one's name, see :func:`npti_export.placing.place_all`.
     A caller may move the temporary folder elsewhere: then nothing is published.
 
     Raises:
@@ -112,24 +115,14 @@ def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path
     """
     for path in paths:
         check_writable(path, force=force)
-    first, *others = paths
+    first = paths[0]
     with translate_os_errors(first):
         temporary = temporary_beside(first, folder=True)
-    folder = temporary.path
-    published: list[Path] = []
     try:
         with translate_os_errors(first):
-            yield folder
-            if folder.exists():
-                if force:
-                    first.unlink(missing_ok=True)
-                for path in [*others, first]:
-                    _publish(folder / path.name, path, force=force)
-                    published.append(path)
-    except BaseException:
-        for path in published:
-            path.unlink(missing_ok=True)
-        raise
+            yield temporary.path
+            if temporary.path.exists():
+                place_all(temporary.path, paths, force=force)
     finally:
         temporary.remove()
 
@@ -182,6 +175,7 @@ def check_directory_writable(
         OutputError: the path exists and ``force`` is not set, or it is not an output of ours; or as for a file.
         DiskFullError: the volume has less than ``need_bytes`` bytes free.
     """
+    sweep(path)  # a directory that a killed job was replacing comes back
     if path.is_dir() and any(path.iterdir()):
         if not force:
             raise OutputError(f"{path}: exists already; pass --force to replace it, or choose another name")
@@ -222,7 +216,7 @@ def _publish_directory(temporary: Path, path: Path) -> None:
         if file.is_file():
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
-    temporary.chmod(0o777 & ~_umask())  # mkdtemp makes directories private
+    temporary.chmod(0o777 & ~umask())  # mkdtemp makes directories private
     old = None
     if path.exists():
         old = temporary.with_suffix(REPLACED)
@@ -235,7 +229,7 @@ def _publish_directory(temporary: Path, path: Path) -> None:
         raise
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
-    _sync_folder(path.absolute().parent)
+    sync_folder(path.absolute().parent)
 
 
 @contextmanager
@@ -249,38 +243,6 @@ def translate_os_errors(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full; nothing was left behind, make room and run the command again"
             ) from error
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def _publish(temporary: Path, path: Path, *, force: bool) -> None:
-    with temporary.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    # mkstemp makes files private; an artifact gets the mode that open() would have given it.
-    temporary.chmod(0o666 & ~_umask())
-    if force:
-        temporary.replace(path)
-    else:
-        try:
-            os.link(temporary, path)  # fails where rename would silently replace
-        except FileExistsError:
-            raise OutputError(f"{path}: was created by someone else meanwhile; pass --force to replace it") from None
-        except OSError:
-            temporary.replace(path)  # a file system without hard links
-    _sync_folder(path.absolute().parent)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # Windows cannot open a directory
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def sha256_file(path: Path) -> str:

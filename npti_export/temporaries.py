@@ -11,9 +11,12 @@ import shutil
 import sys
 import tempfile
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from npti_export.placing import take_back
 
 if sys.platform != "win32":
     import fcntl
@@ -119,7 +122,8 @@ def sweep(path: Path) -> None:
     """Remove what killed jobs left beside ``path``.
 
     Where one was killed between taking an old directory away and putting the new one in its place, the old one comes
-    back. What a living job is making is locked and stays. Nothing is removed on systems without such locks.
+    back, and so do files, see :func:`npti_export.placing.take_back`. What a living job is making is locked and stays.
+    Nothing is removed on systems without such locks.
     """
     if sys.platform == "win32":
         return
@@ -127,9 +131,10 @@ def sweep(path: Path) -> None:
         for left in _leftovers(path, PARTIAL) + _leftovers(path, BASE):
             handle = locked(left, wait=False)
             if handle is not None:
-                _put_back(left.with_suffix(REPLACED), path)
-                _remove(left)
-                os.close(handle)
+                with _held(handle):
+                    take_back(left)
+                    _put_back(left.with_suffix(REPLACED), path)
+                    _remove(left)
         for old in _leftovers(path, REPLACED):
             if not old.with_suffix(PARTIAL).exists():  # else it is of a living job
                 _put_back(old, path)
@@ -174,6 +179,14 @@ def locked(place: Path, *, wait: bool) -> int | None:
         os.close(handle)
         return None
     return handle
+
+
+@contextmanager
+def _held(handle: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _is(place: Path, handle: int) -> bool:
