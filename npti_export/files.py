@@ -102,6 +102,14 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
         temporary.remove()
 
 
+def holds_other(path: Path, data: bytes) -> bool:
+    """Whether there is a file that is not byte for byte what would be written."""
+    if not path.exists():
+        return False
+    with translate_os_errors(path):
+        return path.stat().st_size != len(data) or path.read_bytes() != data
+
+
 @contextmanager
 def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``paths``; publish files of their names from it on success, none on any failure.

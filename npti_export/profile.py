@@ -116,20 +116,26 @@ def profile_from_stats(
     return NeuronProfile(trait, p_plus, p_minus, a95_plus, a95_minus, source.fingerprint, described, **more)
 
 
+def encode_profile(profile: NeuronProfile) -> bytes:
+    """A ``.safetensors`` profile, all neurons of both poles; the same for the same profile."""
+    from safetensors.numpy import save
+
+    described = {"trait": profile.trait, "fingerprint": profile.fingerprint, "origin": profile.origin}
+    held = [name for name in (*FIELDS, *MOMENTS, *MATCHED) if getattr(profile, name) is not None]
+    tensors = {name: np.ascontiguousarray(getattr(profile, name)) for name in held}
+    described["sha256"] = _digest(tensors)
+    data: bytes = save(tensors, metadata={"npti.profile": json.dumps(described, sort_keys=True)})
+    return data
+
+
 def write_profile(profile: NeuronProfile, path: Path, *, force: bool) -> None:
-    """Write a ``.safetensors`` profile, all neurons of both poles.
+    """Write a ``.safetensors`` profile.
 
     Raises:
         OutputError: the file exists and ``force`` is not set.
     """
-    from safetensors.numpy import save
-
-    described = {"trait": profile.trait, "fingerprint": profile.fingerprint, "origin": profile.origin}
     with atomic_output(path, force=force) as temporary:
-        held = [name for name in (*FIELDS, *MOMENTS, *MATCHED) if getattr(profile, name) is not None]
-        tensors = {name: np.ascontiguousarray(getattr(profile, name)) for name in held}
-        described["sha256"] = _digest(tensors)
-        temporary.write_bytes(save(tensors, metadata={"npti.profile": json.dumps(described, sort_keys=True)}))
+        temporary.write_bytes(encode_profile(profile))
 
 
 def _digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
