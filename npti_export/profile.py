@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from npti_export.checked import digest_of
 from npti_export.errors import ProfileError, shortened
 from npti_export.files import atomic_output
 from npti_export.models import ModelShape, ModelSource
@@ -123,7 +122,7 @@ def encode_profile(profile: NeuronProfile) -> bytes:
     described = {"trait": profile.trait, "fingerprint": profile.fingerprint, "origin": profile.origin}
     held = [name for name in (*FIELDS, *MOMENTS, *MATCHED) if getattr(profile, name) is not None]
     tensors = {name: np.ascontiguousarray(getattr(profile, name)) for name in held}
-    described["sha256"] = _digest(tensors)
+    described["sha256"] = digest_of(tensors)
     data: bytes = save(tensors, metadata={"npti.profile": json.dumps(described, sort_keys=True)})
     return data
 
@@ -136,15 +135,6 @@ def write_profile(profile: NeuronProfile, path: Path, *, force: bool) -> None:
     """
     with atomic_output(path, force=force) as temporary:
         temporary.write_bytes(encode_profile(profile))
-
-
-def _digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
-    """SHA-256 of what the tensors hold, by name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensors[name]).data)
-    return digest.hexdigest()
 
 
 def read_profile(path: Path) -> NeuronProfile:
@@ -161,7 +151,7 @@ def read_profile(path: Path) -> NeuronProfile:
             there = set(tensors.keys())
             optional = [name for name in (*MOMENTS, *MATCHED) if name in there]
             arrays = {name: tensors.get_tensor(name) for name in (*FIELDS, *optional)}
-        digest = _digest(arrays)
+        digest = digest_of(arrays)
         if described.get("sha256", digest) != digest:  # earlier ones have none
             raise ValueError("its checksum is another")
         trait, mark, origin = described["trait"], described["fingerprint"], described["origin"]
