@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -11,7 +14,10 @@ from pathlib import Path
 
 from npti_export.errors import OutputError
 
-MARKER, _OLD = "npti.placed", "npti.replaced"  # in the folder of files that are published together
+MARKER, _OLD, _NOTE = "npti.placed", "npti.replaced", "npti.reserved"  # in a folder of files published together
+RESERVED = ".reserved"  # of the note beside a temporary file that an empty file holds its final name
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # exFAT, SMB, FUSE …
+_NO_SUCH_CALL = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ def place(temporary: Path, path: Path, *, force: bool) -> None:
         OSError: it cannot be done.
     """
     _finish(temporary)
-    _name(temporary, path, force=force)
+    _name(temporary, path, temporary.with_name(temporary.name + RESERVED), force=force)
     sync_folder(path.absolute().parent)
 
 
@@ -70,9 +76,9 @@ def place_all(folder: Path, paths: Sequence[Path], *, force: bool) -> None:
                 if os.path.lexists(path):
                     path.rename(folder / _OLD / path.name)
         for path in others:
-            _name(folder / path.name, path, force=force)
+            _name(folder / path.name, path, folder / _NOTE, force=force)
         sync_folder(folder.parent)
-        _name(folder / first.name, first, force=force)
+        _name(folder / first.name, first, folder / _NOTE, force=force)
     except BaseException:
         take_back(folder)
         raise
@@ -95,6 +101,7 @@ def take_back(folder: Path) -> None:
     for mark in marks:
         if mark.is_in(beside):
             (beside / mark.name).unlink()
+    drop_reserved(folder / _NOTE, beside)
     names = [mark.name for mark in [*marks[1:], marks[0]] if os.path.lexists(folder / _OLD / mark.name)]
     if not any(os.path.lexists(beside / name) for name in names):
         for name in names:
@@ -127,16 +134,83 @@ def _finish(temporary: Path) -> None:
     temporary.chmod(0o666 & ~umask())
 
 
-def _name(temporary: Path, path: Path, *, force: bool) -> None:
+def _name(temporary: Path, path: Path, note: Path, *, force: bool) -> None:
     if force:
         temporary.replace(path)
         return
     try:
-        os.link(temporary, path)  # fails where rename would silently replace
+        if sys.platform == "win32":
+            temporary.rename(path)  # which replaces nothing there
+        else:
+            os.link(temporary, path)  # fails where rename would silently replace
     except FileExistsError:
-        raise OutputError(f"{path}: was created by someone else meanwhile; pass --force to replace it") from None
-    except OSError:
-        temporary.replace(path)  # a file system without hard links
+        raise _came_meanwhile(path) from None
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _rename_without_links(temporary, path, note)
+
+
+def _came_meanwhile(path: Path) -> OutputError:
+    return OutputError(f"{path}: was created by someone else meanwhile; pass --force to replace it")
+
+
+def _rename_without_links(temporary: Path, path: Path, note: Path) -> None:
+    """Replaces nothing either: by Linux's own call or, where there is none, over an empty file that it made itself.
+
+    A note says so while that is there, by which the next job knows it if this one is killed: :func:`drop_reserved`.
+    """
+    try:
+        if _renamed(temporary, path):
+            return
+        note.write_bytes(os.fsencode(path.name))
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except OSError as error:
+        note.unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
+            raise _came_meanwhile(path) from None
+        raise
+    try:
+        temporary.replace(path)
+    except BaseException:
+        drop_reserved(note, path.parent)
+        raise
+    note.unlink()
+
+
+def _renamed(temporary: Path, path: Path) -> bool:
+    """Rename, unless there is something of that name; False where the system or the file system cannot do that.
+
+    Raises:
+        FileExistsError: there is.
+        OSError: it cannot be renamed at all.
+    """
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    here, no_replace = ctypes.c_int(-100), ctypes.c_uint(1)  # AT_FDCWD, RENAME_NOREPLACE
+    if rename(here, os.fsencode(temporary), here, os.fsencode(path), no_replace) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_SUCH_CALL:
+        return False
+    raise OSError(code, os.strerror(code), str(path))
+
+
+def drop_reserved(note: Path, folder: Path) -> None:
+    """Remove the empty file in a folder that a note tells of, and the note, if there is one.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    with suppress(FileNotFoundError):
+        path = folder / os.fsdecode(note.read_bytes())
+        found = path.lstat()
+        if path.parent == folder and stat.S_ISREG(found.st_mode) and found.st_size == 0:
+            path.unlink()
+    note.unlink(missing_ok=True)
 
 
 def umask() -> int:

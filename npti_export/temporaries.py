@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from npti_export.placing import take_back
+from npti_export.placing import RESERVED, drop_reserved, take_back
 
 if sys.platform != "win32":
     import fcntl
@@ -133,8 +133,12 @@ def sweep(path: Path) -> None:
             if handle is not None:
                 with _held(handle):
                     take_back(left)
+                    drop_reserved(left.with_name(left.name + RESERVED), left.parent)
                     _put_back(left.with_suffix(REPLACED), path)
                     _remove(left)
+        for note in _leftovers(path, PARTIAL + RESERVED):
+            if not note.with_suffix("").exists():  # it has its name, and the note went too late
+                note.unlink(missing_ok=True)
         for old in _leftovers(path, REPLACED):
             if not old.with_suffix(PARTIAL).exists():  # else it is of a living job
                 _put_back(old, path)
