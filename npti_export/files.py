@@ -32,6 +32,21 @@ DIAL_INDEX, DIAL_KEY = "index.json", "npti_dial"
 _DIAL = (DIAL_INDEX, "README.md", "base*.gguf", "*.shift.gguf", "*.clamp.gguf", "*.overlap.gguf")
 
 
+def target_of(path: Path) -> Path:
+    """Where an output goes: of a link, whether to a file or to a folder, what it leads to, as for ``cp``; it stays.
+
+    Raises:
+        OutputError: it leads nowhere.
+    """
+    with translate_os_errors(path):
+        if not path.is_symlink():
+            return path
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():
+            raise OutputError(f"{path}: is a link that leads back to itself; remove it, or choose another name")
+        return target
+
+
 def check_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
     """Raise before any work is done if ``path`` could not be written at the end of it.
 
@@ -48,10 +63,23 @@ def check_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
         path.exists()
     if path.is_dir():
         raise OutputError(f"{path}: is a directory; give the name of a file to write")
-    sweep(path)
+    sweep(target_of(path))
     if path.exists() and not force:
         raise OutputError(f"{path}: exists already; pass --force to replace it, or choose another name")
     check_place(path, need_bytes)
+
+
+def check_files_writable(paths: Sequence[Path], *, force: bool, need_bytes: int = 0) -> None:
+    """Raise before any work is done if files that belong together could not be written, see :func:`check_writable`.
+
+    Raises:
+        OutputError: likewise; or one is a link, as they are renamed together within one folder.
+        DiskFullError: likewise.
+    """
+    for path in paths:
+        if path.is_symlink():
+            raise OutputError(f"{path}: is a link, and split files go where they are named; remove it first")
+        check_writable(path, force=force, need_bytes=need_bytes)
 
 
 def check_place(path: Path, need_bytes: int) -> None:
@@ -64,7 +92,7 @@ def check_place(path: Path, need_bytes: int) -> None:
     if not path.name or path.name == "..":
         raise OutputError(f"{path}: is no name of its own; name what to write")
     with translate_os_errors(path):
-        parent = path.absolute().parent
+        parent = target_of(path).absolute().parent
     if not parent.is_dir():
         raise OutputError(f"{path}: the folder {parent} does not exist; create it first")
     if not os.access(parent, os.W_OK):
@@ -81,9 +109,9 @@ def check_place(path: Path, need_bytes: int) -> None:
 def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; publish it on success, remove it on any failure.
 
-    A job that is killed leaves the temporary file, which the next one for ``path`` removes.
-    The temporary file is fsynced, then renamed over ``path``; without ``force`` an existing ``path`` is
-    refused both before and after the work, so that two jobs cannot overwrite each other's result.
+    A link is written through, see :func:`target_of`. A job that is killed leaves the temporary file, which the next one
+    for ``path`` removes. The temporary file is fsynced, then renamed over ``path``; without ``force`` an existing
+    ``path`` is refused both before and after the work, so that two jobs cannot overwrite each other's result.
     A caller may move the temporary file elsewhere (a rejected artifact): then nothing is published.
 
     Raises:
@@ -91,13 +119,14 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
         DiskFullError: the disk filled up while writing.
     """
     check_writable(path, force=force)
+    target = target_of(path)
     with translate_os_errors(path):
-        temporary = temporary_beside(path, folder=False)
+        temporary = temporary_beside(target, folder=False)
     try:
         with translate_os_errors(path):
             yield temporary.path
             if temporary.path.exists():
-                place(temporary.path, path, force=force)
+                place(temporary.path, target, force=force)
     finally:
         temporary.remove()
 
@@ -118,11 +147,10 @@ def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path
     A caller may move the temporary folder elsewhere: then nothing is published.
 
     Raises:
-        OutputError: see :func:`check_writable`.
+        OutputError: see :func:`check_files_writable`.
         DiskFullError: the disk filled up while writing.
     """
-    for path in paths:
-        check_writable(path, force=force)
+    check_files_writable(paths, force=force)
     first = paths[0]
     with translate_os_errors(first):
         temporary = temporary_beside(first, folder=True)
@@ -137,10 +165,10 @@ def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path
 
 def set_aside(temporary: Path, out: Path) -> Path:
     """Keep an artifact that was not delivered, under a name that is free."""
-    names = itertools.chain(
-        [f"{out.name}.rejected"], (f"{out.name}.rejected-{number}" for number in itertools.count(2))
-    )
-    aside = next(path for name in names if not (path := out.with_name(name)).exists())
+    target = target_of(out)
+    name = f"{target.name}.rejected"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    aside = next(path for name in names if not (path := target.with_name(name)).exists())
     temporary.rename(aside)
     return aside
 
@@ -183,7 +211,7 @@ def check_directory_writable(
         OutputError: the path exists and ``force`` is not set, or it is not an output of ours; or as for a file.
         DiskFullError: the volume has less than ``need_bytes`` bytes free.
     """
-    sweep(path)  # a directory that a killed job was replacing comes back
+    sweep(target_of(path))  # a directory that a killed job was replacing comes back
     if path.is_dir() and any(path.iterdir()):
         if not force:
             raise OutputError(f"{path}: exists already; pass --force to replace it, or choose another name")
@@ -198,23 +226,24 @@ def check_directory_writable(
 def atomic_directory(path: Path, *, force: bool = False, ours: Callable[[Path], bool] = is_ours) -> Iterator[Path]:
     """Yield a temporary directory beside ``path``; publish it whole on success, remove it on any failure.
 
-    Every file in it is fsynced first. A directory that is replaced disappears only after the new one is in its place.
-    A caller may move the temporary directory elsewhere: then nothing is published. ``ours`` says what ``force`` may
-    replace, see :func:`check_directory_writable`.
+    Every file in it is fsynced first. A link is written through, see :func:`target_of`. A directory that is replaced
+    disappears only after the new one is in its place. A caller may move the temporary directory elsewhere: then nothing
+    is published. ``ours`` says what ``force`` may replace, see :func:`check_directory_writable`.
 
     Raises:
         OutputError: see :func:`check_directory_writable`.
         DiskFullError: the disk filled up while writing.
     """
     check_directory_writable(path, force=force, ours=ours)
+    target = target_of(path)
     with translate_os_errors(path):
-        temporary = temporary_beside(path, folder=True)
+        temporary = temporary_beside(target, folder=True)
     try:
         with translate_os_errors(path):
             yield temporary.path
             if temporary.path.exists():
                 check_directory_writable(path, force=force, ours=ours)
-                _publish_directory(temporary.path, path)
+                _publish_directory(temporary.path, target)
     finally:
         temporary.remove()
 

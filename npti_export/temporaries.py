@@ -200,7 +200,7 @@ def _is(place: Path, handle: int) -> bool:
 
 
 def _remove(place: Path) -> None:
-    if place.is_dir():
+    if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place, ignore_errors=True)
     else:
         with suppress(OSError):
