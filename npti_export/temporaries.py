@@ -113,9 +113,10 @@ def temporary_beside(path: Path, *, folder: bool, suffix: str = PARTIAL) -> Temp
         place = _made(path, folder=folder, suffix=suffix)
         handle = locked(place, wait=True)
         # another job's sweep may have taken it for a leftover before it was locked
-        if handle is None or _is(place, handle):
+        if os.path.lexists(place) if handle is None else _is(place, handle):
             return Temporary(place, handle)
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def sweep(path: Path) -> None:

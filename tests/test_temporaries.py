@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from npti_export import temporaries
 from npti_export.errors import OutputError
 from npti_export.files import atomic_directory, atomic_files, atomic_output
 from npti_export.temporaries import TemporaryFolder, sweep, temporary_beside
@@ -122,6 +123,25 @@ def test_many_at_once(tmp_path):
     running = [subprocess.Popen(command) for _ in range(3)]
     assert [process.wait(300) for process in running] == [0, 0, 0]
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_taken_for_a_leftover_before_it_is_locked(tmp_path, monkeypatch, folder):
+    """By another job's sweep: another place is made."""
+    real, taken = temporaries.locked, []
+
+    def late(place, *, wait):
+        if wait and not taken:
+            taken.append(place)
+            sweep(tmp_path / "a.bin")
+        return real(place, wait=wait)
+
+    monkeypatch.setattr(temporaries, "locked", late)
+    made = temporary_beside(tmp_path / "a.bin", folder=folder)
+    assert made.handle is not None
+    assert made.path.exists()
+    assert not taken[0].exists()
+    made.remove()
 
 
 def test_gone_already(tmp_path):
