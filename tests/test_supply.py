@@ -102,11 +102,13 @@ def test_licences_are_open_and_listed(licences):
             assert licence == licences.stated(name), f"{name}: run docs/make_licences.py"
 
 
-def build(source, out, umask, epoch):
+def build(source, out, umask, epoch=None):
     """Wheel and sdist of a copy of the source, built offline."""
     pytest.importorskip("hatchling", reason="the build backend is not installed (extra dev)")
     command = [sys.executable, "-m", "hatchling", "build", "-d", str(out), "-t", "sdist", "-t", "wheel"]
-    environment = os.environ | {"SOURCE_DATE_EPOCH": epoch}
+    environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
+    if epoch is not None:
+        environment["SOURCE_DATE_EPOCH"] = epoch
     before = os.umask(umask)
     try:
         done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
@@ -117,8 +119,8 @@ def build(source, out, umask, epoch):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The same files in two folders with other modes and dates, built at other umasks."""
+def sources(tmp_path_factory):
+    """The same files in two folders with other modes and dates."""
     if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("not a checkout: there is nothing to say which files belong to it")
     tracked = subprocess.run(
@@ -126,16 +128,27 @@ def built(tmp_path_factory):
     )
     names = [one for one in tracked.stdout.decode().split("\0") if one and (ROOT / one).is_file()]
     found = []
-    for turn, umask in enumerate((0o022, 0o077)):
+    for turn in range(2):
         folder = tmp_path_factory.mktemp(f"turn{turn}") / f"source{turn}"
         for name in names if turn == 0 else reversed(names):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes((ROOT / name).read_bytes())
             path.chmod(0o644 if turn == 0 else 0o600)
-            os.utime(path, (10**9 + turn, 10**9 + turn))
-        found.append(build(folder, folder.parent / "dist", umask, "1700000000"))
+            os.utime(path, (10**9 + turn * 10**8, 10**9 + turn * 10**8))
+        found.append(folder)
     return found
+
+
+@pytest.fixture(scope="module")
+def built(sources):
+    """Built from both at other umasks, where nothing says what date it is."""
+    return [build(one, one.parent / "dist", umask) for one, umask in zip(sources, (0o022, 0o077), strict=True)]
+
+
+def of_kind(files, suffix):
+    (path,) = (path for name, path in files.items() if name.endswith(suffix))
+    return path
 
 
 def test_wheel_and_sdist_are_built_the_same_way_twice(built):
@@ -146,11 +159,27 @@ def test_wheel_and_sdist_are_built_the_same_way_twice(built):
     for name in first:
         digests = {hashlib.sha256(one[name].read_bytes()).hexdigest() for one in built}
         assert len(digests) == 1, name
+    with zipfile.ZipFile(of_kind(first, ".whl")) as wheel:  # not the day of the build
+        assert {one.date_time for one in wheel.infolist()} == {(2020, 2, 2, 0, 0, 0)}
+
+
+def test_a_date_that_is_asked_for_changes_nothing_else(built, sources):
+    """``SOURCE_DATE_EPOCH`` of whoever builds it."""
+    dated = build(sources[0], sources[0].parent / "dated", 0o022, "1700000000")
+    names = []
+    for files in (built[0], dated):
+        with zipfile.ZipFile(of_kind(files, ".whl")) as wheel:
+            names.append([(one.filename, one.external_attr, wheel.read(one)) for one in wheel.infolist()])
+            dates = {one.date_time[:3] for one in wheel.infolist()}
+        with tarfile.open(of_kind(files, ".tar.gz")) as sdist:
+            names.append([(one.name, one.mode, one.size) for one in sdist.getmembers()])
+    assert dates == {(2023, 11, 14)}
+    assert names[:2] == names[2:]
 
 
 def test_what_the_wheel_holds(built):
     first = built[0]
-    with zipfile.ZipFile(next(path for name, path in first.items() if name.endswith(".whl"))) as wheel:
+    with zipfile.ZipFile(of_kind(first, ".whl")) as wheel:
         names = set(wheel.namelist())
         metadata = wheel.read(f"npti_export-{__version__}.dist-info/METADATA").decode()
     held = {path.relative_to(ROOT).as_posix() for path in (ROOT / "npti_export").rglob("*") if path.is_file()}
@@ -159,7 +188,7 @@ def test_what_the_wheel_holds(built):
     assert f"npti_export-{__version__}.dist-info/licenses/LICENSE" in names
     assert all(one.startswith(("npti_export/", f"npti_export-{__version__}.dist-info/")) for one in names)
     assert "License-Expression: Apache-2.0" in metadata
-    with tarfile.open(next(path for name, path in first.items() if name.endswith(".tar.gz"))) as sdist:
+    with tarfile.open(of_kind(first, ".tar.gz")) as sdist:
         inside = {one.partition("/")[2] for one in sdist.getnames()}
     assert {"constraints.txt", "requirements.lock", "docs/licences.md", "tests/test_supply.py", "LICENSE"} <= inside
 
