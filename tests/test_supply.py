@@ -1,5 +1,7 @@
 """What is installed, and what we hand on: pins with hashes, licences, and a wheel that is built the same way twice."""
 
+import ast
+import configparser
 import hashlib
 import importlib.util
 import json
@@ -10,7 +12,8 @@ import sys
 import tarfile
 import venv
 import zipfile
-from importlib.metadata import PackageNotFoundError, distribution
+from email.parser import Parser
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -193,15 +196,92 @@ def test_what_the_wheel_holds(built):
     assert {"constraints.txt", "requirements.lock", "docs/licences.md", "tests/test_supply.py", "LICENSE"} <= inside
 
 
+def requirements(wheel):
+    """Distributions that a wheel asks for, by extra; those that it always asks for under ``""``."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = Parser().parsestr(archive.read(f"npti_export-{__version__}.dist-info/METADATA").decode())
+    found = {extra: set() for extra in ("", *metadata.get_all("Provides-Extra"))}
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+        marker = str(requirement.marker or "")
+        extra = re.search(r"extra == ['\"]([a-z]+)['\"]", marker)
+        found[extra[1] if extra else ""].add(canonicalize_name(requirement.name))
+    return found
+
+
+def imports(path):
+    """What a file imports that is neither Python's nor ours, and whether that is when it is itself imported."""
+
+    def visit(node, at_once):
+        for child in ast.iter_child_nodes(node):
+            names = []
+            if isinstance(child, ast.Import):
+                names = [alias.name for alias in child.names]
+            elif isinstance(child, ast.ImportFrom) and child.level == 0:
+                names = [child.module]
+            for name in {one.partition(".")[0] for one in names}:
+                if name not in sys.stdlib_module_names and name != "npti_export":
+                    yield name, at_once
+            function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+            for_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            yield from visit(child, at_once and not function and not for_types)
+
+    return set(visit(ast.parse(path.read_text(encoding="utf-8")), True))
+
+
+def undeclared(required):
+    """Imports that would fail where nothing but the wheel's requirements is installed, a line each."""
+    distributions = {"tomli": ["tomli"], "lm_eval": ["lm-eval"], **packages_distributions()}  # not on every machine
+    optional = {extra: required[extra] - required[""] for extra in ("bench", "ray", "harness")}
+    for path in sorted((ROOT / "npti_export").rglob("*.py")):
+        for name, at_once in sorted(imports(path)):
+            owners = {canonicalize_name(one) for one in distributions.get(name, [])}
+            if owners & required[""]:
+                continue
+            extras = [extra for extra, names in optional.items() if owners & names]
+            if not extras:
+                yield f"{path.name}: {name} is of no distribution that the wheel asks for"
+            elif at_once or f"npti-export[{extras[0]}]" not in path.read_text(encoding="utf-8"):
+                yield f"{path.name}: {name} is of the extra {extras[0]}, whose absence is not said"
+
+
+def test_what_is_imported_is_asked_for(built):
+    required = requirements(of_kind(built[0], ".whl"))
+    assert len(required[""]) > 20
+    assert list(undeclared(required)) == []
+    assert any("yaml is of no" in one for one in undeclared({**required, "": required[""] - {"pyyaml"}}))
+    assert any("openai is of no" in one for one in undeclared({**required, "bench": set()}))
+    moved = {**required, "": required[""] - {"click"}, "bench": required["bench"] | {"click"}}
+    assert any("click is of the extra bench" in one for one in undeclared(moved))
+
+
+def test_the_build_backend_is_the_pinned_one():
+    import tomllib
+
+    (needed,) = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    assert needed == f"hatchling=={dict(pins())['hatchling']}"
+
+
+def script_of(archive, folder, python):
+    """The console script of a wheel's entry point, as pip makes it."""
+    entries = configparser.ConfigParser()
+    entries.read_string(archive.read(f"npti_export-{__version__}.dist-info/entry_points.txt").decode())
+    ((name, target),) = entries["console_scripts"].items()
+    module, _, function = target.partition(":")
+    path = folder / f"{name}.py"
+    path.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    return [python, path]
+
+
 def test_the_wheel_works_outside_the_source_tree(built, tiny, tmp_path):
     """In an environment of its own, which borrows what we depend on, with nothing of this folder in sight."""
-    (wheel,) = (path for name, path in built[0].items() if name.endswith(".whl"))
+    wheel = of_kind(built[0], ".whl")
     venv.create(tmp_path / "env", symlinks=os.name != "nt")
     python = tmp_path / "env" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
-    with zipfile.ZipFile(wheel) as archive:  # what pip does with a wheel that has no scripts; it would need the network
+    with zipfile.ZipFile(wheel) as archive:  # what pip does, which would need the network
         archive.extractall(site)
+        script = script_of(archive, python.parent, python)
     ours = {str(ROOT), str(ROOT / "tests")}
     borrowed = [one for one in sys.path if one.endswith(("site-packages", "dist-packages")) and one not in ours]
     (site / "borrowed.pth").write_text("".join(f"{one}\n" for one in borrowed))
@@ -211,14 +291,15 @@ def test_the_wheel_works_outside_the_source_tree(built, tiny, tmp_path):
     away.mkdir()
 
     def command(*arguments):
-        main = "import sys; from npti_export.cli import main; main(sys.argv[1:])"
         return subprocess.run(
-            [python, "-c", main, *map(str, arguments)], cwd=away, env=environment, capture_output=True, text=True
+            [*script, *map(str, arguments)], cwd=away, env=environment, capture_output=True, text=True
         )
 
     where = "import npti_export; print(npti_export.__file__)"
     found = subprocess.run([python, "-c", where], cwd=away, env=environment, capture_output=True, text=True)
     assert Path(found.stdout.strip()).is_relative_to(site), found.stderr
+    done = command("--version")
+    assert (done.returncode, __version__ in done.stdout) == (0, True), done.stderr
     done = command("--help")
     assert done.returncode == 0, done.stderr
     assert "fixed personality" in done.stdout
