@@ -24,7 +24,7 @@ from npti_export.export.convert import (
     plan_conversion,
 )
 from npti_export.export.gguf import check_base
-from npti_export.files import check_place, translate_os_errors
+from npti_export.files import check_place, target_of, translate_os_errors
 from npti_export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from npti_export.gguf.reader import GGUFFile
 from npti_export.gguf.requantise import (
@@ -170,7 +170,7 @@ def made_base(plan: BasePlan, out: Path, progress: Progress, timings: Timings) -
     """
     check_place(out, plan.nbytes)  # whether it may be replaced was asked before
     with translate_os_errors(out):
-        temporary = temporary_beside(out, folder=True, suffix=BASE)
+        temporary = temporary_beside(target_of(out), folder=True, suffix=BASE)
     folder = temporary.path
     try:
         path = (

@@ -55,6 +55,15 @@ def _signed(arrays: Arrays, record: Mapping[str, object]) -> tuple[bytes, memory
     return bytes(data[:end]).replace(_field(_UNSIGNED), _field(digest), 1), data[end:]
 
 
+def digest_of(arrays: Arrays) -> str:
+    """SHA-256 of what arrays hold, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
+
+
 def load_checked(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Read what :func:`save_checked` wrote: the arrays and the record.
 

@@ -8,11 +8,12 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from npti_export.errors import DiskFullError, OutputError
-from npti_export.temporaries import REPLACED, temporary_beside
+from npti_export.placing import place, place_all, sync_folder, umask
+from npti_export.temporaries import REPLACED, sweep, temporary_beside
 
 _HASH_CHUNK = 1 << 22
 _SAMPLES, _SAMPLE = 64, 1 << 16  # pieces of a file, and bytes of each
@@ -31,8 +32,25 @@ DIAL_INDEX, DIAL_KEY = "index.json", "npti_dial"
 _DIAL = (DIAL_INDEX, "README.md", "base*.gguf", "*.shift.gguf", "*.clamp.gguf", "*.overlap.gguf")
 
 
+def target_of(path: Path) -> Path:
+    """Where an output goes: of a link, whether to a file or to a folder, what it leads to, as for ``cp``; it stays.
+
+    Raises:
+        OutputError: it leads nowhere.
+    """
+    with translate_os_errors(path):
+        if not path.is_symlink():
+            return path
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():
+            raise OutputError(f"{path}: is a link that leads back to itself; remove it, or choose another name")
+        return target
+
+
 def check_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
     """Raise before any work is done if ``path`` could not be written at the end of it.
+
+    What a killed job left of it is removed first, and is no reason.
 
     Raises:
         OutputError: the path exists and ``force`` is not set, is a directory, or its folder is missing
@@ -45,9 +63,23 @@ def check_writable(path: Path, *, force: bool, need_bytes: int = 0) -> None:
         path.exists()
     if path.is_dir():
         raise OutputError(f"{path}: is a directory; give the name of a file to write")
+    sweep(target_of(path))
     if path.exists() and not force:
         raise OutputError(f"{path}: exists already; pass --force to replace it, or choose another name")
     check_place(path, need_bytes)
+
+
+def check_files_writable(paths: Sequence[Path], *, force: bool, need_bytes: int = 0) -> None:
+    """Raise before any work is done if files that belong together could not be written, see :func:`check_writable`.
+
+    Raises:
+        OutputError: likewise; or one is a link, as they are renamed together within one folder.
+        DiskFullError: likewise.
+    """
+    for path in paths:
+        if path.is_symlink():
+            raise OutputError(f"{path}: is a link, and split files go where they are named; remove it first")
+        check_writable(path, force=force, need_bytes=need_bytes)
 
 
 def check_place(path: Path, need_bytes: int) -> None:
@@ -60,7 +92,7 @@ def check_place(path: Path, need_bytes: int) -> None:
     if not path.name or path.name == "..":
         raise OutputError(f"{path}: is no name of its own; name what to write")
     with translate_os_errors(path):
-        parent = path.absolute().parent
+        parent = target_of(path).absolute().parent
     if not parent.is_dir():
         raise OutputError(f"{path}: the folder {parent} does not exist; create it first")
     if not os.access(parent, os.W_OK):
@@ -77,9 +109,9 @@ def check_place(path: Path, need_bytes: int) -> None:
 def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; publish it on success, remove it on any failure.
 
-    A job that is killed leaves the temporary file, which the next one for ``path`` removes.
-    The temporary file is fsynced, then renamed over ``path``; without ``force`` an existing ``path`` is
-    refused both before and after the work, so that two jobs cannot overwrite each other's result.
+    A link is written through, see :func:`target_of`. A job that is killed leaves the temporary file, which the next one
+    for ``path`` removes. The temporary file is fsynced, then renamed over ``path``; without ``force`` an existing
+    ``path`` is refused both before and after the work, so that two jobs cannot overwrite each other's result.
     A caller may move the temporary file elsewhere (a rejected artifact): then nothing is published.
 
     Raises:
@@ -87,59 +119,56 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
         DiskFullError: the disk filled up while writing.
     """
     check_writable(path, force=force)
+    target = target_of(path)
     with translate_os_errors(path):
-        temporary = temporary_beside(path, folder=False)
+        temporary = temporary_beside(target, folder=False)
     try:
         with translate_os_errors(path):
             yield temporary.path
             if temporary.path.exists():
-                _publish(temporary.path, path, force=force)
+                place(temporary.path, target, force=force)
     finally:
         temporary.remove()
+
+
+def holds_other(path: Path, data: bytes) -> bool:
+    """Whether there is a file that is not byte for byte what would be written."""
+    if not path.exists():
+        return False
+    with translate_os_errors(path):
+        return path.stat().st_size != len(data) or path.read_bytes() != data
 
 
 @contextmanager
 def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``paths``; publish files of their names from it on success, none on any failure.
 
-    For files that belong together and are opened by the first one's name: that one is published last, and one that it
-    replaces is removed before any other, so that old and new ones never pass for one whole.
+    For files that belong together and are opened by the first one's name, see :func:`npti_export.placing.place_all`.
     A caller may move the temporary folder elsewhere: then nothing is published.
 
     Raises:
-        OutputError: see :func:`check_writable`.
+        OutputError: see :func:`check_files_writable`.
         DiskFullError: the disk filled up while writing.
     """
-    for path in paths:
-        check_writable(path, force=force)
-    first, *others = paths
+    check_files_writable(paths, force=force)
+    first = paths[0]
     with translate_os_errors(first):
         temporary = temporary_beside(first, folder=True)
-    folder = temporary.path
-    published: list[Path] = []
     try:
         with translate_os_errors(first):
-            yield folder
-            if folder.exists():
-                if force:
-                    first.unlink(missing_ok=True)
-                for path in [*others, first]:
-                    _publish(folder / path.name, path, force=force)
-                    published.append(path)
-    except BaseException:
-        for path in published:
-            path.unlink(missing_ok=True)
-        raise
+            yield temporary.path
+            if temporary.path.exists():
+                place_all(temporary.path, paths, force=force)
     finally:
         temporary.remove()
 
 
 def set_aside(temporary: Path, out: Path) -> Path:
     """Keep an artifact that was not delivered, under a name that is free."""
-    names = itertools.chain(
-        [f"{out.name}.rejected"], (f"{out.name}.rejected-{number}" for number in itertools.count(2))
-    )
-    aside = next(path for name in names if not (path := out.with_name(name)).exists())
+    target = target_of(out)
+    name = f"{target.name}.rejected"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    aside = next(path for name in names if not (path := target.with_name(name)).exists())
     temporary.rename(aside)
     return aside
 
@@ -182,6 +211,7 @@ def check_directory_writable(
         OutputError: the path exists and ``force`` is not set, or it is not an output of ours; or as for a file.
         DiskFullError: the volume has less than ``need_bytes`` bytes free.
     """
+    sweep(target_of(path))  # a directory that a killed job was replacing comes back
     if path.is_dir() and any(path.iterdir()):
         if not force:
             raise OutputError(f"{path}: exists already; pass --force to replace it, or choose another name")
@@ -196,23 +226,24 @@ def check_directory_writable(
 def atomic_directory(path: Path, *, force: bool = False, ours: Callable[[Path], bool] = is_ours) -> Iterator[Path]:
     """Yield a temporary directory beside ``path``; publish it whole on success, remove it on any failure.
 
-    Every file in it is fsynced first. A directory that is replaced disappears only after the new one is in its place.
-    A caller may move the temporary directory elsewhere: then nothing is published. ``ours`` says what ``force`` may
-    replace, see :func:`check_directory_writable`.
+    Every file in it is fsynced first. A link is written through, see :func:`target_of`. A directory that is replaced
+    disappears only after the new one is in its place. A caller may move the temporary directory elsewhere: then nothing
+    is published. ``ours`` says what ``force`` may replace, see :func:`check_directory_writable`.
 
     Raises:
         OutputError: see :func:`check_directory_writable`.
         DiskFullError: the disk filled up while writing.
     """
     check_directory_writable(path, force=force, ours=ours)
+    target = target_of(path)
     with translate_os_errors(path):
-        temporary = temporary_beside(path, folder=True)
+        temporary = temporary_beside(target, folder=True)
     try:
         with translate_os_errors(path):
             yield temporary.path
             if temporary.path.exists():
                 check_directory_writable(path, force=force, ours=ours)
-                _publish_directory(temporary.path, path)
+                _publish_directory(temporary.path, target)
     finally:
         temporary.remove()
 
@@ -222,7 +253,7 @@ def _publish_directory(temporary: Path, path: Path) -> None:
         if file.is_file():
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
-    temporary.chmod(0o777 & ~_umask())  # mkdtemp makes directories private
+    temporary.chmod(0o777 & ~umask())  # mkdtemp makes directories private
     old = None
     if path.exists():
         old = temporary.with_suffix(REPLACED)
@@ -235,7 +266,7 @@ def _publish_directory(temporary: Path, path: Path) -> None:
         raise
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
-    _sync_folder(path.absolute().parent)
+    sync_folder(path.absolute().parent)
 
 
 @contextmanager
@@ -249,38 +280,6 @@ def translate_os_errors(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full; nothing was left behind, make room and run the command again"
             ) from error
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def _publish(temporary: Path, path: Path, *, force: bool) -> None:
-    with temporary.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    # mkstemp makes files private; an artifact gets the mode that open() would have given it.
-    temporary.chmod(0o666 & ~_umask())
-    if force:
-        temporary.replace(path)
-    else:
-        try:
-            os.link(temporary, path)  # fails where rename would silently replace
-        except FileExistsError:
-            raise OutputError(f"{path}: was created by someone else meanwhile; pass --force to replace it") from None
-        except OSError:
-            temporary.replace(path)  # a file system without hard links
-    _sync_folder(path.absolute().parent)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # Windows cannot open a directory
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def sha256_file(path: Path) -> str:

@@ -21,6 +21,7 @@ from npti_export.job_checks import (
     check_outputs,
     refuse_idle_options,
     refuse_idle_settings,
+    refuse_other_profiles,
     refuse_shared_paths,
     steers_neurons,
 )
@@ -116,6 +117,7 @@ def _prepare(job: Job, saved: SavedRule | None, source: ModelSource, matrix: Imp
         )
     benches = load_benches(traits, job.bench, job.trait_dirs)
     kept = _kept_recipe(job, recipe, traits, source)
+    refuse_other_profiles(job, source, kept, benches, profiles)
     if saved is None:
         for name, bench in benches.items():
             if name not in profiles:

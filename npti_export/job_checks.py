@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from npti_export.bench import TraitBench
 from npti_export.endings.base import BAKED, IN_LLAMACPP, SINGLE_FILES
 from npti_export.errors import OutputError, ProfileError, RecipeError
 from npti_export.files import check_place, check_writable
 from npti_export.gguf.shards import named_shards
 from npti_export.loader import RuntimeSettings
 from npti_export.models import ModelSource
-from npti_export.profile_io import profile_files, profile_paths
+from npti_export.profile import NeuronProfile
+from npti_export.profile_io import check_may_be, check_saved, profile_files, profile_paths
 from npti_export.recipe import Recipe
 from npti_export.request import Job
 from npti_export.rule import SteeringRule
@@ -62,8 +64,32 @@ def _profile_outputs(job: Job, place: Path, traits: Sequence[str]) -> list[Path]
         check_place(place, 0)  # the folder is made when there is something to put into it
     else:
         for file in files:
-            check_writable(file, force=job.force)
+            check_writable(file, force=job.force or file.is_file())  # see refuse_other_profiles
     return files
+
+
+def refuse_other_profiles(
+    job: Job, source: ModelSource, recipe: Recipe, benches: Mapping[str, TraitBench], given: Mapping[str, NeuronProfile]
+) -> None:
+    """A kept profile may be there already, from the same job that was stopped after it; any other file may not.
+
+    Args:
+        job: what was asked for.
+        source: the model.
+        recipe: by which profiles are made.
+        benches: by trait.
+        given: profiles that need not be made, by trait.
+
+    Raises:
+        OutputError: what is there is another file, as far as that can be said before the profile is made.
+    """
+    if job.save_profile is None or job.force:
+        return
+    for path, trait in zip(profile_paths(job.save_profile, list(benches)), benches, strict=True):
+        if trait in given:
+            check_saved(given[trait], path, threshold=recipe.select.threshold, at_least=recipe.select.at_least)
+        else:
+            check_may_be(path, trait, source, recipe, benches[trait].digest)
 
 
 def refuse_idle_options(job: Job, source: ModelSource) -> None:

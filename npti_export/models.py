@@ -17,6 +17,7 @@ from npti_export.activations import SILU
 from npti_export.architectures import Architecture, GGUFFamily, by_model_type, check_bakeable, gguf_family
 from npti_export.errors import ArchitectureError, GGUFError, ModelError, shortened
 from npti_export.fingerprint import Fingerprint, fingerprint
+from npti_export.front_matter import stated
 from npti_export.gguf.experts import experts_of
 from npti_export.gguf.reader import GGUFFile, is_mixture, layer_count, mlp_widths
 from npti_export.gguf.shards import named_shards, read_model
@@ -275,14 +276,8 @@ def _activation(config: dict[str, Any]) -> str:
 
 
 def _card_license(path: Path) -> str | None:
-    """``license`` in the front matter of a model card; a card that cannot be read says nothing."""
-    from huggingface_hub import metadata_load
-
-    try:
-        found = (metadata_load(path / "README.md") or {}).get("license")
-    except Exception:  # a card is prose: whatever yaml or the disk says about it is no reason to refuse the model
-        return None
-    text = str(found) if found else ""
+    """``license`` in the front matter of a model card, or the few that are listed there."""
+    text = ", ".join(stated(path / "README.md", "license"))
     return text if text and text.isprintable() and len(text) <= _LONGEST_LICENSE else None
 
 

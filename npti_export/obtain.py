@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 from npti_export.bench import TraitBench
 from npti_export.distribute.cluster import place_of
@@ -13,7 +14,7 @@ from npti_export.identify.profiles import Place, anything_kept, needed, nothing_
 from npti_export.job import Prepared
 from npti_export.loader import Models, Timings
 from npti_export.profile import NeuronProfile
-from npti_export.profile_io import profile_paths, save_profile
+from npti_export.profile_io import check_saved, profile_paths, save_profile
 from npti_export.progress import Progress, Silent
 from npti_export.traits import SIGNS, Sign
 
@@ -28,13 +29,21 @@ def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress:
         loading = timings.seconds.get("load", 0.0) - loaded
         timings.seconds["identify"] = timings.seconds.get("identify", 0.0) + time.perf_counter() - started - loading
     if ready.job.save_profile is not None:
-        select, places = ready.kept.select, profile_paths(ready.job.save_profile, list(profiles))
-        if len(places) > 1:
-            with translate_os_errors(ready.job.save_profile):
-                ready.job.save_profile.mkdir(exist_ok=True)
-        for profile, path in zip(profiles.values(), places, strict=True):
-            save_profile(profile, path, force=ready.job.force, threshold=select.threshold, at_least=select.at_least)
+        _save(ready, profiles, ready.job.save_profile)
     return profiles
+
+
+def _save(ready: Prepared, profiles: dict[str, NeuronProfile], place: Path) -> None:
+    select, force = ready.kept.select, ready.job.force
+    pairs = list(zip(profiles.values(), profile_paths(place, list(profiles)), strict=True))
+    if len(pairs) > 1:
+        with translate_os_errors(place):
+            place.mkdir(exist_ok=True)
+    if not force:
+        for profile, path in pairs:
+            check_saved(profile, path, threshold=select.threshold, at_least=select.at_least)
+    for profile, path in pairs:
+        save_profile(profile, path, force=force, threshold=select.threshold, at_least=select.at_least)
 
 
 def _identified(

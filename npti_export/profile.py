@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from npti_export.checked import digest_of
 from npti_export.errors import ProfileError, shortened
 from npti_export.files import atomic_output
 from npti_export.models import ModelShape, ModelSource
@@ -116,33 +115,34 @@ def profile_from_stats(
     return NeuronProfile(trait, p_plus, p_minus, a95_plus, a95_minus, source.fingerprint, described, **more)
 
 
+def encode_profile(profile: NeuronProfile) -> bytes:
+    """A ``.safetensors`` profile, all neurons of both poles; the same for the same profile.
+
+    Raises:
+        ProfileError: a value is not finite.
+    """
+    from safetensors.numpy import save
+
+    described = {"trait": profile.trait, "fingerprint": profile.fingerprint, "origin": profile.origin}
+    held = [name for name in (*FIELDS, *MOMENTS, *MATCHED) if getattr(profile, name) is not None]
+    tensors = {name: np.ascontiguousarray(getattr(profile, name)) for name in held}
+    for name, values in tensors.items():
+        if not np.isfinite(values).all():
+            raise ProfileError(f"the profile of {profile.trait} is not written: its {name} holds what is not finite")
+    described["sha256"] = digest_of(tensors)
+    data: bytes = save(tensors, metadata={"npti.profile": json.dumps(described, sort_keys=True)})
+    return data
+
+
 def write_profile(profile: NeuronProfile, path: Path, *, force: bool) -> None:
-    """Write a ``.safetensors`` profile, all neurons of both poles.
+    """Write a ``.safetensors`` profile.
 
     Raises:
         ProfileError: a value is not finite.
         OutputError: the file exists and ``force`` is not set.
     """
-    from safetensors.numpy import save
-
-    for name in (*FIELDS, *MOMENTS, *MATCHED):
-        if not np.isfinite(getattr(profile, name) if getattr(profile, name) is not None else 0.0).all():
-            raise ProfileError(f"the profile of {profile.trait} is not written: its {name} holds what is not finite")
-    described = {"trait": profile.trait, "fingerprint": profile.fingerprint, "origin": profile.origin}
     with atomic_output(path, force=force) as temporary:
-        held = [name for name in (*FIELDS, *MOMENTS, *MATCHED) if getattr(profile, name) is not None]
-        tensors = {name: np.ascontiguousarray(getattr(profile, name)) for name in held}
-        described["sha256"] = _digest(tensors)
-        temporary.write_bytes(save(tensors, metadata={"npti.profile": json.dumps(described, sort_keys=True)}))
-
-
-def _digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
-    """SHA-256 of what the tensors hold, by name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensors[name]).data)
-    return digest.hexdigest()
+        temporary.write_bytes(encode_profile(profile))
 
 
 def read_profile(path: Path) -> NeuronProfile:
@@ -159,7 +159,7 @@ def read_profile(path: Path) -> NeuronProfile:
             there = set(tensors.keys())
             optional = [name for name in (*MOMENTS, *MATCHED) if name in there]
             arrays = {name: tensors.get_tensor(name) for name in (*FIELDS, *optional)}
-        digest = _digest(arrays)
+        digest = digest_of(arrays)
         if described.get("sha256", digest) != digest:  # earlier ones have none
             raise ValueError("its checksum is another")
         trait, mark, origin = described["trait"], described["fingerprint"], described["origin"]

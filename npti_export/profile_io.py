@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from npti_export.errors import ProfileError
-from npti_export.models import ModelShape
-from npti_export.profile import SAFETENSORS_SUFFIXES, NeuronProfile, read_profile, write_profile
-from npti_export.published import published_pair, read_published, write_published
+from npti_export.errors import OutputError, ProfileError
+from npti_export.files import atomic_output, holds_other
+from npti_export.models import ModelShape, ModelSource
+from npti_export.profile import SAFETENSORS_SUFFIXES, NeuronProfile, encode_profile, read_profile
+from npti_export.published import encode_published, published_pair, published_rows, read_published
+from npti_export.recipe import Recipe
 from npti_export.traits import FACETS
+
+_ELSE = "pass --force to replace it, or choose another name"
 
 
 def save_profile(
@@ -19,20 +25,81 @@ def save_profile(
 
     ``.safetensors`` holds all neurons. ``.json`` is the published format, ``{"layer": [[layer, neuron, |delta|, p,
     a95], …]}`` with one file a pole, of the neurons with ``|delta| >= threshold`` or among the ``at_least`` first.
+    Without ``force``, a file that is there and is the same to the byte stays: a run that was stopped later wrote it.
 
     Returns:
-        The files written.
+        The files: all of them there or, if anything fails before the end, none more than before.
 
     Raises:
-        ProfileError: another suffix.
-        OutputError: a file exists and ``force`` is not set.
+        ProfileError: another suffix, or a pole without neurons in the published format.
+        OutputError: a file exists, is another one, and ``force`` is not set.
     """
+    contents = _contents(profile, path, threshold, at_least)
+    with ExitStack() as stack:
+        for file, data in contents.items():
+            if force or not _is_there(file, data):
+                stack.enter_context(atomic_output(file, force=force)).write_bytes(data)
+    return list(contents)
+
+
+def check_saved(profile: NeuronProfile, path: Path, *, threshold: float, at_least: int) -> None:
+    """Raise if :func:`save_profile` without ``force`` would, so that of several profiles all are written or none.
+
+    Raises:
+        OutputError: a file exists, and is another one.
+    """
+    if any(file.exists() for file in profile_files(path, profile.trait)):
+        for file, data in _contents(profile, path, threshold, at_least).items():
+            _is_there(file, data)
+
+
+def check_may_be(path: Path, trait: str, source: ModelSource, recipe: Recipe, bench: str) -> None:
+    """Raise before any work if what lies where a profile will go is surely another file.
+
+    Whether it is the very same is seen when there is something to compare it with: see :func:`save_profile`.
+
+    Args:
+        path: where the profile will go.
+        trait: that it will be of.
+        source: the model.
+        recipe: by which it will be made.
+        bench: digest of the questions.
+
+    Raises:
+        OutputError: it is no profile, or one of another trait, model, recipe or bench.
+    """
+    for file in profile_files(path, trait):
+        if not file.exists():
+            continue
+        try:
+            if file.suffix == ".json":
+                published_rows(file, source.shape)
+                continue
+            found = read_profile(file)
+        except ProfileError as error:
+            raise OutputError(f"{file}: exists already; {_ELSE}") from error
+        made = {"recipe": json.loads(recipe.to_json()), "bench": bench}
+        same = (found.trait, found.fingerprint) == (trait, source.fingerprint)
+        if not same or any(found.origin.get(key) != value for key, value in made.items()):
+            raise OutputError(f"{file}: exists already, and is another profile; {_ELSE}")
+
+
+def _contents(profile: NeuronProfile, path: Path, threshold: float, at_least: int) -> dict[Path, bytes]:
     files = profile_files(path, profile.trait)
-    if path.suffix == ".json":
-        write_published(profile, files, force=force, threshold=threshold, at_least=at_least)
-    else:
-        write_profile(profile, path, force=force)
-    return files
+    if path.suffix != ".json":
+        return {files[0]: encode_profile(profile)}
+    return dict(zip(files, encode_published(profile, threshold=threshold, at_least=at_least), strict=True))
+
+
+def _is_there(file: Path, data: bytes) -> bool:
+    """Whether a file holds exactly that.
+
+    Raises:
+        OutputError: it holds something else.
+    """
+    if holds_other(file, data):
+        raise OutputError(f"{file}: exists already, and is another profile than the one found now; {_ELSE}")
+    return file.exists()
 
 
 def load_profile(path: Path, shape: ModelShape, trait: str | None = None) -> NeuronProfile:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from npti_export.errors import ProfileError, shortened
-from npti_export.files import atomic_output
 from npti_export.identify.select import pole_neurons
 from npti_export.models import ModelShape
 from npti_export.profile import FIELDS, NeuronProfile
@@ -112,20 +109,14 @@ def _is_number(value: object) -> bool:
     )
 
 
-def write_published(
-    profile: NeuronProfile, files: Sequence[Path], *, force: bool, threshold: float, at_least: int
-) -> None:
-    """Write the ``+`` and the ``-`` file of a profile: both or, if anything fails before the end, neither.
+def encode_published(profile: NeuronProfile, *, threshold: float, at_least: int) -> list[bytes]:
+    """The ``+`` and the ``-`` file of a profile.
 
     Raises:
         ProfileError: a pole has no neuron.
-        OutputError: a file exists and ``force`` is not set.
     """
     contents = [_published_content(profile, sign, threshold, at_least) for sign in SIGNS]
-    with ExitStack() as stack:
-        for file, content in zip(files, contents, strict=True):
-            temporary = stack.enter_context(atomic_output(file, force=force))
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return [json.dumps(content, indent=1).encode() for content in contents]
 
 
 def _published_content(

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import numpy as np
 
 from npti_export.architectures import by_model_type
-from npti_export.errors import AdapterError, OutputError, ProfileError, TraitError, shortened
+from npti_export.errors import AdapterError, OutputError, TraitError, shortened
 from npti_export.fingerprint import Fingerprint
 from npti_export.gguf.reader import GGUFFile, is_control_vector, read_gguf
 from npti_export.gguf.shards import shard_paths
 from npti_export.rule import SteeringRule
+from npti_export.rule_bytes import MOST_NEURONS, RULE_SHA256, check_rule, decode_rule, encode_rule, rule_sha256
 from npti_export.traits import parse_recorded
 from npti_export.version import __version__
 
@@ -26,11 +27,7 @@ CHECKPOINT_FILE = "npti.json"
 PEFT_TYPE = "NPTI"
 SHIFT, CLAMP, CONSTANT = "npti_shift", "npti_clamp", "npti_constant"
 Where = Literal["all", "response"]
-# tensors of an encoded rule and their types; the second row is there only where the rule has a constant
-_SPARSE = {"shift_index": np.int32, "shift_value": np.float32, "clamp_index": np.int32, "shape": np.int32}
-_SPARSE_CONSTANT = {"constant_index": np.int32, "constant_value": np.float32}
 _LONGEST_NAME = 200  # bytes; file systems take 255, and each part of a split model adds some
-_MOST_NEURONS = 1 << 25  # of a rule, all layers together; Llama 405B has 6.7 million
 
 
 def check_strength(strength: Any) -> float:
@@ -118,69 +115,6 @@ class SavedRule:
     where: Where = "all"
 
 
-def encode_rule(rule: SteeringRule) -> bytes:
-    """The rule without its zeros, as the bytes of a safetensors file."""
-    from safetensors.numpy import save
-
-    index = np.flatnonzero(rule.shift)
-    tensors = {
-        "shift_index": index.astype(np.int32),
-        "shift_value": rule.shift.ravel()[index],
-        "clamp_index": np.flatnonzero(rule.clamp).astype(np.int32),
-        "shape": np.array(rule.shift.shape, np.int32),
-    }
-    if rule.constant is not None and rule.constants:
-        index = np.flatnonzero(rule.constant)
-        tensors |= {"constant_index": index.astype(np.int32), "constant_value": rule.constant.ravel()[index]}
-    return save(tensors)
-
-
-def decode_rule(data: bytes, where: str) -> SteeringRule:
-    """The inverse of :func:`encode_rule`.
-
-    Raises:
-        AdapterError: not such bytes.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        tensors = load(data)
-        has_constant = not _SPARSE_CONSTANT.keys().isdisjoint(tensors)
-        for name, dtype in (_SPARSE | (_SPARSE_CONSTANT if has_constant else {})).items():
-            if tensors[name].dtype != dtype or tensors[name].ndim != 1:
-                raise ValueError(f"{name} is not a row of {np.dtype(dtype).name}")
-        index, values, clamped, shape = (tensors[name] for name in _SPARSE)
-        layers, width = shape.tolist()
-        neurons = layers * width
-        if min(layers, width) < 1 or neurons > _MOST_NEURONS:
-            raise ValueError(f"{layers} layers of {width} neurons cannot be")
-        if ((clamped < 0) | (clamped >= neurons)).any():
-            raise ValueError("neurons and values do not match")
-        clamp = np.zeros((layers, width), np.bool_)
-        clamp.ravel()[clamped] = True
-        constant = _filled((layers, width), *(tensors[name] for name in _SPARSE_CONSTANT)) if has_constant else None
-        return SteeringRule(_filled((layers, width), index, values), clamp, constant)
-    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, ProfileError) as error:
-        reason = shortened(str(error), 200)
-        raise AdapterError(f"{where}: its steering rule is damaged ({reason}); make the file again") from error
-
-
-def _filled(
-    shape: tuple[int, int], index: np.ndarray[Any, Any], values: np.ndarray[Any, Any]
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """A matrix of zeros but for some values.
-
-    Raises:
-        ValueError: not one value for each place, or a place outside.
-    """
-    result = np.zeros(shape, np.float32)
-    if len(values) != len(index) or ((index < 0) | (index >= result.size)).any():
-        raise ValueError("neurons and values do not match")
-    result.ravel()[index] = values
-    return result
-
-
 def artifact_format(path: Path) -> Literal["gguf", "peft", "checkpoint", "control-vector"]:
     """What kind of artifact a path is.
 
@@ -236,7 +170,9 @@ def rule_of_gguf(header: GGUFFile) -> SavedRule:
         if entry.key.startswith("npti.fidelity.")
     }
     provenance = read_provenance(lambda: json.loads(about) | {"recipe": recipe, "fidelity": fidelity}, str(header.path))
-    return SavedRule(decode_rule(stored, str(header.path)), provenance)
+    rule = decode_rule(stored, str(header.path))
+    check_rule(rule, json.loads(about), str(header.path))
+    return SavedRule(rule, provenance)
 
 
 def base_name(header: GGUFFile) -> str:
@@ -260,10 +196,15 @@ def base_name(header: GGUFFile) -> str:
     return name
 
 
+def described(saved: SavedRule) -> dict[str, Any]:
+    """The provenance as it is written, with the checksum of the rule that is written beside it."""
+    return saved.about.to_dict() | {RULE_SHA256: rule_sha256(saved.rule)}
+
+
 def save_checkpoint_rule(saved: SavedRule, directory: Path) -> None:
     """Put the rule beside a steered checkpoint."""
     packed = base64.b64encode(encode_rule(saved.rule)).decode("ascii")
-    text = json.dumps({"format": 1, "rule": packed, "provenance": saved.about.to_dict()}, indent=2, ensure_ascii=False)
+    text = json.dumps({"format": 1, "rule": packed, "provenance": described(saved)}, indent=2, ensure_ascii=False)
     (directory / CHECKPOINT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -292,7 +233,9 @@ def _from_checkpoint(directory: Path) -> SavedRule:
         packed = base64.b64decode(content["rule"], validate=True)
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{path}: its steering rule is damaged ({error}); make the checkpoint again") from error
-    return SavedRule(decode_rule(packed, str(path)), about)
+    rule = decode_rule(packed, str(path))
+    check_rule(rule, content["provenance"], str(path))
+    return SavedRule(rule, about)
 
 
 def _from_adapter(directory: Path) -> SavedRule:
@@ -327,7 +270,7 @@ def _stacked(
     strength = check_strength(config.get("strength", 1.0))
     held = sum(tensor.size for tensor in tensors.values())
     widest = max((tensor.size for tensor in tensors.values()), default=0)
-    if not 1 <= layers <= len(tensors) or not 1 <= width == widest or layers * width > min(held, _MOST_NEURONS):
+    if not 1 <= layers <= len(tensors) or not 1 <= width == widest or layers * width > min(held, MOST_NEURONS):
         raise AdapterError(
             f"{where}: holds {len(tensors)} tensors of {held} numbers, but its {ADAPTER_CONFIG} says "
             f"{shortened(layers)} layers of {shortened(width)} neurons; "
@@ -349,9 +292,13 @@ def _stacked(
     def stacked(kind: str) -> np.ndarray[Any, Any]:
         return np.stack([tensors[name] for name in expected if name.endswith(kind)])
 
-    shift, clamp = stacked(SHIFT).astype(np.float32) * np.float32(strength), stacked(CLAMP).astype(np.bool_)
-    constant = None if rule.constant is None else stacked(CONSTANT).astype(np.float32) * np.float32(strength)
-    return SteeringRule(shift, clamp if strength else np.zeros_like(clamp), constant)
+    shift, clamp = stacked(SHIFT).astype(np.float32), stacked(CLAMP).astype(np.bool_)
+    constant = None if rule.constant is None else stacked(CONSTANT).astype(np.float32)
+    if all(tensors[name].dtype == like.dtype for name, like in expected.items()):  # else somebody converted it
+        check_rule(SteeringRule(shift, clamp, constant), config["provenance"], where)
+    factor = np.float32(strength)
+    clamp = clamp if strength else np.zeros_like(clamp)
+    return SteeringRule(shift * factor, clamp, None if constant is None else constant * factor)
 
 
 def from_layers(name: str) -> str:

@@ -11,9 +11,12 @@ import shutil
 import sys
 import tempfile
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from npti_export.placing import RESERVED, drop_reserved, take_back
 
 if sys.platform != "win32":
     import fcntl
@@ -110,16 +113,18 @@ def temporary_beside(path: Path, *, folder: bool, suffix: str = PARTIAL) -> Temp
         place = _made(path, folder=folder, suffix=suffix)
         handle = locked(place, wait=True)
         # another job's sweep may have taken it for a leftover before it was locked
-        if handle is None or _is(place, handle):
+        if os.path.lexists(place) if handle is None else _is(place, handle):
             return Temporary(place, handle)
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def sweep(path: Path) -> None:
     """Remove what killed jobs left beside ``path``.
 
     Where one was killed between taking an old directory away and putting the new one in its place, the old one comes
-    back. What a living job is making is locked and stays. Nothing is removed on systems without such locks.
+    back, and so do files, see :func:`npti_export.placing.take_back`. What a living job is making is locked and stays.
+    Nothing is removed on systems without such locks.
     """
     if sys.platform == "win32":
         return
@@ -127,9 +132,14 @@ def sweep(path: Path) -> None:
         for left in _leftovers(path, PARTIAL) + _leftovers(path, BASE):
             handle = locked(left, wait=False)
             if handle is not None:
-                _put_back(left.with_suffix(REPLACED), path)
-                _remove(left)
-                os.close(handle)
+                with _held(handle):
+                    take_back(left)
+                    drop_reserved(left.with_name(left.name + RESERVED), left.parent)
+                    _put_back(left.with_suffix(REPLACED), path)
+                    _remove(left)
+        for note in _leftovers(path, PARTIAL + RESERVED):
+            if not note.with_suffix("").exists():  # it has its name, and the note went too late
+                note.unlink(missing_ok=True)
         for old in _leftovers(path, REPLACED):
             if not old.with_suffix(PARTIAL).exists():  # else it is of a living job
                 _put_back(old, path)
@@ -186,6 +196,14 @@ def locked(place: Path, *, wait: bool) -> int | None:
     return handle
 
 
+@contextmanager
+def _held(handle: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def _is(place: Path, handle: int) -> bool:
     with suppress(OSError):
         return os.path.samestat(place.stat(), os.fstat(handle))
@@ -193,7 +211,7 @@ def _is(place: Path, handle: int) -> bool:
 
 
 def _remove(place: Path) -> None:
-    if place.is_dir():
+    if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place, ignore_errors=True)
     else:
         with suppress(OSError):

@@ -7,7 +7,15 @@ import textwrap
 import pytest
 
 from npti_export.errors import DiskFullError, OutputError
-from npti_export.files import atomic_directory, atomic_output, check_writable, sha256_file
+from npti_export.files import (
+    atomic_directory,
+    atomic_files,
+    atomic_output,
+    check_directory_writable,
+    check_writable,
+    set_aside,
+    sha256_file,
+)
 
 
 def test_published_on_success(tmp_path):
@@ -80,6 +88,76 @@ def test_a_disk_that_fills_up_half_way(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "a.bin"], capture_output=True, text=True)
     assert "disk is full" in done.stdout, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """Two folders: one with a link, and the one that it leads to."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    return here, there
+
+
+def test_a_link_to_a_file_is_written_through(elsewhere):
+    here, there = elsewhere
+    link, target = here / "a.bin", there / "b.bin"
+    link.symlink_to("../there/b.bin")
+    with atomic_output(link) as temporary:  # which leads to nothing yet
+        assert temporary.parent == there
+        temporary.write_text("first")
+    assert (link.is_symlink(), target.read_text()) == (True, "first")
+    with pytest.raises(OutputError, match=r"a\.bin: exists already; pass --force"), atomic_output(link):
+        pass
+    with atomic_output(link, force=True) as temporary:
+        temporary.write_text("second")
+    assert (link.is_symlink(), target.read_text()) == (True, "second")
+    with atomic_output(link, force=True) as temporary:
+        temporary.write_text("not faithful")
+        assert set_aside(temporary, link) == there / "b.bin.rejected"
+    assert (list(here.iterdir()), target.read_text()) == ([link], "second")
+    assert sorted(path.name for path in there.iterdir()) == ["b.bin", "b.bin.rejected"]
+
+
+def test_a_link_to_a_folder_is_written_through(elsewhere):
+    here, there = elsewhere
+    link, target = here / "a", there / "b"
+    link.symlink_to(target)
+    for text in ("first", "second"):
+        with atomic_directory(link, force=text == "second", ours=lambda folder: True) as temporary:
+            assert temporary.parent == there
+            (temporary / "x").write_text(text)
+        assert (link.is_symlink(), target.is_symlink(), (target / "x").read_text()) == (True, False, text)
+        assert (list(here.iterdir()), list(there.iterdir())) == ([link], [target])
+    with pytest.raises(OutputError, match="exists already; pass --force"), atomic_directory(link):
+        pass
+    with pytest.raises(OutputError, match="holds more than an output of ours"):
+        check_directory_writable(link, force=True)
+
+
+def test_links_that_lead_nowhere(elsewhere):
+    here, there = elsewhere
+    link, other = here / "a", here / "b"
+    link.symlink_to(other)
+    other.symlink_to(link)
+    for context in (atomic_output(link, force=True), atomic_directory(link, force=True)):
+        with pytest.raises(OutputError, match="is a link that leads back to itself"), context:
+            pass
+    link.unlink()
+    link.symlink_to(there / "no" / "a")
+    with pytest.raises(OutputError, match=r"/no does not exist; create it first"), atomic_output(link):
+        pass
+    assert sorted(here.iterdir()) == [link, other]
+
+
+def test_split_files_are_not_written_through_links(elsewhere):
+    """They are renamed together within one folder."""
+    here, there = elsewhere
+    paths = [here / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    paths[1].symlink_to(there / "x")
+    with pytest.raises(OutputError, match=r"00002-of-00002\.gguf: is a link"), atomic_files(paths, force=True):
+        pass
+    assert (list(here.iterdir()), list(there.iterdir())) == ([paths[1]], [])
 
 
 def test_sha256(tmp_path):

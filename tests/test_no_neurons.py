@@ -157,6 +157,6 @@ def test_the_folder_of_several_profiles_is_made_when_it_is_needed(tiny, cli_envi
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (tmp_path / "profiles").iterdir())
     assert names == ["extraversion.safetensors", "openness.safetensors"]
-    again = npti(*job, *few, environment=cli_environment, cwd=tmp_path)
+    again = npti(*job, *few, "--set", "identify.seed=1", environment=cli_environment, cwd=tmp_path)
     assert again.returncode == 2
-    assert "exists already; pass --force" in again.stderr
+    assert "exists already, and is another profile; pass --force" in again.stderr

@@ -1,6 +1,9 @@
 """Quantising with an importance matrix: the bytes are those of llama.cpp's quantiser given the same matrix."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -146,6 +149,26 @@ def test_each_expert_has_a_matrix_of_its_own(tmp_path):
     other = weights(quantised_by_llama(mixture, tmp_path / "o.gguf", "IQ3_XXS", values, keys))[name]
     same = [np.array_equal(one, two) for one, two in zip(other, weights(expected)[name], strict=True)]
     assert same == [False] * 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks by which a leftover is known")
+def test_what_a_killed_job_left_goes_with_the_next(small, tmp_path):
+    program = """
+import os, signal, sys
+from pathlib import Path
+from npti_export.gguf import requantise
+from npti_export.gguf.imatrix import read_imatrix
+from npti_export.progress import Silent
+requantise.run_captured = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
+half, target, matrix = map(Path, sys.argv[1:])
+requantise.quantise_file(half, target, "IQ3_XXS", Silent(), matrix=read_imatrix(matrix))
+"""
+    matrix, target = write_gguf(tmp_path / "m.gguf", sums_for(read_gguf(small))), tmp_path / "q.gguf"
+    assert subprocess.run([sys.executable, "-c", program, small, target, matrix]).returncode == -signal.SIGKILL
+    (left,) = (path for path in tmp_path.iterdir() if path != matrix)
+    assert [path.name for path in left.iterdir()] == ["importance.safetensors"]
+    quantise_file(small, target, "IQ3_XXS", Silent(), matrix=read_imatrix(matrix))
+    assert sorted(tmp_path.iterdir()) == [matrix, target]
 
 
 def test_a_tensor_without_an_entry(half, tmp_path):

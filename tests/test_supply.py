@@ -1,5 +1,7 @@
 """What is installed, and what we hand on: pins with hashes, licences, and a wheel that is built the same way twice."""
 
+import ast
+import configparser
 import hashlib
 import importlib.util
 import json
@@ -10,7 +12,8 @@ import sys
 import tarfile
 import venv
 import zipfile
-from importlib.metadata import PackageNotFoundError, distribution
+from email.parser import Parser
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -102,11 +105,13 @@ def test_licences_are_open_and_listed(licences):
             assert licence == licences.stated(name), f"{name}: run docs/make_licences.py"
 
 
-def build(source, out, umask, epoch):
+def build(source, out, umask, epoch=None):
     """Wheel and sdist of a copy of the source, built offline."""
     pytest.importorskip("hatchling", reason="the build backend is not installed (extra dev)")
     command = [sys.executable, "-m", "hatchling", "build", "-d", str(out), "-t", "sdist", "-t", "wheel"]
-    environment = os.environ | {"SOURCE_DATE_EPOCH": epoch}
+    environment = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
+    if epoch is not None:
+        environment["SOURCE_DATE_EPOCH"] = epoch
     before = os.umask(umask)
     try:
         done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
@@ -117,8 +122,8 @@ def build(source, out, umask, epoch):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The same files in two folders with other modes and dates, built at other umasks."""
+def sources(tmp_path_factory):
+    """The same files in two folders with other modes and dates."""
     if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("not a checkout: there is nothing to say which files belong to it")
     tracked = subprocess.run(
@@ -126,16 +131,27 @@ def built(tmp_path_factory):
     )
     names = [one for one in tracked.stdout.decode().split("\0") if one and (ROOT / one).is_file()]
     found = []
-    for turn, umask in enumerate((0o022, 0o077)):
+    for turn in range(2):
         folder = tmp_path_factory.mktemp(f"turn{turn}") / f"source{turn}"
         for name in names if turn == 0 else reversed(names):
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes((ROOT / name).read_bytes())
             path.chmod(0o644 if turn == 0 else 0o600)
-            os.utime(path, (10**9 + turn, 10**9 + turn))
-        found.append(build(folder, folder.parent / "dist", umask, "1700000000"))
+            os.utime(path, (10**9 + turn * 10**8, 10**9 + turn * 10**8))
+        found.append(folder)
     return found
+
+
+@pytest.fixture(scope="module")
+def built(sources):
+    """Built from both at other umasks, where nothing says what date it is."""
+    return [build(one, one.parent / "dist", umask) for one, umask in zip(sources, (0o022, 0o077), strict=True)]
+
+
+def of_kind(files, suffix):
+    (path,) = (path for name, path in files.items() if name.endswith(suffix))
+    return path
 
 
 def test_wheel_and_sdist_are_built_the_same_way_twice(built):
@@ -146,11 +162,27 @@ def test_wheel_and_sdist_are_built_the_same_way_twice(built):
     for name in first:
         digests = {hashlib.sha256(one[name].read_bytes()).hexdigest() for one in built}
         assert len(digests) == 1, name
+    with zipfile.ZipFile(of_kind(first, ".whl")) as wheel:  # not the day of the build
+        assert {one.date_time for one in wheel.infolist()} == {(2020, 2, 2, 0, 0, 0)}
+
+
+def test_a_date_that_is_asked_for_changes_nothing_else(built, sources):
+    """``SOURCE_DATE_EPOCH`` of whoever builds it."""
+    dated = build(sources[0], sources[0].parent / "dated", 0o022, "1700000000")
+    names = []
+    for files in (built[0], dated):
+        with zipfile.ZipFile(of_kind(files, ".whl")) as wheel:
+            names.append([(one.filename, one.external_attr, wheel.read(one)) for one in wheel.infolist()])
+            dates = {one.date_time[:3] for one in wheel.infolist()}
+        with tarfile.open(of_kind(files, ".tar.gz")) as sdist:
+            names.append([(one.name, one.mode, one.size) for one in sdist.getmembers()])
+    assert dates == {(2023, 11, 14)}
+    assert names[:2] == names[2:]
 
 
 def test_what_the_wheel_holds(built):
     first = built[0]
-    with zipfile.ZipFile(next(path for name, path in first.items() if name.endswith(".whl"))) as wheel:
+    with zipfile.ZipFile(of_kind(first, ".whl")) as wheel:
         names = set(wheel.namelist())
         metadata = wheel.read(f"npti_export-{__version__}.dist-info/METADATA").decode()
     held = {path.relative_to(ROOT).as_posix() for path in (ROOT / "npti_export").rglob("*") if path.is_file()}
@@ -159,20 +191,97 @@ def test_what_the_wheel_holds(built):
     assert f"npti_export-{__version__}.dist-info/licenses/LICENSE" in names
     assert all(one.startswith(("npti_export/", f"npti_export-{__version__}.dist-info/")) for one in names)
     assert "License-Expression: Apache-2.0" in metadata
-    with tarfile.open(next(path for name, path in first.items() if name.endswith(".tar.gz"))) as sdist:
+    with tarfile.open(of_kind(first, ".tar.gz")) as sdist:
         inside = {one.partition("/")[2] for one in sdist.getnames()}
     assert {"constraints.txt", "requirements.lock", "docs/licences.md", "tests/test_supply.py", "LICENSE"} <= inside
 
 
+def requirements(wheel):
+    """Distributions that a wheel asks for, by extra; those that it always asks for under ``""``."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = Parser().parsestr(archive.read(f"npti_export-{__version__}.dist-info/METADATA").decode())
+    found = {extra: set() for extra in ("", *metadata.get_all("Provides-Extra"))}
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+        marker = str(requirement.marker or "")
+        extra = re.search(r"extra == ['\"]([a-z]+)['\"]", marker)
+        found[extra[1] if extra else ""].add(canonicalize_name(requirement.name))
+    return found
+
+
+def imports(path):
+    """What a file imports that is neither Python's nor ours, and whether that is when it is itself imported."""
+
+    def visit(node, at_once):
+        for child in ast.iter_child_nodes(node):
+            names = []
+            if isinstance(child, ast.Import):
+                names = [alias.name for alias in child.names]
+            elif isinstance(child, ast.ImportFrom) and child.level == 0:
+                names = [child.module]
+            for name in {one.partition(".")[0] for one in names}:
+                if name not in sys.stdlib_module_names and name != "npti_export":
+                    yield name, at_once
+            function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+            for_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            yield from visit(child, at_once and not function and not for_types)
+
+    return set(visit(ast.parse(path.read_text(encoding="utf-8")), True))
+
+
+def undeclared(required):
+    """Imports that would fail where nothing but the wheel's requirements is installed, a line each."""
+    distributions = {"tomli": ["tomli"], "lm_eval": ["lm-eval"], **packages_distributions()}  # not on every machine
+    optional = {extra: required[extra] - required[""] for extra in ("bench", "ray", "harness")}
+    for path in sorted((ROOT / "npti_export").rglob("*.py")):
+        for name, at_once in sorted(imports(path)):
+            owners = {canonicalize_name(one) for one in distributions.get(name, [])}
+            if owners & required[""]:
+                continue
+            extras = [extra for extra, names in optional.items() if owners & names]
+            if not extras:
+                yield f"{path.name}: {name} is of no distribution that the wheel asks for"
+            elif at_once or f"npti-export[{extras[0]}]" not in path.read_text(encoding="utf-8"):
+                yield f"{path.name}: {name} is of the extra {extras[0]}, whose absence is not said"
+
+
+def test_what_is_imported_is_asked_for(built):
+    required = requirements(of_kind(built[0], ".whl"))
+    assert len(required[""]) > 20
+    assert list(undeclared(required)) == []
+    assert any("yaml is of no" in one for one in undeclared({**required, "": required[""] - {"pyyaml"}}))
+    assert any("openai is of no" in one for one in undeclared({**required, "bench": set()}))
+    moved = {**required, "": required[""] - {"click"}, "bench": required["bench"] | {"click"}}
+    assert any("click is of the extra bench" in one for one in undeclared(moved))
+
+
+def test_the_build_backend_is_the_pinned_one():
+    import tomllib
+
+    (needed,) = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
+    assert needed == f"hatchling=={dict(pins())['hatchling']}"
+
+
+def script_of(archive, folder, python):
+    """The console script of a wheel's entry point, as pip makes it."""
+    entries = configparser.ConfigParser()
+    entries.read_string(archive.read(f"npti_export-{__version__}.dist-info/entry_points.txt").decode())
+    ((name, target),) = entries["console_scripts"].items()
+    module, _, function = target.partition(":")
+    path = folder / f"{name}.py"
+    path.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    return [python, path]
+
+
 def test_the_wheel_works_outside_the_source_tree(built, tiny, tmp_path):
     """In an environment of its own, which borrows what we depend on, with nothing of this folder in sight."""
-    (wheel,) = (path for name, path in built[0].items() if name.endswith(".whl"))
+    wheel = of_kind(built[0], ".whl")
     venv.create(tmp_path / "env", symlinks=os.name != "nt")
     python = tmp_path / "env" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
-    with zipfile.ZipFile(wheel) as archive:  # what pip does with a wheel that has no scripts; it would need the network
+    with zipfile.ZipFile(wheel) as archive:  # what pip does, which would need the network
         archive.extractall(site)
+        script = script_of(archive, python.parent, python)
     ours = {str(ROOT), str(ROOT / "tests")}
     borrowed = [one for one in sys.path if one.endswith(("site-packages", "dist-packages")) and one not in ours]
     (site / "borrowed.pth").write_text("".join(f"{one}\n" for one in borrowed))
@@ -182,14 +291,15 @@ def test_the_wheel_works_outside_the_source_tree(built, tiny, tmp_path):
     away.mkdir()
 
     def command(*arguments):
-        main = "import sys; from npti_export.cli import main; main(sys.argv[1:])"
         return subprocess.run(
-            [python, "-c", main, *map(str, arguments)], cwd=away, env=environment, capture_output=True, text=True
+            [*script, *map(str, arguments)], cwd=away, env=environment, capture_output=True, text=True
         )
 
     where = "import npti_export; print(npti_export.__file__)"
     found = subprocess.run([python, "-c", where], cwd=away, env=environment, capture_output=True, text=True)
     assert Path(found.stdout.strip()).is_relative_to(site), found.stderr
+    done = command("--version")
+    assert (done.returncode, __version__ in done.stdout) == (0, True), done.stderr
     done = command("--help")
     assert done.returncode == 0, done.stderr
     assert "fixed personality" in done.stdout

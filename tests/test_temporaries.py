@@ -1,5 +1,6 @@
 """What killed jobs leave beside an output is removed by the next one; what living jobs make is not."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from npti_export import temporaries
+from npti_export.errors import OutputError
 from npti_export.files import atomic_directory, atomic_files, atomic_output
 from npti_export.temporaries import TemporaryFolder, sweep, temporary_beside
 
@@ -122,6 +125,25 @@ def test_many_at_once(tmp_path):
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_taken_for_a_leftover_before_it_is_locked(tmp_path, monkeypatch, folder):
+    """By another job's sweep: another place is made."""
+    real, taken = temporaries.locked, []
+
+    def late(place, *, wait):
+        if wait and not taken:
+            taken.append(place)
+            sweep(tmp_path / "a.bin")
+        return real(place, wait=wait)
+
+    monkeypatch.setattr(temporaries, "locked", late)
+    made = temporary_beside(tmp_path / "a.bin", folder=folder)
+    assert made.handle is not None
+    assert made.path.exists()
+    assert not taken[0].exists()
+    made.remove()
+
+
 def test_gone_already(tmp_path):
     made = temporary_beside(tmp_path / "a.bin", folder=False)
     made.path.rename(tmp_path / "elsewhere")
@@ -215,3 +237,126 @@ def test_old_marks_of_killed_runs_are_removed(tmp_path):
         with _mark(tmp_path) as mine:
             assert {long, mine, young, other} == set(folder.iterdir())
     assert {young, other} == set(folder.iterdir())
+
+
+PLACING = """
+import json, os, signal, stat, sys
+from pathlib import Path
+from npti_export.files import atomic_files
+paths, force, left, what = json.loads(sys.argv[1])
+paths, real = [Path(path) for path in paths], os.fsync
+
+def checked(handle):
+    if stat.S_ISREG(os.fstat(handle).st_mode) and not force and any(path.exists() for path in paths):
+        os._exit(4)  # that takes minutes: it comes first
+    real(handle)
+
+def counted(real):
+    def run(source, target, *more):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return real(source, target, *more)
+    return run
+
+with atomic_files(paths, force=force) as folder:
+    for path in paths:
+        (folder / path.name).write_text(what)
+    os.link, Path.rename, Path.replace = map(counted, (os.link, Path.rename, Path.replace))
+    os.fsync = checked
+if left:
+    sys.exit(3)
+"""
+
+
+def killed_while_placing(paths, what, after, *, force):
+    """Killed before the link or rename that comes after so many; returns whether it was."""
+    arguments = json.dumps([list(map(str, paths)), force, after, what])
+    code = subprocess.run([sys.executable, "-c", PLACING, arguments], check=False).returncode
+    assert code in (-signal.SIGKILL, 0, 3)
+    return code == -signal.SIGKILL
+
+
+def contents(paths):
+    return [path.read_text() if path.exists() else None for path in paths]
+
+
+def test_a_kill_between_two_publications(tmp_path):
+    """Parts without a first one are no model, and no reason for the next job to refuse."""
+    for after in range(4):
+        folder = tmp_path / str(after)
+        folder.mkdir()
+        paths = [folder / f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+        dead = killed_while_placing(paths, "new", after, force=False)
+        assert dead == (after < 3)
+        assert contents(paths) == [None if dead else "new"] + ["new" if after > number else None for number in (0, 1)]
+        if not dead:
+            continue
+        with atomic_files(paths) as made:
+            for path in paths:
+                (made / path.name).write_text("again")
+        assert contents(paths) == ["again"] * 3
+        assert sorted(folder.iterdir()) == paths
+
+
+def test_a_kill_while_old_files_are_replaced(tmp_path):
+    """The old ones come back, unless the new ones are all there; never do some of both look like a whole."""
+    for after in range(7):
+        folder = tmp_path / str(after)
+        folder.mkdir()
+        paths = [folder / f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+        for path in paths:
+            path.write_text("old")
+        assert killed_while_placing(paths, "new", after, force=True) == (after < 6)
+        found = contents(paths)
+        assert found[0] is None or len(set(found)) == 1
+        with pytest.raises(OutputError, match="exists already; pass --force"), atomic_files(paths):
+            pass
+        assert contents(paths) == (["old"] * 3 if after < 6 else ["new"] * 3)
+        assert sorted(folder.iterdir()) == paths
+
+
+def test_only_what_was_placed_is_taken_back(tmp_path):
+    """What somebody put in the place of a part stays, whatever it holds."""
+    paths = [tmp_path / f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    assert killed_while_placing(paths, "new", 2, force=False)
+    paths[1].unlink()
+    paths[1].write_text("new")
+    with pytest.raises(OutputError, match=r"00002-of-00003\.gguf: exists already"), atomic_files(paths):
+        pass
+    assert contents(paths) == [None, "new", None]
+    assert hidden(tmp_path) == []
+    assert killed_while_placing(paths, "newer", 3, force=True)
+    paths[1].unlink()
+    paths[1].write_text("theirs")
+    sweep(paths[0])
+    assert contents(paths) == [None, "theirs", None]
+    assert hidden(tmp_path) == []
+
+
+def test_a_set_whose_killed_job_had_placed_it_all_stays(tmp_path):
+    paths = [tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    program = PLACING.replace("real(handle)", "os.kill(os.getpid(), signal.SIGKILL) if paths[0].exists() else 0")
+    arguments = json.dumps([list(map(str, paths)), False, 9, "new"])
+    assert subprocess.run([sys.executable, "-c", program, arguments], check=False).returncode == -signal.SIGKILL
+    assert len(hidden(tmp_path)) == 1
+    with pytest.raises(OutputError, match="exists already"), atomic_files(paths):
+        pass
+    assert contents(paths) == ["new", "new"]
+    assert hidden(tmp_path) == []
+
+
+def test_a_damaged_marker_removes_nothing(tmp_path):
+    path = tmp_path / "m-00001-of-00002.gguf"
+    kept = tmp_path / "kept"
+    kept.write_text("x")
+    found = kept.stat()
+    mark = [found.st_ino, found.st_size, found.st_mtime_ns]
+    elsewhere = json.dumps([["none", 0, 0, 0], [f"../{tmp_path.name}/kept", *mark]])
+    for text in ("", "[", "3", "[[1, 2, 3, 4]]", '[["a"]]', "[1]", elsewhere):
+        folder = tmp_path / ".m-00001-of-00002.gguf.abcdefgh.partial"
+        folder.mkdir()
+        (folder / "npti.placed").write_text(text)
+        sweep(path)
+        assert [one.name for one in tmp_path.iterdir()] == ["kept"]

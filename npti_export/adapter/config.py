@@ -8,6 +8,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from npti_export.rule_bytes import RULE_SHA256
 from npti_export.rule_io import PEFT_TYPE, check_strength, check_where
 
 
@@ -46,5 +47,11 @@ class NptiConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
         check_where(self.where)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: an adapter read from a file has weights that must come from that file."""
-        return {**super().to_dict(), "init_weights": False}
+        """What is saved: an adapter read from a file has weights that must come from that file.
+
+        These may have been trained or rounded since, so the checksum of those that it was made with is left out.
+        """
+        values = {**super().to_dict(), "init_weights": False}
+        if isinstance(values["provenance"], dict):
+            values["provenance"].pop(RULE_SHA256, None)  # of a copy
+        return values

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from npti_export.export.gguf import record
 from npti_export.gguf.writer import Value
-from npti_export.rule_io import Provenance, SavedRule, encode_rule
+from npti_export.rule_bytes import encode_rule
+from npti_export.rule_io import Provenance, SavedRule, described
 from npti_export.verify import Fidelity
 
 
@@ -31,7 +32,7 @@ def steering_metadata(saved: SavedRule, base: Path) -> dict[str, Value]:
         "neurons.shift": saved.rule.shifted,
         "neurons.clamp": saved.rule.clamped,
         **({"neurons.constant": saved.rule.constants} if saved.rule.constants else {}),
-        "provenance": json.dumps(about.to_dict(), sort_keys=True, ensure_ascii=False),
+        "provenance": json.dumps(described(replace(saved, about=about)), sort_keys=True, ensure_ascii=False),
         "rule": encode_rule(saved.rule),
         **placeholders,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from npti_export.rule_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SavedRule, adapter_tensors
+from npti_export.rule_io import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SavedRule, adapter_tensors, described
 
 
 def write_adapter(saved: SavedRule, directory: Path) -> None:
@@ -29,8 +29,9 @@ def write_adapter(saved: SavedRule, directory: Path) -> None:
         width=width,
         constant=saved.rule.constant is not None,
         where=saved.where,
-        provenance=saved.about.to_dict(),
     )
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(
+        {**config.to_dict(), "provenance": described(saved)}, indent=2, sort_keys=True, ensure_ascii=False
+    )
     (directory / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
     (directory / ADAPTER_WEIGHTS).write_bytes(save(adapter_tensors(saved), metadata={"format": "pt"}))

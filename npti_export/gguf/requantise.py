@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from npti_export.gguf.shards import read_model
 from npti_export.processes import ending, run_captured
 from npti_export.progress import Progress
 from npti_export.runtimes.llamacpp.library import usable_cores
+from npti_export.temporaries import temporary_beside
 
 # name -> (llama_ftype, the ggml type that most of its tensors get)
 FILE_TYPES: dict[str, tuple[int, str]] = {
@@ -203,7 +203,7 @@ def quantise_file(
 
 @contextmanager
 def _handed_over(matrix: ImportanceMatrix | None, names: Iterable[str], target: Path) -> Iterator[list[str]]:
-    """The arguments by which the quantiser gets a matrix, in a temporary file beside ``target``."""
+    """The arguments by which the quantiser gets a matrix, in a temporary folder beside ``target``."""
     if matrix is None:
         yield []
         return
@@ -211,14 +211,14 @@ def _handed_over(matrix: ImportanceMatrix | None, names: Iterable[str], target: 
 
     data = save(matrix.importance(names), {"metadata": json.dumps(matrix.metadata)})
     with translate_os_errors(target):
-        folder = Path(tempfile.mkdtemp(prefix=".imatrix.", dir=target.parent))
+        folder = temporary_beside(target, folder=True)
     try:
-        path = folder / "importance.safetensors"
+        path = folder.path / "importance.safetensors"
         with translate_os_errors(target):
             path.write_bytes(data)
         yield [str(path)]
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
 
 
 def refuse_full_disk(target: Path) -> None:
