@@ -9,7 +9,15 @@ from tolerances import QUANTILE_BIN, QUANTILE_FULL_BINS, QUANTILE_WIDE_BIN
 
 from npti_export.errors import ProfileError
 from npti_export.runtimes.accumulate import StatsAccumulator
-from npti_export.stats import BIN_COUNT, ActivationStats, ContrastStats, PairSpread, load_stats, save_stats
+from npti_export.stats import (
+    BIN_COUNT,
+    ActivationStats,
+    AnswerCounts,
+    ContrastStats,
+    PairSpread,
+    load_stats,
+    save_stats,
+)
 
 
 def collect(activations):
@@ -141,3 +149,38 @@ def test_saved_and_read_back(tmp_path):
 def test_no_tokens_is_an_error():
     with pytest.raises(ProfileError, match="no response token"):
         ActivationStats.empty(1, 2).probability()
+
+
+# 16 answers of 11,585 tokens are the most of which int32 holds every sum
+@pytest.mark.parametrize(
+    ("largest", "kind"), [(500, np.int16), (11_585, np.int16), (11_586, np.int16), (2**29, np.int32)]
+)
+def test_sums_over_questions_against_python_integers(largest, kind):
+    """Of as many tokens as each kind of integer holds, and one more; more neurons than are multiplied at once."""
+    rng = np.random.default_rng(8)
+    poles = []
+    for _ in range(2):
+        tokens = rng.integers(largest // 2, largest, 16, endpoint=True)
+        active = rng.integers(0, tokens[:, None, None], (16, 2, 1029), endpoint=True)
+        tokens[0], active[:, 1, 1027] = largest, largest
+        poles.append(AnswerCounts(active.astype(kind), tokens))
+    found = PairSpread.of_answers(*poles)
+    a, b = (one.active.astype(object) for one in poles)
+    s, t = (one.tokens.astype(object) for one in poles)
+    products = [(a * a).sum(0), (b * b).sum(0), (a * b).sum(0)]
+    mixed = [(one * tokens[:, None, None]).sum(0) for one, tokens in ((a, s), (b, t), (a, t), (b, s))]
+    np.testing.assert_array_equal(found.products, np.array(products))
+    np.testing.assert_array_equal(found.mixed, np.array(mixed))
+    assert found.lengths == ((s * s).sum(), (t * t).sum(), (s * t).sum())
+    assert found.products.dtype == found.mixed.dtype == np.int64
+
+
+def test_counts_of_answers_are_as_narrow_as_their_tokens():
+    assert AnswerCounts.kind(0) is AnswerCounts.kind(32_767) is np.int16
+    assert AnswerCounts.kind(32_768) is np.int32
+    accumulator, module = StatsAccumulator(1, 3), torch.nn.Identity()
+    for tokens in (5, 32_768):
+        with accumulator.listen([module], torch.ones(1, tokens, dtype=torch.bool)):
+            module(torch.ones(1, tokens, 3))
+        assert accumulator.counts().active.dtype == AnswerCounts.kind(tokens)
+    assert accumulator.counts().active.tolist() == [[[5] * 3], [[32_768] * 3]]

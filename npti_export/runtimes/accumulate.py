@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from npti_export.routing import ExpertRouting, routing_for
-from npti_export.stats import BIN_COUNT, EDGES, ActivationStats
+from npti_export.stats import BIN_COUNT, EDGES, ActivationStats, AnswerCounts
 
 # Activations that are sorted into bins at once: what that takes is some 30 bytes each, for a moment, beside the model.
 _AT_ONCE = 1 << 25
@@ -53,8 +53,12 @@ class StatsAccumulator:
                 stack.callback(module.register_forward_pre_hook(_product_hook(layer)).remove)
             yield
         self._tokens += int(counted.sum())
-        counts = np.stack([layer.answers.cpu().numpy() for layer in self._layers], axis=1)
-        self._answers.append((counts, counted.sum(1).cpu().numpy()))
+        tokens = counted.sum(1).cpu().numpy()
+        kind = AnswerCounts.kind(int(tokens.max(initial=0)))
+        counts = np.empty((len(tokens), len(self._layers), self._layers[0].width), kind)
+        for place, layer in enumerate(self._layers):  # one after the other: there are as many counts as statistics
+            counts[:, place] = layer.answers.cpu().numpy()
+        self._answers.append((counts, tokens))
 
     def result(self) -> ActivationStats:
         """What was counted so far."""
@@ -68,24 +72,24 @@ class StatsAccumulator:
             _stacked([layer.product for layer in layers], axis=1).astype(np.float64) if self._products else None,
         )
 
-    def counts(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Active tokens ``[answers, layers, width]`` and tokens ``[answers]`` of each answer, in their order."""
+    def counts(self) -> AnswerCounts:
+        """Of each answer, in their order."""
         active, tokens = zip(*self._answers, strict=True)
-        return np.concatenate(active), np.concatenate(tokens)
+        return AnswerCounts(np.concatenate(active), np.concatenate(tokens))
 
 
 class _LayerCounts:
     """What the neurons of one layer did. It lies where the layer computes, which the layer's first output says."""
 
     def __init__(self, width: int, experts: int, *, products: bool) -> None:
-        self._width, self._experts, self._products = width, experts, products
+        self.width, self._experts, self._products = width, experts, products
         self._device = torch.device("cpu")  # until then
 
     def begin(self, counted: torch.Tensor) -> None:
         """A pass begins, of which the positions ``[batch, length]`` count."""
         self._counted = counted
         self._placed: torch.Tensor | None = None
-        self.answers = torch.zeros((len(counted), self._width), dtype=torch.int32, device=self._device)
+        self.answers = torch.zeros((len(counted), self.width), dtype=torch.int32, device=self._device)
 
     def counted(self, output: torch.Tensor) -> torch.Tensor:
         """The positions, on the device of an output, as all that is counted from now on."""
@@ -96,15 +100,15 @@ class _LayerCounts:
 
     @cached_property
     def active(self) -> torch.Tensor:
-        return torch.zeros(self._width, dtype=torch.int64, device=self._device)
+        return torch.zeros(self.width, dtype=torch.int64, device=self._device)
 
     @cached_property
     def histogram(self) -> torch.Tensor:
-        return torch.zeros(self._width * BIN_COUNT, dtype=torch.int32, device=self._device)
+        return torch.zeros(self.width * BIN_COUNT, dtype=torch.int32, device=self._device)
 
     @cached_property
     def largest(self) -> torch.Tensor:
-        return torch.zeros(self._width, dtype=torch.float32, device=self._device)
+        return torch.zeros(self.width, dtype=torch.float32, device=self._device)
 
     @cached_property
     def routed(self) -> torch.Tensor:
@@ -114,7 +118,7 @@ class _LayerCounts:
     def product(self) -> torch.Tensor:
         # float64 where there is any: the sums of a shard, and of all of them, are right to the last digits
         exact = torch.float32 if self._device.type == "mps" else torch.float64
-        return torch.zeros((2, self._width), dtype=exact, device=self._device)
+        return torch.zeros((2, self.width), dtype=exact, device=self._device)
 
     @cached_property
     def _edges(self) -> torch.Tensor:
@@ -149,7 +153,7 @@ class _LayerCounts:
     @property
     def every(self) -> slice:
         """All neurons."""
-        return slice(0, self._width)
+        return slice(0, self.width)
 
 
 def _hook(layer: _LayerCounts, routing: ExpertRouting | None) -> Any:
