@@ -34,7 +34,7 @@ class StatsAccumulator:
         self._tokens = 0
         self._layers = [_LayerCounts(width, experts, products=products) for _ in range(layers)]
         self._experts, self._products = experts, products
-        self._answers: list[tuple[Any, Any]] = []  # [answers, layers, width] and [answers] of each pass
+        self._answers: list[AnswerCounts] = []  # of each pass
 
     @contextmanager
     def listen(
@@ -60,7 +60,7 @@ class StatsAccumulator:
         counts = np.empty((len(tokens), len(self._layers), self._layers[0].width), kind)
         for place, layer in enumerate(self._layers):  # one after the other: there are as many counts as statistics
             counts[:, place] = layer.answers.cpu().numpy()
-        self._answers.append((counts, tokens))
+        self._answers.append(AnswerCounts(counts, tokens))
 
     def result(self) -> ActivationStats:
         """What was counted so far."""
@@ -74,10 +74,9 @@ class StatsAccumulator:
             _stacked([layer.product for layer in layers], axis=1).astype(np.float64) if self._products else None,
         )
 
-    def counts(self) -> AnswerCounts:
-        """Of each answer, in their order."""
-        active, tokens = zip(*self._answers, strict=True)
-        return AnswerCounts(np.concatenate(active), np.concatenate(tokens))
+    def counts(self) -> list[AnswerCounts]:
+        """Of each answer, in their order, pass by pass: joined they would be there twice."""
+        return self._answers
 
 
 class _LayerCounts:

@@ -181,8 +181,9 @@ class TransformersRuntime:
         for group in range(max(groups) + 1):
             places = [index for index, one in enumerate(groups) if one == group]
             accumulator = self._counted([answers[place] for place in places])
-            counts = accumulator.counts()
-            active[places], tokens[places] = counts.active, counts.tokens
+            for counts in accumulator.counts():
+                some, places = places[: len(counts.tokens)], places[len(counts.tokens) :]
+                active[some], tokens[some] = counts.active, counts.tokens
             stats.append(accumulator.result())
         return stats, AnswerCounts(active, tokens)
 
