@@ -23,6 +23,7 @@ BIN_COUNT = len(EDGES) + 1
 _FIELDS = ("active", "histogram", "largest")  # arrays of a saved file
 _OPTIONAL = ("routed", "product")
 _SPREAD_FIELDS = ("products", "mixed")
+_PIECE = 1024  # neurons whose answers' counts are multiplied at once: what that takes stays in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,22 @@ class PairSpread:
     @classmethod
     def of_answers(cls, plus: AnswerCounts, minus: AnswerCounts) -> PairSpread:
         """Of answers in the order of their questions."""
-        a, b = plus.active.astype(np.int64), minus.active.astype(np.int64)
         s, t = plus.tokens.astype(np.int64), minus.tokens.astype(np.int64)
-
-        def times(active: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-            return np.tensordot(tokens, active, axes=1)
-
-        return cls(
-            len(s),
-            (int(s @ s), int(t @ t), int(s @ t)),
-            np.stack([(a * a).sum(0), (b * b).sum(0), (a * b).sum(0)]),
-            np.stack([times(a, s), times(b, t), times(a, t), times(b, s)]),
-        )
+        answers, layers, width = plus.active.shape
+        # every sum is of products of two counts: int32 holds it up to 4,095 tokens in each of 128 answers
+        most = max(int(one.max(initial=0)) for one in (plus.active, minus.active, s, t))
+        kind: type[np.signedinteger[Any]] = np.int32 if answers * most**2 < 2**31 else np.int64
+        own, others = s.astype(kind), t.astype(kind)
+        spread = cls.empty(layers, width)
+        for layer in range(layers):
+            for start in range(0, width, _PIECE):  # all answers at once are as large as the statistics of a trait
+                piece = slice(start, start + _PIECE)
+                a, b = (one.active[:, layer, piece].astype(kind) for one in (plus, minus))
+                for place, (left, right) in enumerate(((a, a), (b, b), (a, b))):
+                    spread.products[place, layer, piece] = np.einsum("ij,ij->j", left, right)
+                for place, (tokens, active) in enumerate(((own, a), (others, b), (others, a), (own, b))):
+                    spread.mixed[place, layer, piece] = np.einsum("i,ij->j", tokens, active)
+        return cls(answers, (int(s @ s), int(t @ t), int(s @ t)), spread.products, spread.mixed)
 
     def __add__(self, other: PairSpread) -> PairSpread:
         first, second, third = (one + more for one, more in zip(self.lengths, other.lengths, strict=True))
@@ -81,14 +86,17 @@ class PairSpread:
         ``e = (a+ - p+ t+) / T+ - (a- - p- t-) / T-`` of each of ``n`` questions it is ``n / (n - 1) * sum e^2``.
         Infinite for fewer than two questions.
         """
-        p, q = plus.probability(), minus.probability()
+        rates, others = plus.probability(), minus.probability()
+        variance = np.full(rates.shape, np.inf)
         if self.pairs < 2:
-            return np.full(p.shape, np.inf)
-        own = self.products[0] - 2 * p * self.mixed[0] + p * p * self.lengths[0]
-        other = self.products[1] - 2 * q * self.mixed[1] + q * q * self.lengths[1]
-        both = self.products[2] - q * self.mixed[2] - p * self.mixed[3] + p * q * self.lengths[2]
-        squares = own / plus.tokens**2 + other / minus.tokens**2 - 2 * both / (plus.tokens * minus.tokens)
-        variance: npt.NDArray[np.float64] = np.maximum(squares, 0) * self.pairs / (self.pairs - 1)
+            return variance
+        for layer, (p, q) in enumerate(zip(rates, others, strict=True)):  # what it takes stays small
+            products, mixed = self.products[:, layer], self.mixed[:, layer]
+            own = products[0] - 2 * p * mixed[0] + p * p * self.lengths[0]
+            other = products[1] - 2 * q * mixed[1] + q * q * self.lengths[1]
+            both = products[2] - q * mixed[2] - p * mixed[3] + p * q * self.lengths[2]
+            squares = own / plus.tokens**2 + other / minus.tokens**2 - 2 * both / (plus.tokens * minus.tokens)
+            variance[layer] = np.maximum(squares, 0) * self.pairs / (self.pairs - 1)
         return variance
 
 
@@ -97,15 +105,21 @@ class AnswerCounts:
     """What single answers did.
 
     Attributes:
-        active: ``[answers, layers, width]`` int32, tokens on which ``a > 0``.
+        active: ``[answers, layers, width]``, tokens on which ``a > 0``: int16 where no answer is longer than it holds,
+            as there are as many counts in a batch as in all statistics of a trait; else int32.
         tokens: ``[answers]`` int64, tokens that were counted.
     """
 
-    active: npt.NDArray[np.int32]
+    active: npt.NDArray[np.signedinteger[Any]]
     tokens: npt.NDArray[np.int64]
 
     def __getitem__(self, some: slice) -> AnswerCounts:
         return AnswerCounts(self.active[some], self.tokens[some])
+
+    @staticmethod
+    def kind(longest: int) -> type[np.signedinteger[Any]]:
+        """What :attr:`active` is of where no answer has more tokens than these."""
+        return np.int16 if longest <= np.iinfo(np.int16).max else np.int32
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Statistics of gate activations from llama.cpp, against a float64 forward pass and against transformers."""
 
+import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ from gguf import GGUFReader
 from graph import nodes
 from reference import ReferenceLlama
 from test_families import ACTIVATIONS
-from tolerances import GATE_LLAMACPP, LOG_BIN, RATES_CORRELATION, SIGNS_QUANTISED
+from tolerances import GATE_LLAMACPP, LOG_BIN, RATES_CORRELATION, SIGNS_QUANTISED, SUMS_FLOAT64
 
 from npti_export.activations import activate
 from npti_export.architectures import gguf_family
@@ -249,6 +251,77 @@ def test_counted_by_hand():
     assert counter.counts().active.tolist() == [[[2, 0, 0]], [[0, 1, 1]], [[2, 3, 0]]]
     np.testing.assert_allclose(first.largest, [[3 / (1 + np.exp(-3)), 5 / (1 + np.exp(-5)), 0.00050025]], rtol=1e-5)
     assert second.largest[0, 2] == 0
+
+
+def near_edges():
+    """Where a bin could be missed by one: float32 numbers next to every edge and to every place of the table."""
+    gates = np.float32([0.0, -0.0, 1e-45, -1e-45, 1e-40, 1.1754944e-38, 1e-30, -1e-30, 88, 89, 3.4e38, -3.4e38])
+    for edge in EDGES:  # of SiLU, from above: a >= gate / 2
+        low, high = float(edge), 2 * float(edge) + 1
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (middle, high) if middle / (1 + np.exp(-middle)) < edge else (low, middle)
+        at = np.float32(high)
+        table = at.view(np.uint32) >> 11 << 11  # the first of its place
+        around = [at, np.nextafter(at, np.float32(0)), np.nextafter(at, np.float32(np.inf)), -at]
+        gates = np.concatenate([gates, around, np.array([table - 1, table, table + 1], np.uint32).view(np.float32)])
+    return gates
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_counted_as_value_by_value(activation):
+    """Groups, answers that come and go or have several rows, a narrow layer, more rows and neurons than fit at once."""
+    rng, shape = np.random.default_rng(3), ModelShape(2, 480, 8)
+    counter, widths = GateCounter(shape, activation, 2, 7, "x.gguf"), (480, 70)
+    table, edges = bin_of_bits(activation).tolist(), near_edges()
+    tokens, active, bins = Counter(), Counter(), Counter()
+    largest, sums = {}, {}
+    passes = [([0, 1, 2, 4, 5], [0, 0, 0, 1, 1])] * 90 + [([0, 2, 5], [0, 0, 1])] * 40 + [([3] * 300, [0] * 300)]
+    passes += [([6, 6, 4, 6], [1] * 4), ([1], [0]), ([2, 1, 0], [0] * 3)]
+    for answers, groups in passes:
+        counter.begin(answers, groups)
+        tokens.update(answers)
+        for layer, width in enumerate(widths):
+            wide = np.concatenate([rng.choice(edges, (len(answers), width)), np.ones((len(answers), 4))], 1)
+            gates, products = wide.astype(np.float32), rng.normal(size=(len(answers), width)).astype(np.float32)
+            assert counter.see(layer, width)(gates) is counter.see_product(layer)(products) is False
+            keys = (gates[:, :width].view(np.uint32) >> 11).tolist()
+            for row, (answer, group) in enumerate(zip(answers, groups, strict=True)):
+                for neuron, key in enumerate(keys[row]):
+                    place = layer, neuron
+                    largest[(group, *place)] = max(largest.get((group, *place), 0.0), float(gates[row, neuron]))
+                    sums.setdefault((group, *place), []).append(float(products[row, neuron]))
+                    if table[key]:
+                        active[(answer, *place)] += 1
+                        bins[(group, *place, table[key] - 1)] += 1
+    results, counts = counter.results(), counter.counts()
+    assert counts.tokens.tolist() == [tokens[answer] for answer in range(7)]
+    for place, found in np.ndenumerate(counts.active):
+        assert found == active[place]
+    for group, stats in enumerate(results):
+        members = [0, 1, 2, 3] if group == 0 else [4, 5, 6]
+        assert stats.tokens == sum(tokens[answer] for answer in members)
+        np.testing.assert_array_equal(stats.active, counts.active[members].sum(0))
+        for place, found in np.ndenumerate(stats.histogram):
+            assert found == bins[(group, *place)]
+        for place, found in np.ndenumerate(stats.largest):
+            top = np.float32(largest.get((group, *place), 0.0))
+            assert found == (activate(np.array([top]), activation)[0] if top > 0 else 0)
+            values = sums.get((group, *place), [])
+            squares = [value * value for value in values]
+            np.testing.assert_allclose(stats.product[(0, *place)], math.fsum(values), atol=SUMS_FLOAT64 * len(values))
+            np.testing.assert_allclose(stats.product[(1, *place)], math.fsum(squares), rtol=SUMS_FLOAT64)
+
+
+def test_an_answer_of_more_tokens_than_int16_holds():
+    for answers in (1, 2):
+        counter = GateCounter(ModelShape(1, 3, 8), "silu", 1, answers, "x.gguf")
+        for _ in range(33):
+            counter.begin([0] * 1000, [0] * 1000)
+            counter.see(0)(np.array([[1, -1, 2]] * 1000, np.float32))
+        assert counter.results()[0].active.tolist() == [[33_000, 0, 33_000]]
+        assert counter.counts().active[0].tolist() == [[33_000, 0, 33_000]]
+        assert counter.counts().active.dtype == np.int32
 
 
 def test_sums_of_spread_are_exact_and_add_up():

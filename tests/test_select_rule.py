@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tolerances import FLOAT32
 
 from npti_export.errors import OutputError, ProfileError, RecipeError
-from npti_export.identify.select import pole_neurons
+from npti_export.identify.select import pole_neurons, qualifying, rank
 from npti_export.inspection import inspect_file
 from npti_export.models import ModelShape, gguf_source
 from npti_export.profile import NeuronProfile
@@ -40,8 +42,8 @@ def plain_selection(profile, sign, threshold, at_least, at_most):
             scored.append((-towards * delta, layer, neuron))
     scored.sort()
     chosen = []
-    for rank, (minus, layer, neuron) in enumerate(scored):
-        if -minus > 0 and (-minus >= threshold or rank < at_least):
+    for place, (minus, layer, neuron) in enumerate(scored):
+        if -minus > 0 and (-minus >= threshold or place < at_least):
             chosen.append((layer, neuron))
     return chosen[:at_most]
 
@@ -57,6 +59,23 @@ def test_selection(sign, threshold, at_least, at_most):
     )
     assert found == plain_selection(profile, sign, threshold, at_least, at_most)
     assert 0 < len(found) < profile.p_plus.size
+
+
+@given(
+    st.lists(st.sampled_from([-0.5, -0.0, 0.0, 1e-9, 0.1 - 1e-8, 0.1, 0.2, 0.3]) | st.floats(-1, 1), max_size=40),
+    st.sampled_from([0.0, 0.1, 0.2, 1.0]),
+    st.integers(0, 50),
+    st.none() | st.integers(1, 50),
+)
+@settings(max_examples=500, deadline=None)
+def test_ranks_are_those_of_a_stable_sort(strength, threshold, at_least, at_most):
+    """Ties, zeros, and more asked for than there are."""
+    order = sorted(range(len(strength)), key=lambda place: -strength[place])
+    count = max(sum(one >= threshold - 1e-7 for one in strength), at_least)
+    want = [place for place in order[:count] if strength[place] > 0][:at_most]
+    asked = np.array(strength, np.float64), threshold, at_least, at_most
+    assert rank(*asked).tolist() == want
+    assert np.flatnonzero(qualifying(*asked)).tolist() == sorted(want)
 
 
 def test_a_delta_of_exactly_the_threshold_is_in():

@@ -1,15 +1,27 @@
 """Statistics against plain numpy over the raw activations."""
 
+import bisect
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import QUANTILE_BIN, QUANTILE_FULL_BINS, QUANTILE_WIDE_BIN
+from tolerances import QUANTILE_BIN, QUANTILE_FULL_BINS, QUANTILE_WIDE_BIN, SUMS_FLOAT64
 
 from npti_export.errors import ProfileError
 from npti_export.runtimes.accumulate import StatsAccumulator
-from npti_export.stats import BIN_COUNT, ActivationStats, ContrastStats, PairSpread, load_stats, save_stats
+from npti_export.stats import (
+    BIN_COUNT,
+    EDGES,
+    ActivationStats,
+    AnswerCounts,
+    ContrastStats,
+    PairSpread,
+    load_stats,
+    save_stats,
+)
 
 
 def collect(activations):
@@ -39,6 +51,42 @@ def test_counts_against_plain_loops():
             assert stats.histogram[layer, neuron].sum() == sum(value > 0 for value in values)
             assert stats.largest[layer, neuron] == max(0.0, *values)
     np.testing.assert_array_equal(stats.probability(), (activations > 0).mean(1))
+
+
+@pytest.mark.parametrize("at_once", [1 << 21, 64])
+def test_every_float32_is_in_its_bin(at_once, monkeypatch):
+    """Next to every edge and every cell of the table, the smallest and the largest, infinite ones, and no number."""
+    monkeypatch.setattr("npti_export.runtimes.accumulate._AT_ONCE_CPU", at_once)
+    cells = np.arange(0, 1 << 31, 1 << 19, dtype=np.uint32).view(np.float32)
+    close = [np.nextafter(one, np.float32(to)) for one in (EDGES, cells) for to in (0, np.inf)]
+    rng = np.random.default_rng(9)
+    others = rng.integers(0, 1 << 32, 20_000, dtype=np.uint32).view(np.float32)
+    odd = np.float32([0.0, -0.0, 1e-45, -1e-45, np.inf, -np.inf, np.nan, 3.4e38])
+    values = np.concatenate([EDGES, cells, *close, others, odd])
+    values = np.concatenate([values, -values])
+    values = values[: len(values) // 7 * 7].reshape(1, -1, 7)
+    want, edges = np.zeros((7, BIN_COUNT), int), EDGES.tolist()
+    for neuron, found in enumerate(values[0].T.tolist()):
+        for one in found:
+            if one > 0:
+                want[neuron, bisect.bisect_right(edges, one)] += 1
+    np.testing.assert_array_equal(collect(values).histogram[0], want)
+    numbers = values[0][~np.isnan(values[0])]
+    on_a_gpu = torch.bucketize(torch.from_numpy(numbers), torch.from_numpy(EDGES), right=True, out_int32=True)
+    assert on_a_gpu.tolist() == [bisect.bisect_right(edges, one) for one in numbers.tolist()]
+
+
+def test_inputs_of_down_projections_in_pieces(monkeypatch):
+    monkeypatch.setattr("npti_export.runtimes.accumulate._PRODUCTS_CPU", 1 << 12)
+    values = np.random.default_rng(10).normal(size=(1, 40, 300)).astype(np.float32)
+    accumulator, modules = StatsAccumulator(1, 300, products=True), [torch.nn.Identity() for _ in range(2)]
+    with accumulator.listen(modules[:1], torch.ones(1, 40, dtype=torch.bool), modules[1:]):
+        for module in modules:
+            module(torch.from_numpy(values))
+    found = accumulator.result().product[:, 0]
+    for neuron, column in enumerate(values[0].T.tolist()):
+        np.testing.assert_allclose(found[0, neuron], math.fsum(column), atol=SUMS_FLOAT64 * 40)
+        np.testing.assert_allclose(found[1, neuron], math.fsum(one * one for one in column), rtol=SUMS_FLOAT64)
 
 
 def test_exact_zeros_and_empty_neurons_are_not_active():
@@ -141,3 +189,39 @@ def test_saved_and_read_back(tmp_path):
 def test_no_tokens_is_an_error():
     with pytest.raises(ProfileError, match="no response token"):
         ActivationStats.empty(1, 2).probability()
+
+
+# 16 answers of 11,585 tokens are the most of which int32 holds every sum
+@pytest.mark.parametrize(
+    ("largest", "kind"), [(500, np.int16), (11_585, np.int16), (11_586, np.int16), (2**29, np.int32)]
+)
+def test_sums_over_questions_against_python_integers(largest, kind):
+    """Of as many tokens as each kind of integer holds, and one more; more neurons than are multiplied at once."""
+    rng = np.random.default_rng(8)
+    poles = []
+    for _ in range(2):
+        tokens = rng.integers(largest // 2, largest, 16, endpoint=True)
+        active = rng.integers(0, tokens[:, None, None], (16, 2, 1029), endpoint=True)
+        tokens[0], active[:, 1, 1027] = largest, largest
+        poles.append(AnswerCounts(active.astype(kind), tokens))
+    found = PairSpread.of_answers(*poles)
+    a, b = (one.active.astype(object) for one in poles)
+    s, t = (one.tokens.astype(object) for one in poles)
+    products = [(a * a).sum(0), (b * b).sum(0), (a * b).sum(0)]
+    mixed = [(one * tokens[:, None, None]).sum(0) for one, tokens in ((a, s), (b, t), (a, t), (b, s))]
+    np.testing.assert_array_equal(found.products, np.array(products))
+    np.testing.assert_array_equal(found.mixed, np.array(mixed))
+    assert found.lengths == ((s * s).sum(), (t * t).sum(), (s * t).sum())
+    assert found.products.dtype == found.mixed.dtype == np.int64
+
+
+def test_counts_of_answers_are_as_narrow_as_their_tokens():
+    assert AnswerCounts.kind(0) is AnswerCounts.kind(32_767) is np.int16
+    assert AnswerCounts.kind(32_768) is np.int32
+    accumulator, module = StatsAccumulator(1, 3), torch.nn.Identity()
+    for tokens in (5, 32_768):
+        with accumulator.listen([module], torch.ones(1, tokens, dtype=torch.bool)):
+            module(torch.ones(1, tokens, 3))
+    first, second = accumulator.counts()
+    assert (first.active.dtype, second.active.dtype) == (np.int16, np.int32)
+    assert (first.active.tolist(), second.active.tolist()) == ([[[5] * 3]], [[[32_768] * 3]])

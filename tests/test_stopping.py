@@ -274,3 +274,43 @@ def test_llama_cpp_goes_on_to_the_same_profile(make_tiny, tmp_path, monkeypatch)
         again = asked(opened, path, tmp_path / "cache", *quick)
     assert again.origin["questions"] == 14
     assert bytes_of(again, tmp_path, "b.safetensors") == whole
+
+
+def plain_overlap(stats, section, total):
+    """The forecast as its docstring states it, neuron by neuron, with a full sort of every draw."""
+    asked, rest = stats.spread.pairs, total - stats.spread.pairs
+    delta = (stats.plus.active / stats.plus.tokens - stats.minus.active / stats.minus.tokens).ravel()
+    squared = stats.spread.delta_variance(stats.plus, stats.minus).ravel()
+    error = np.sqrt(squared)
+    observed = np.array([d / e if e > 0 else 0.0 for d, e in zip(delta, error, strict=True)])
+    mean, variance = observed[error > 0].mean(), observed[error > 0].var()
+    shrink = max(variance - 1, 1e-6) / max(variance, 1 + 1e-6)
+    expected = np.where(error > 0, error * (mean + shrink * (observed - mean)), delta)
+    deviation = np.sqrt(shrink * squared + squared * asked / rest)
+    random, found = np.random.default_rng(0), {"+": [], "-": []}
+    for _ in range(12):
+        final = (asked * delta + rest * (expected + deviation * random.standard_normal(len(delta)))) / total
+        for sign, towards in (("+", 1), ("-", -1)):
+            now, then = (plain_choice((towards * one).tolist(), section) for one in (delta, final))
+            found[sign].append(len(now & then) / len(now | then) if now | then else 1.0)
+    return min(float(np.mean(values)) for values in found.values())
+
+
+def plain_choice(strength, section):
+    order = sorted(range(len(strength)), key=lambda place: -strength[place])  # stable
+    count = max(sum(one >= section.threshold - 1e-7 for one in strength), section.at_least)
+    return {place for place in order[:count] if strength[place] > 0} & set(order[: section.at_most])
+
+
+@pytest.mark.parametrize("selection", [[], ["select.at_least=3000"], ["select.at_most=40"], ["select.threshold=1"]])
+def test_the_forecast_is_what_full_sorts_give(selection):
+    """More neurons than are drawn at once, many of one delta, some that never change."""
+    rng = np.random.default_rng(2)
+    tokens = [rng.integers(5, 9, 20) for _ in range(2)]
+    rates = np.clip(rng.uniform(-0.2, 0.6, 33_000), 0, 1)
+    plus, minus = (counts_of(rng.binomial(one[:, None], rates), one) for one in tokens)
+    section, stats = load_recipe("npti", selection).select, contrast_of(plus, minus)
+    delta = stats.plus.probability() - stats.minus.probability()
+    assert (delta == 0).sum() > 5000
+    assert len(np.unique(delta)) < delta.size / 2
+    assert expected_overlap(stats, section, 64) == plain_overlap(stats, section, 64)

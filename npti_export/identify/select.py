@@ -49,9 +49,28 @@ def rank(strength: npt.NDArray[np.float64], threshold: float, at_least: int, at_
         at_least: so many qualify below the threshold, if they are above 0.
         at_most: cap.
     """
-    order = np.argsort(-strength, kind="stable")
-    ranked = strength[order]
-    qualifies = ranked >= threshold - 1e-7
-    qualifies[:at_least] = True
-    qualifies &= ranked > 0
-    return order[qualifies][:at_most].astype(np.int64)
+    places = np.flatnonzero(qualifying(strength, threshold, at_least, at_most))
+    return places[np.argsort(-strength[places], kind="stable")]
+
+
+def qualifying(
+    strength: npt.NDArray[np.float64], threshold: float, at_least: int, at_most: int | None
+) -> npt.NDArray[np.bool_]:
+    """The neurons that :func:`rank` gives, as a mask ``[n]``, without sorting all.
+
+    Those of a ranking are always its first ones, so that only their number has to be known, and the last one's
+    strength; of several of that strength the first places are taken, as a stable sort does.
+    """
+    mask: npt.NDArray[np.bool_] = (strength >= threshold - 1e-7) & (strength > 0)
+    enough = int(np.count_nonzero(mask))
+    wanted = max(enough, at_least) if at_most is None else min(max(enough, at_least), at_most)
+    if wanted == enough:
+        return mask
+    pool = mask if wanted < enough else strength > 0
+    strengths = strength[pool]
+    if wanted >= len(strengths):
+        return pool
+    last = float(np.partition(strengths, len(strengths) - wanted)[len(strengths) - wanted])
+    mask = strength > last
+    mask[np.flatnonzero(strength == last)[: wanted - np.count_nonzero(mask)]] = True
+    return mask

@@ -174,13 +174,16 @@ class TransformersRuntime:
         """See :class:`Runtime`: generation in batches, then a teacher-forced pass, where more is computed at once."""
         answers = self.generate(prompts, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty)
         shape = self.source.shape
-        active = np.zeros((len(answers), shape.layers, shape.width), np.int32)
+        kind = AnswerCounts.kind(max((len(one.response) for one in answers), default=0))
+        active = np.zeros((len(answers), shape.layers, shape.width), kind)
         tokens = np.zeros(len(answers), np.int64)
         stats = []
         for group in range(max(groups) + 1):
             places = [index for index, one in enumerate(groups) if one == group]
             accumulator = self._counted([answers[place] for place in places])
-            active[places], tokens[places] = accumulator.counts()
+            for counts in accumulator.counts():
+                some, places = places[: len(counts.tokens)], places[len(counts.tokens) :]
+                active[some], tokens[some] = counts.active, counts.tokens
             stats.append(self._finite(accumulator.result()))
         return stats, AnswerCounts(active, tokens)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,9 @@ from npti_export.stats import BIN_COUNT, EDGES, ActivationStats, AnswerCounts
 DROPPED_BITS = 11
 _HELD_ROWS = 256  # kept as bin numbers until they are summed up: one byte a neuron and row
 _NOT_POSITIVE = 0  # bin b of the statistics is kept as b + 1
+# What is worked on at once stays in a processor's cache: values that are looked up and products, and neurons whose
+# bins are summed up.
+_LOOKED_UP, _PRODUCTS, _SUMMED_UP = 1 << 16, 1 << 17, 256
 
 
 class GateCounter:
@@ -38,11 +42,11 @@ class GateCounter:
         self._where = where
         self._activation, self._bins = activation, bin_of_bits(activation)
         self._groups = [_Group(layers, width) for _ in range(groups)]
-        # an answer's own counts: int32, as an answer may be longer than 65,535 tokens
-        self._counts = np.zeros((answers, layers, width), np.int32)
+        # of each answer: a pass adds to one layer of all of them
+        self._counts: npt.NDArray[np.signedinteger[Any]] = np.zeros((layers, answers, width), AnswerCounts.kind(0))
         self._tokens = np.zeros(answers, np.int64)
         self._group_of = np.zeros(answers, np.int64)
-        self._rows: list[tuple[_Group, slice, slice]] = []  # group, rows of the pass, places in its buffer
+        self._rows: list[_Rows] = []
 
     def begin(self, answers: Sequence[int], groups: Sequence[int]) -> None:
         """Expect a pass with one row for each of these answers, rows of a group next to each other."""
@@ -54,13 +58,13 @@ class GateCounter:
                 end += 1
             rows, group = slice(start, end), self._groups[groups[start]]
             if group.held + end - start > len(group.buffer[0]):
-                self._sum_up(group)
+                group.sum_up()
                 group.make_room(end - start)
-            self._rows.append((group, rows, slice(group.held, group.held + end - start)))
-            group.owners += answers[rows]
+            self._rows.append(_Rows(group, rows, group.hold(end - start), *_owners(answers[rows])))
             start = end
         np.add.at(self._tokens, list(answers), 1)
         self._group_of[list(answers)] = groups
+        self._counts = self._counts.astype(AnswerCounts.kind(int(self._tokens.max(initial=0))), copy=False)
 
     def see(self, layer: int, first: int | None = None) -> See:
         """What a tap does with a layer's pre-activations ``[rows, neurons]``; the ``first`` columns are the gate's.
@@ -71,33 +75,48 @@ class GateCounter:
         def look(values: Floats) -> bool:
             gate = values[:, :first]
             width = gate.shape[1]
-            bins = self._bins[gate.view(np.uint32) >> DROPPED_BITS]
-            for group, rows, place in self._rows:
-                group.buffer[layer, place, :width] = bins[rows]
-                largest = group.largest[layer, :width]
-                np.maximum(largest, gate[rows].max(0), out=largest)
+            for one in self._rows:
+                some, bins = gate[one.rows], one.group.buffer[layer, one.held, :width]
+                self._look_up(some, bins)
+                largest = one.group.largest[layer, :width]
+                np.maximum(largest, some.max(0), out=largest)
+                active, counts = bins != _NOT_POSITIVE, self._counts[layer, :, :width]
+                if one.several is None:
+                    counts[one.answers] += active
+                else:
+                    for answer, its in one.several:
+                        counts[answer] += active[its].sum(0, dtype=counts.dtype)
             return False
 
         return look
+
+    def _look_up(self, gate: Floats, bins: npt.NDArray[np.uint8]) -> None:
+        """Write the bins of pre-activations, both ``[rows, neurons]``."""
+        rows = max(1, _LOOKED_UP // max(1, gate.shape[1]))
+        keys = np.empty((min(rows, len(gate)), gate.shape[1]), np.int64)
+        for start in range(0, len(gate), rows):
+            some = gate[start : start + rows]
+            found = np.right_shift(some.view(np.uint32), DROPPED_BITS, out=keys[: len(some)])
+            self._bins.take(found, out=bins[start : start + rows], mode="clip")  # all are inside: it saves a copy
 
     def see_product(self, layer: int) -> See:
         """What a tap does with the input of a layer's down projection ``[rows, neurons]``."""
 
         def look(values: Floats) -> bool:
-            width = values.shape[1]
-            for group, rows, _ in self._rows:
-                some = values[rows].astype(np.float64)
-                group.product[0, layer, :width] += some.sum(0)
-                group.product[1, layer, :width] += np.square(some, out=some).sum(0)
+            for one in self._rows:
+                columns = _PRODUCTS // (one.rows.stop - one.rows.start) + 1
+                for start in range(0, values.shape[1], columns):
+                    some = values[one.rows, start : start + columns].astype(np.float64)
+                    product = one.group.product[:, layer, start : start + some.shape[1]]
+                    product[0] += some.sum(0)
+                    product[1] += np.square(some, out=some).sum(0)
             return False
 
         return look
 
     def counts(self) -> AnswerCounts:
         """Of each answer."""
-        for group in self._groups:
-            self._sum_up(group)
-        return AnswerCounts(self._counts, self._tokens)
+        return AnswerCounts(self._counts.transpose(1, 0, 2), self._tokens)
 
     def results(self) -> list[ActivationStats]:
         """The statistics of each group.
@@ -106,7 +125,7 @@ class GateCounter:
             ModelError: a gate was not a number.
         """
         for group in self._groups:
-            self._sum_up(group)
+            group.sum_up()
         return [self._result(index, group) for index, group in enumerate(self._groups)]
 
     def _result(self, index: int, group: _Group) -> ActivationStats:
@@ -117,28 +136,11 @@ class GateCounter:
         refuse_no_numbers(group.product, self._where)
         return ActivationStats(
             int(self._tokens[chosen].sum()),
-            self._counts[chosen].sum(0, dtype=np.int64),
+            np.stack([counts[chosen].sum(0, dtype=np.int64) for counts in self._counts]),
             group.histogram,
             activate(np.maximum(group.largest, 0), self._activation),
             product=group.product,
         )
-
-    def _sum_up(self, group: _Group) -> None:
-        held = len(group.owners)
-        if not held:
-            return
-        owners = np.array(group.owners)
-        order = np.argsort(owners, kind="stable")
-        names, starts = np.unique(owners[order], return_index=True)
-        width = group.largest.shape[1]
-        columns = np.arange(width, dtype=np.int32) * (BIN_COUNT + 1)
-        for layer, buffer in enumerate(group.buffer):
-            bins = buffer[:held]
-            active = (bins != _NOT_POSITIVE).view(np.uint8)[order]
-            self._counts[names, layer] += np.add.reduceat(active, starts, axis=0, dtype=np.int32)
-            counts = np.bincount((bins + columns).ravel(), minlength=width * (BIN_COUNT + 1))
-            group.histogram[layer] += counts.reshape(width, BIN_COUNT + 1)[:, 1:].astype(np.int32)
-        group.owners.clear()
 
 
 def refuse_no_numbers(seen: npt.NDArray[Any], where: object) -> None:
@@ -159,18 +161,59 @@ class _Group:
         self.largest = np.full((layers, width), -np.inf, np.float32)  # of the pre-activation
         self.buffer = np.zeros((layers, _HELD_ROWS, width), np.uint8)
         self.product = np.zeros((2, layers, width))  # of the down projection's input: sum, sum of squares
-        self.owners: list[int] = []  # the answer of each held row
+        self.held = 0  # rows in the buffer
 
-    @property
-    def held(self) -> int:
-        """Rows in the buffer."""
-        return len(self.owners)
+    def hold(self, rows: int) -> slice:
+        """Places of so many more rows in the buffer."""
+        self.held += rows
+        return slice(self.held - rows, self.held)
+
+    def sum_up(self) -> None:
+        """Count what is in the buffer, and empty it."""
+        columns = np.arange(_SUMMED_UP) * (BIN_COUNT + 1)
+        for buffer, histogram in zip(self.buffer[:, : self.held], self.histogram, strict=True):
+            for start in range(0, buffer.shape[1], _SUMMED_UP):
+                bins = buffer[:, start : start + _SUMMED_UP]
+                width = bins.shape[1]
+                counts = np.bincount((bins + columns[:width]).ravel(), minlength=width * (BIN_COUNT + 1))
+                histogram[start : start + width] += counts.reshape(width, -1)[:, 1:].astype(np.int32)
+        self.held = 0
 
     def make_room(self, rows: int) -> None:
         """A buffer that holds at least so many rows."""
         layers, size, width = self.buffer.shape
         if rows > size:
             self.buffer = np.zeros((layers, rows, width), np.uint8)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a pass.
+
+    Attributes:
+        group: that they belong to.
+        rows: of the pass.
+        held: places in the group's buffer.
+        answers: of the rows, one each.
+        several: where an answer has several rows, each answer and its rows.
+    """
+
+    group: _Group
+    rows: slice
+    held: slice
+    answers: slice | list[int]
+    several: list[tuple[int, npt.NDArray[np.bool_]]] | None
+
+
+def _owners(answers: Sequence[int]) -> tuple[slice | list[int], list[tuple[int, npt.NDArray[np.bool_]]] | None]:
+    """What :class:`_Rows` holds of answers. Such next to each other are a slice, to which is added in place."""
+    names = sorted(set(answers))
+    if len(names) < len(answers):
+        return list(answers), [(name, np.equal(answers, name)) for name in names]
+    consecutive = range(answers[0], answers[0] + len(answers))
+    if list(answers) == list(consecutive):
+        return slice(consecutive.start, consecutive.stop), None
+    return list(answers), None
 
 
 @cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -118,7 +119,7 @@ class ExpertCounter:
         self._shape, self._activation, self._where = shape, activation, where
         self._bins = bin_of_bits(activation)
         sizes = (shape.layers, shape.experts, shape.width // shape.experts)
-        self._counts = np.zeros((answers, *sizes), np.int32)
+        self._counts: npt.NDArray[np.signedinteger[Any]] = np.zeros((answers, *sizes), AnswerCounts.kind(0))
         self._tokens = np.zeros(answers, np.int64)
         self._group_of = np.zeros(answers, np.int64)
         self._histogram = np.zeros((groups, *sizes, BIN_COUNT), np.int32)
@@ -132,6 +133,7 @@ class ExpertCounter:
         self._rows = list(zip(answers, groups, strict=True))
         np.add.at(self._tokens, list(answers), 1)
         self._group_of[list(answers)] = groups
+        self._counts = self._counts.astype(AnswerCounts.kind(int(self._tokens.max(initial=0))), copy=False)
 
     def nodes(self, experts: Experts) -> dict[bytes, See]:
         """For a tap: routing and gate of every layer."""
