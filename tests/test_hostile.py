@@ -237,3 +237,83 @@ def test_sizes_are_whole_numbers(tiny_checkpoint, tmp_path, name, value):
     (folder / "config.json").write_text(json.dumps(config | {name: value}))
     with pytest.raises(ModelError, match="is no whole number"):
         resolve_model(str(folder))
+
+
+@pytest.fixture
+def loaded_folder(tmp_path):
+    """loaded_folder(file, change) -> a tiny model's folder with one of its JSON files changed, opened in a runtime."""
+    from npti_export.runtimes.transformers import TransformersRuntime
+
+    def make(file, change):
+        TARGETS["loaded-config"].prepare(tmp_path)
+        path = tmp_path / file
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        return TransformersRuntime(resolve_model(str(tmp_path)), device="cpu", dtype="float32")
+
+    return make
+
+
+@pytest.mark.parametrize("token", ["</s>", [1, "</s>"], 1.0, True, {"a": 1}])
+def test_a_token_that_ends_answers_is_a_number(loaded_folder, token):
+    with pytest.raises(ModelError, match=r"eos_token_id .*not the number of a token|cannot load it"):
+        loaded_folder("generation_config.json", lambda whole: whole | {"eos_token_id": token})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"num_beams": 3}, {"min_length": "x"}, {"suppress_tokens": [5, 6]}, {"eos_token_id": [-1, 2**70]}, {"top_k": []}],
+)
+def test_answers_are_greedy_whatever_a_model_says(loaded_folder, more):
+    """Beams, forbidden tokens and the like would be answers that llama.cpp does not give."""
+    ask = {"max_new_tokens": 4, "repetition_penalty": 1.1}
+    wanted = loaded_folder("config.json", lambda whole: whole).generate([(5, 6, 7), (9,)], **ask)
+    runtime = loaded_folder("generation_config.json", lambda whole: whole | more)
+    assert runtime.generate([(5, 6, 7), (9,)], **ask) == wanted
+    assert runtime.model.generation_config.to_dict().items() >= {"bos_token_id": 0}.items()  # written with a checkpoint
+
+
+def test_a_tokenizer_of_another_model(loaded_folder):
+    def change(whole):
+        del whole["model"]["vocab"]["ar"]
+        return whole | {"model": whole["model"] | {"vocab": whole["model"]["vocab"] | {"ar": 5000}}}
+
+    with pytest.raises(ModelError, match="its tokenizer gives token 5000, and the model has 300"):
+        loaded_folder("tokenizer.json", change).encode([{"role": "user", "content": "How are you?"}])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"model_max_length": "9"}, "cannot load it"),
+        ({"chat_template": "{{ 'x\ud800' }}"}, "makes no text of a question"),
+        ({"chat_template": "{{ '' }}"}, "makes nothing of a question"),
+    ],
+)
+def test_a_tokenizer_that_fails_in_use(loaded_folder, tmp_path, more, says):
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+
+    def change(whole):
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+        return whole | more
+
+    with pytest.raises(ModelError, match=says):
+        loaded_folder("tokenizer_config.json", change).encode([{"role": "user", "content": "How are you?"}])
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "64", "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": "x"}])
+def test_a_configuration_that_makes_no_model(tmp_path, rope):
+    from npti_export.endings.checkpoint import CheckpointEnding
+    from npti_export.recipe import load_recipe
+
+    TARGETS["checkpoint-config"].prepare(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        CheckpointEnding(resolve_model(str(tmp_path)), lambda: None, load_recipe("npti"), None)
+
+
+def test_an_adapter_that_peft_does_not_take(tmp_path):
+    (config,) = TARGETS["peft-config"].prepare(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(json.loads(config) | {"task_type": "POETRY"}))
+    with pytest.raises(AdapterError, match="PEFT cannot load it: .Invalid task type"):
+        TARGETS["peft-config"].read(tmp_path / "adapter_config.json")

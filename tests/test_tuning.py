@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import random_rule
 from documents import sample_document
+from fuzz_targets import TARGETS
 from jobs import QUICK, npti
 from plain_rule import plain_rule
 from rich.console import Console
@@ -566,3 +567,24 @@ def test_on_the_command_line(tiny, tmp_path, cli_environment, monkeypatch):
         trials.write_text(json.dumps(json.loads(tuning.to_json()) | {key: value}))
         with pytest.raises(EvaluationError, match=message):
             _supplements(EvaluationJob(subject), trials, None, Silent())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE trial_values SET value_type = '~'",
+        "UPDATE trials SET state = 'LOST'",
+        "UPDATE trial_params SET distribution_json = '{}'",
+        "UPDATE study_user_attributes SET value_json = '[]'",
+    ],
+)
+def test_a_study_that_optuna_reads_late(tmp_path, damage):
+    """It opens, and what is wrong shows when its trials are asked for."""
+    import sqlite3
+
+    (data,) = TARGETS["study"].prepare(tmp_path)
+    (tmp_path / "s.sqlite").write_bytes(data)
+    with sqlite3.connect(tmp_path / "s.sqlite") as database:
+        assert database.execute(damage).rowcount > 0
+    with pytest.raises(EvaluationError, match=r"s\.sqlite: not a study of trials, damaged|trial \d+ of the study is"):
+        TARGETS["study"].read(tmp_path / "s.sqlite")
