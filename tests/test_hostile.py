@@ -315,5 +315,5 @@ def test_a_configuration_that_makes_no_model(tmp_path, rope):
 def test_an_adapter_that_peft_does_not_take(tmp_path):
     (config,) = TARGETS["peft-config"].prepare(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(json.loads(config) | {"task_type": "POETRY"}))
-    with pytest.raises(AdapterError, match="PEFT cannot load it: .Invalid task type"):
+    with pytest.raises(AdapterError, match=r"PEFT cannot load it: .Invalid task type"):
         TARGETS["peft-config"].read(tmp_path / "adapter_config.json")

@@ -13,6 +13,7 @@ from npti_export.bench.imports import How, import_source
 from npti_export.bench.lines import encodable
 from npti_export.bench.making.folder import Folder, identity
 from npti_export.bench.making.journal import Journal, Record
+from npti_export.bench.making.ngrams import grams
 from npti_export.bench.making.plan import Plan
 from npti_export.bench.making.store import Store
 from npti_export.bench.making.topics import read_topics
@@ -67,6 +68,7 @@ def _store(path):
         path.with_name(name).unlink(missing_ok=True)
     store = Store(path)
     try:
+        assert type(store.twin(grams(_KEPT))) in (int, type(None))
         store.keep(0, "search", 0, 0, "How do you spend an evening alone at home?")
         store.finish_order()
         store.commit()
@@ -79,7 +81,7 @@ def _store(path):
 def _store_folder(folder):
     store = Store(folder / "s.sqlite")
     store.begin_turn(0, [(0, 3)])
-    store.keep(0, "search", 0, 7, "What do you do when a plan falls through at the last minute?")
+    store.keep(0, "search", 0, 7, _KEPT)
     store.reject(0, 0, 7, "words", "too short", "Why?", keep=True)
     store.finish_order()
     store.commit()
@@ -160,6 +162,7 @@ _ITEMS = (
 )
 
 
+_KEPT = "What do you do when a plan falls through at the last minute?"
 _RECORD = vars(Record(0, "1. What now?", verdicts=[True, None]))
 
 

@@ -8,11 +8,13 @@ from safetensors.numpy import save
 from fuzz_targets.target import HIDDEN, LAYERS, WIDTH, Target, plain
 from npti_export.chat_template import check_template
 from npti_export.export.convert import find_converter, plan_conversion
-from npti_export.models import resolve_model
+from npti_export.models import model_type_ahead, resolve_model
 
 
 def _model(path):
+    ahead = model_type_ahead(str(path.parent))
     source = resolve_model(str(path.parent))
+    assert source.model_type == ahead
     assert (source.shape.layers, source.shape.hidden) == (LAYERS, HIDDEN)
     assert source.shape.width > 0
     plan_conversion(source, ("convert_hf_to_gguf.py",), trust_remote_code=False)
