@@ -17,7 +17,7 @@ from rich.console import Console
 from tolerances import KV_FLOAT16
 
 from npti_export.bench import load_bench
-from npti_export.errors import BenchError, EvaluationError, ProfileError
+from npti_export.errors import BenchError, EvaluationError, ProfileError, RecipeError
 from npti_export.evaluate.capability.neutral import NeutralText
 from npti_export.evaluate.capability.tasks import Passage
 from npti_export.evaluate.conditions import Test
@@ -45,6 +45,7 @@ from npti_export.tuning.ablate import STRENGTHS, AblationJob, ablate, variations
 from npti_export.tuning.budget import Budget
 from npti_export.tuning.delivery import deliver_ablation, deliver_tuning
 from npti_export.tuning.opening import METHODS, ModelJob, opened
+from npti_export.tuning.recipe_file import check_recipe_path
 from npti_export.tuning.search import opened_study
 from npti_export.tuning.space import Space
 from npti_export.tuning.trial import Measure, other_passages, search_questions, trial_passages
@@ -588,3 +589,22 @@ def test_a_study_that_optuna_reads_late(tmp_path, damage):
         assert database.execute(damage).rowcount > 0
     with pytest.raises(EvaluationError, match=r"s\.sqlite: not a study of trials, damaged|trial \d+ of the study is"):
         TARGETS["study"].read(tmp_path / "s.sqlite")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("at_least", "at_last"), ("gamma = 1.5", "gamma = "), ("}", ""), ("gamma = 1.5", "gamma = -1")]
+)
+def test_an_edited_recipe_that_cannot_be_read_is_not_written_on(tmp_path, old, new):
+    """It would be no recipe with another pole's paragraph added, either; what else it says stays as it is."""
+    (data,) = TARGETS["tuned"].prepare(tmp_path)
+    path = tmp_path / "tuned.toml"
+    path.write_text(data.decode().replace(old, new, 1))
+    edited = path.read_bytes()
+    assert edited != data
+    with pytest.raises(RecipeError, match=r"tuned\.toml.*mend that file, or choose another name"):
+        check_recipe_path(path, force=True)
+    with pytest.raises(RecipeError, match=r"tuned\.toml"):
+        TARGETS["tuned"].read(path)
+    assert path.read_bytes() == edited
+    path.write_text("# mine\n")
+    check_recipe_path(path, force=True)  # of another kind: replaced as a whole

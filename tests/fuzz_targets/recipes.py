@@ -6,6 +6,7 @@ from contextlib import closing
 
 from fuzz_targets.target import LAYERS, WIDTH, Target, plain
 from npti_export.bench.lines import encodable
+from npti_export.errors import NptiError
 from npti_export.evaluate.document import Estimate
 from npti_export.progress import Silent
 from npti_export.recipe import PoleSection, load_recipe, recipe_from_json
@@ -52,13 +53,20 @@ def _tuned_folder(folder):
 
 
 def _tuned(path):
-    """What was edited is read or refused; ``tune`` writes on it in any case, and what it writes is read."""
+    """What was edited is read or refused; ``tune`` writes on it, or leaves it alone, and what it writes is read."""
     before = path.read_bytes()
-    kept = _write(path, "neuroticism-")
-    recipe = load_recipe(str(path))
-    assert recipe.for_pole("neuroticism-").rule.gamma == 1.5
-    for pole in kept:
-        recipe.for_pole(pole)
+    try:
+        kept = _write(path, "neuroticism-")
+    except NptiError:
+        assert path.read_bytes() == before
+        raise
+    try:
+        recipe = load_recipe(str(path))
+        assert recipe.for_pole("neuroticism-").rule.gamma == 1.5
+        for pole in kept:
+            recipe.for_pole(pole)
+    except NptiError as error:
+        raise AssertionError(f"what was written is not read: {error}") from error
     path.write_bytes(before)
     _recipe(path)
 

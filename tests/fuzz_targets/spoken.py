@@ -22,6 +22,16 @@ def _address(text):
         assert "@" not in public_address(text).partition("/")[0]
 
 
+def _trait(text):
+    spec = parse_trait(text)
+    assert parse_trait(str(spec), known=[spec.trait]) == spec
+
+
+def _program(text):
+    kind = parse_program(text)
+    assert parse_program(str(kind)) == kind
+
+
 def _fields(text):
     json.dumps(json_fields("--judge-extra", [text]))
 
@@ -40,13 +50,13 @@ _SAID = ("1. One?\n2. Two?", '["One?", "Two?"]', '{"verdicts": [{"question": 1, 
 
 
 TARGETS = {
-    "trait": Target("text", "t", plain("agreeableness+:0.5", "calm", "./pirate+"), text(parse_trait)),
+    "trait": Target("text", "t", plain("agreeableness+:0.5", "calm", "./pirate+"), text(_trait)),
     "whole-trait": Target("text", "t", plain("openness", "./pirate"), text(parse_whole)),
     "mix": Target("text", "t", plain("extraversion+:0.7,calm", "calm,moody:2"), text(parse_mix)),
     "poles": Target("text", "t", plain("extraversion+,calm", "all"), text(parse_poles)),
     "judge": Target("text", "t", plain("http://127.0.0.1:8080/v1=qwen", "judge.gguf"), text(parse_judge)),
     "address": Target("text", "t", plain("http://127.0.0.1:8080/v1", "https://[::1]:1/v1"), text(_address), ()),
-    "program": Target("text", "t", plain("budget:5%", "lowrank:4", "kl:0.1", "exact"), text(parse_program)),
+    "program": Target("text", "t", plain("budget:5%", "lowrank:4", "kl:0.1", "exact"), text(_program)),
     "fields": Target("text", "t", plain("top_p=0.9", 'stop=["a"]'), text(_fields), (UsageError,)),
     "rating": Target("text", "t", plain('{"rating": 4}', "Rating: 3/5"), text(_rating), ()),
     "items": Target("text", "t", plain(*_SAID), text(_items), ()),
