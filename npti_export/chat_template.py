@@ -69,7 +69,9 @@ def check_prompt(text: str, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell out
-        raise ModelError(f"{where}: its chat template makes no text of a question ({error.reason}); {_MEND}") from error
+        raise ModelError(
+            f"{where}: what its chat template makes of a question is no text ({error.reason}); ask in UTF-8, or {_MEND}"
+        ) from error
     return text
 
 

@@ -32,7 +32,6 @@ SPOKEN = [
     "override",
     "topics",
     "fields",
-    "shard-name",
     "leftover",
 ]
 

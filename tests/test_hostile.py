@@ -285,7 +285,7 @@ def test_a_tokenizer_of_another_model(loaded_folder):
     ("more", "says"),
     [
         ({"model_max_length": "9"}, "cannot load it"),
-        ({"chat_template": "{{ 'x\ud800' }}"}, "makes no text of a question"),
+        ({"chat_template": "{{ 'x\ud800' }}"}, "makes of a question is no text"),
         ({"chat_template": "{{ '' }}"}, "makes nothing of a question"),
     ],
 )
@@ -317,3 +317,15 @@ def test_an_adapter_that_peft_does_not_take(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(json.loads(config) | {"task_type": "POETRY"}))
     with pytest.raises(AdapterError, match=r"PEFT cannot load it: .Invalid task type"):
         TARGETS["peft-config"].read(tmp_path / "adapter_config.json")
+
+
+def test_a_home_that_nobody_has(monkeypatch):
+    from npti_export.benches import bench_folder
+    from npti_export.errors import TraitError
+    from npti_export.export.convert import find_converter
+
+    monkeypatch.setenv("LLAMA_CPP_DIR", "~nobody-is-called-so/llama.cpp")
+    with pytest.raises(ModelError, match=r"LLAMA_CPP_DIR is '~nobody-is-called-so/llama.cpp'"):
+        find_converter(None)
+    with pytest.raises(TraitError, match="neither a trait nor a folder"):
+        bench_folder("~nobody-is-called-so/pirate")

@@ -6,6 +6,7 @@ from click import UsageError
 
 from fuzz_targets.target import Target, plain, text
 from npti_export.bench.making.parse import read_items, read_verdicts
+from npti_export.benches import bench_folder
 from npti_export.cli.endpoints import json_fields
 from npti_export.compiler.kinds import parse_program
 from npti_export.dial.index import parse_mix, parse_poles
@@ -52,6 +53,7 @@ _SAID = ("1. One?\n2. Two?", '["One?", "Two?"]', '{"verdicts": [{"question": 1, 
 TARGETS = {
     "trait": Target("text", "t", plain("agreeableness+:0.5", "calm", "./pirate+"), text(_trait)),
     "whole-trait": Target("text", "t", plain("openness", "./pirate"), text(parse_whole)),
+    "bench-folder": Target("text", "t", plain("openness", "./pirate", "~nobody/pirate"), text(bench_folder)),
     "mix": Target("text", "t", plain("extraversion+:0.7,calm", "calm,moody:2"), text(parse_mix)),
     "poles": Target("text", "t", plain("extraversion+,calm", "all"), text(parse_poles)),
     "judge": Target("text", "t", plain("http://127.0.0.1:8080/v1=qwen", "judge.gguf"), text(parse_judge)),
