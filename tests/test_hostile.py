@@ -329,3 +329,50 @@ def test_a_home_that_nobody_has(monkeypatch):
         find_converter(None)
     with pytest.raises(TraitError, match="neither a trait nor a folder"):
         bench_folder("~nobody-is-called-so/pirate")
+
+
+def test_a_shard_of_another_model_is_asked_again(tmp_path):
+    """Its checksum is right, and what it holds cannot be added to what is there."""
+    from fuzz_targets.kept import some_stats
+
+    from npti_export.stats import encode_stats
+
+    TARGETS["shard"].prepare(tmp_path)
+    (tmp_path / "s.safetensors").write_bytes(encode_stats(some_stats(1, width=6), {}))
+    TARGETS["shard"].read(tmp_path / "s.safetensors")
+
+
+def test_a_shard_of_a_level_that_cannot_be(tmp_path):
+    """A tree of so many levels has more batches than memory has room for their number."""
+    from npti_export.distribute.plan import Node
+    from npti_export.distribute.store import Shards
+
+    for name in ("999999999999-0", "0-9999999999", "٣-1", "1-2"):
+        (tmp_path / f"{name}.{'0' * 64}.safetensors").touch()
+    assert Shards(tmp_path).found() == {Node(1, 2)}
+
+
+@pytest.mark.parametrize("batches", [-1, True, 1.0, None, "2"])
+def test_batches_that_nobody_can_have_finished(tmp_path, batches):
+    from fuzz_targets.kept import NARROW, some_stats
+
+    from npti_export.identify.collect import resume
+    from npti_export.progress import Silent
+    from npti_export.stats import save_stats
+
+    save_stats(tmp_path / "s.safetensors", some_stats(1), {"batches": batches})
+    stats, done = resume(tmp_path / "s.safetensors", NARROW, Silent())
+    assert (done, stats.plus.tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [[], {"type": "user", "auth": "x"}, {"type": "user", "orgs": [1]}, {"type": "user", "auth": {"accessToken": [1]}}],
+)
+def test_a_mirror_of_the_hub_may_say_anything(monkeypatch, identity):
+    from types import SimpleNamespace
+
+    from npti_export.export import hub
+
+    monkeypatch.setattr(hub, "_api", lambda repository: SimpleNamespace(whoami=lambda: identity))
+    hub.check_repository("owner/name")

@@ -45,7 +45,10 @@ class Gathering:
                 self.shards.discard(node)
                 continue
             try:
-                self._waiting[node.first] = node.end, self.shards.read(node).counts()
+                more = self.shards.read(node).counts()
+                if more.plus.active.shape != stats.plus.active.shape:
+                    raise ProfileError("of another model")
+                self._waiting[node.first] = node.end, more
             except ProfileError:
                 self._progress.note(f"{self.shards.folder}: shard {node.first} is damaged, asking its questions again")
                 self.shards.discard(node)

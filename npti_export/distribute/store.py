@@ -12,7 +12,8 @@ from npti_export.errors import ProfileError
 from npti_export.files import atomic_output
 from npti_export.stats import ContrastStats, encode_stats, load_stats
 
-_NAME = re.compile(r"(\d+)-(\d+)\.([0-9a-f]{64})\.safetensors")
+# Of a level with more digits, the number of batches alone would fill the memory.
+_NAME = re.compile(r"([0-9]{1,2})-([0-9]{1,9})\.([0-9a-f]{64})\.safetensors")
 
 
 class Shards:

@@ -288,7 +288,7 @@ def resume(state: Path | None, source: ModelSource, progress: Progress) -> tuple
         saved, record = load_stats(state)
         done = record["batches"]
         shapes = {one.active.shape for one in (saved.plus, saved.minus)}
-        if not isinstance(done, int) or shapes != {fresh.plus.active.shape}:
+        if type(done) is not int or done < 0 or shapes != {fresh.plus.active.shape}:
             raise ProfileError("of another shape")
     except (ProfileError, KeyError, TypeError):
         progress.note(f"{state}: damaged, starting this identification afresh")

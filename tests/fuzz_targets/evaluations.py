@@ -14,6 +14,7 @@ from npti_export.evaluate.document import Estimate, Sweep, SweepPoint, read_docu
 from npti_export.evaluate.judge.verdicts import Verdict, VerdictJournal
 from npti_export.evaluate.supplements import AblationRecord, TrialRecord, TuningRecord, read_ablation, read_tuning
 from npti_export.evaluate.task_files import check_task_file
+from npti_export.export.hub import _fault
 from npti_export.generators.base import Request
 from npti_export.generators.endpoint import Endpoint, EndpointSettings
 from npti_export.report_page.page import render_page
@@ -147,6 +148,20 @@ def _completion(path):
     assert found.cut in (True, False)
 
 
+def _whoami(path):
+    """What the Hub, or a mirror of it, says of a token."""
+    fault = _fault(json.loads(path.read_bytes()), "owner/name")
+    assert fault is None or 0 < len(fault) < 300
+
+
+_WHO = {
+    "type": "user",
+    "name": "me",
+    "orgs": [{"name": "owner"}],
+    "auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"global": [], "scoped": [
+        {"entity": {"name": "owner"}, "permissions": ["repo.write"]}
+    ]}}},
+}  # fmt: skip
 _ANSWER = {
     "id": "1",
     "object": "chat.completion",
@@ -165,5 +180,8 @@ TARGETS = {
     "card": Target("text", "card.md", plain("# Card\n<!-- npti-export evaluation -->\n"), check_card),
     "verdicts": Target("lines", "v.jsonl", journal(_VERDICT), _verdicts),
     "task-file": Target("text", "t.yaml", _task_folder, _task_file),
+    "whoami": Target(
+        "json", "w.json", plain(json.dumps(_WHO)), _whoami, (ValueError, RecursionError)
+    ),  # of the library
     "completion": Target("json", "c.json", plain(json.dumps(_ANSWER)), _completion),
 }

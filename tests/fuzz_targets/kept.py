@@ -134,7 +134,7 @@ def _series(folder):
 
 def _shard_folder(folder):
     write_trait(folder / "trait")
-    return [encode_stats(some_stats(1), {})]
+    return [encode_stats(some_stats(1), {}), encode_stats(some_stats(1, width=6), {})]
 
 
 def _gather(folder, put):
@@ -224,7 +224,7 @@ def _state_folder(folder):
 
 _HALF = encode_constant(np.full((LAYERS, WIDTH), 0.5, np.float32))
 _LOG = "2026-01-01 00:00:00,000 1 npti-export 0.1.0: --trait calm\n2026-01-01 00:00:01,000 1 begins\n"
-_SHARD = f"0-1.{'0' * 64}.safetensors"
+_SHARD, _HIGH = f"0-1.{'0' * 64}.safetensors", f"{'9' * 12}-0.{'0' * 64}.safetensors"
 _LEFT = (".m.gguf.abcdefgh.partial", ".m.gguf.abcdefgh.replaced", f".{'0' * 32}.shared")
 
 TARGETS = {
@@ -234,7 +234,9 @@ TARGETS = {
     "kept-arrays": Target("safetensors", "s.safetensors", lambda folder: [_HALF, *_stats_folder(folder)], _checked),
     "kept-constant": Target("safetensors", "s.safetensors", plain(_HALF), _constant, ()),
     "shard": Target("safetensors", "s.safetensors", _shard_folder, _shard, ()),
-    "shard-name": Target("text", "t", lambda folder: [*_shard_folder(folder)[1:], _SHARD.encode()], _shard_name, ()),
+    "shard-name": Target(
+        "text", "t", lambda folder: [*_shard_folder(folder)[2:], _SHARD.encode(), _HIGH.encode()], _shard_name, ()
+    ),
     "leftover": Target("text", "t", plain(*_LEFT), _leftover, ()),
     "log": Target("text", "r.log", plain(_LOG), _log),
     "force": Target("json", "index.json", plain('{"npti_dial": 1}', '{"x": 2}'), _replaceable, ()),
