@@ -94,8 +94,13 @@ def bench_folder(text: str) -> tuple[str, Path]:
     name = text.strip().lower()
     if name in FACETS:
         return name, shipped_folder(name)
-    folder = Path(text).expanduser()
-    if folder.is_dir():
+    folder = Path(text)
+    try:
+        folder = folder.expanduser()
+        there = folder.is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, no home
+        there = False
+    if there:
         if (folder / FILE_NAME).is_file():
             return read_definition(folder).name, folder
         called = folder.resolve().name.lower()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from npti_export.errors import ModelError, OutputError
-from npti_export.files import atomic_output
+from npti_export.files import atomic_output, translate_os_errors
 from npti_export.runtimes.base import Message
 from npti_export.runtimes.llamacpp.context import Settings
 from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
@@ -198,7 +198,9 @@ class Conversation:
         Raises:
             OutputError: there is something already, or it cannot be written.
         """
-        if path.exists():
+        with translate_os_errors(path):
+            there = path.exists()
+        if there:
             raise OutputError(f"{path}: exists already; choose another name")
         with atomic_output(path) as temporary:
             text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)

@@ -59,13 +59,19 @@ _MEND = "take the model from its maker, or mend it with gguf-py's gguf_new_metad
 
 
 def check_prompt(text: str, where: str) -> str:
-    """What a template made of a chat, unless it is longer than a prompt can be.
+    """What a template made of a chat, unless it is longer than a prompt can be, or no text.
 
     Raises:
         ModelError: it is.
     """
     if len(text) > LONGEST_PROMPT:
         raise ModelError(f"{where}: its chat template makes {len(text)} characters of a question; {_MEND}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell out
+        raise ModelError(
+            f"{where}: what its chat template makes of a question is no text ({error.reason}); ask in UTF-8, or {_MEND}"
+        ) from error
     return text
 
 

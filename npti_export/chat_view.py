@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from npti_export.chat import Conversation, Piece
-from npti_export.errors import NptiError
+from npti_export.errors import NptiError, OutputError
 from npti_export.terminal import printable
 
 _COLUMN = 40  # characters: narrower columns are hard to read
@@ -66,7 +66,11 @@ def _command(conversation: Conversation, console: Console, line: str) -> bool:
         conversation.reset(rest or None)
         said = "a new conversation with this instruction" if rest else "a new conversation without an instruction"
     elif name == "/save" and rest:
-        conversation.save(Path(rest).expanduser())
+        try:
+            path = Path(rest).expanduser()
+        except RuntimeError as error:  # a home that nobody has
+            raise OutputError(f"{rest}: {error}; choose another name") from error
+        conversation.save(path)
         said = f"wrote {rest}"
     else:
         said = HELP

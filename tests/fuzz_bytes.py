@@ -1,10 +1,14 @@
-"""Mutations of files that are no GGUF: of bytes, lines, words, JSON trees, safetensors headers and zip archives."""
+"""Mutations of files that are no GGUF: bytes, words, lines, JSON trees, safetensors headers, archives, databases."""
 
 import copy
 import io
 import json
+import sqlite3
 import struct
+import tempfile
 import zipfile
+from contextlib import closing
+from pathlib import Path
 
 NASTY = [
     None, True, False, 0, -1, 1, 2, 1.5, -0.0, 1e300, -1e300, 1e-320, 2**31, 2**32, 2**40, 2**63, 2**64, -(2**63),
@@ -224,8 +228,58 @@ def _markup(rng, data):
     return b'"'.join(parts)
 
 
+def sqlite(rng, data, others):
+    """A few cells of a database, a row, or a whole table; or its bytes."""
+    if rng.random() < 0.2:
+        return bytes_(rng, data, others)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "d.sqlite"
+        path.write_bytes(data)
+        with closing(sqlite3.connect(path)) as database:
+            database.text_factory = bytes
+            try:
+                _tables(rng, database)
+                database.commit()
+            except sqlite3.Error:  # a constraint of the table, or the data were damaged before
+                pass
+        return path.read_bytes()
+
+
+def _tables(rng, database):
+    names = [row[0].decode() for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        filled = [name for name in names if database.execute(f'SELECT 1 FROM "{name}"').fetchone()]
+        if not filled:
+            return
+        table = rng.choice(filled)
+        columns = [row[1].decode() for row in database.execute(f'PRAGMA table_info("{table}")')]
+        column, (row,) = rng.choice(columns), rng.choice(database.execute(f'SELECT rowid FROM "{table}"').fetchall())
+        match rng.randrange(9):
+            case 0:
+                database.execute(f'DELETE FROM "{table}" WHERE rowid = ?', (row,))
+            case 1:
+                database.execute(f'DROP TABLE "{table}"')
+                return
+            case 2:
+                database.execute(f'UPDATE "{table}" SET "{column}" = CAST("{column}" AS BLOB)')
+            case _:
+                (old,) = database.execute(f'SELECT "{column}" FROM "{table}" WHERE rowid = ?', (row,)).fetchone()
+                database.execute(f'UPDATE "{table}" SET "{column}" = ? WHERE rowid = ?', (_cell(rng, old), row))
+
+
+def _cell(rng, old):
+    """Another value: of the old one's JSON, if it is any, or any that SQLite can hold."""
+    if isinstance(old, bytes) and rng.random() < 0.5:
+        return json_(rng, old, [old]).decode("utf-8", "replace")
+    value = rng.choice(NASTY)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return float(min(value, 10**300))
+    return value if isinstance(value, int | float | None) else str(value).encode("utf-8", "replace").decode()
+
+
 KINDS = {
     "bytes": bytes_, "text": text, "json": json_, "lines": lines, "safetensors": safetensors, "zip": zip_,
+    "sqlite": sqlite,
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     python tests/fuzz_run.py --inputs 10000 --seed 0
 
-``fuzz_targets.py`` lists the parsers. Each input must be refused by an error of ours, in time, or be accepted whole.
+``fuzz_targets`` lists the parsers. Each input must be refused by an error of ours, in time, or be accepted whole.
 Input ``N`` of a seed is always the same file; what fails is kept in the folder --save. Inputs run in a child process
 whose memory is limited and which is watched for hangs and crashes. GGUF files get many more, of their own kind, from
 ``fuzz_gguf.py``.
@@ -87,6 +87,9 @@ def work(seed, start, count, targets, memory, trace):
     """The child: one line of JSON for each input."""
     warnings.simplefilter("ignore")
     faulthandler.enable()
+    sys.stdout.flush()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
     with tempfile.TemporaryDirectory() as folder:
         places = {name: prepared(name, Path(folder)) for name in targets}
         took = {}
@@ -97,7 +100,7 @@ def work(seed, start, count, targets, memory, trace):
             took[name] = _seconds(name, path, trace)
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + (memory << 20),) * 2)
-        print(json.dumps("ready"), flush=True)
+        print(json.dumps("ready"), file=answers, flush=True)
         for number, name in enumerate(names_for(count, targets)):
             if number < start:
                 continue
@@ -112,7 +115,7 @@ def work(seed, start, count, targets, memory, trace):
             tracemalloc.stop()
             if seconds > max(SECONDS, SLOWER * took[name]):
                 said = f"FAULT: took {seconds:.1f} s and said {said}"
-            print(json.dumps([number, said, seconds, peak]), flush=True)
+            print(json.dumps([number, said, seconds, peak]), file=answers, flush=True)
 
 
 def _seconds(name, path, trace):

@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -352,3 +353,22 @@ def test_logits_that_are_no_numbers(tiny, monkeypatch):
         monkeypatch.setattr(Context, "decode", lambda _self, _rows: np.full((1, 9), np.nan, np.float32))
         with pytest.raises(ModelError, match="not numbers"):
             list(LlamaVoice(runtime).speak((1, 2), GREEDY, 0))
+
+
+def test_a_name_that_no_file_can_have_ends_no_conversation():
+    console = Console(width=200, file=io.StringIO(), record=True)
+    conversation = Conversation([Partner("m", Echo())], Sampling(max_new_tokens=5))
+    lines = iter(["/save ~nobody-is-called-so/c.json", f"/save {'x' * 300}", "/quit"])
+    chat_view.talk(conversation, console, lambda: next(lines))
+    text = " ".join(console.export_text().split())
+    assert "~nobody-is-called-so/c.json: Could not determine home directory.; choose another name" in text
+    assert f"{'x' * 300}: cannot be written (File name too long)" in text.replace("x x", "xx")
+
+
+def test_what_is_typed_may_be_no_utf8(monkeypatch):
+    from npti_export.cli import main
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(SystemExit):
+        main(["traits"])
+    assert sys.stdin.readline() == "caf\ufffd\n"

@@ -10,15 +10,15 @@ from pathlib import Path
 import fuzz_bytes
 import fuzz_run
 import pytest
-from fuzz_targets import TARGETS
+from fuzz_targets import TARGETS, loaded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from npti_export.errors import NptiError
-
 # Those of GGUF files get thousands in test_fuzz.py; a template and a model's folder start a process, or import torch.
 HEAVY = {"chat-template", "report-page", "config.json", "tokenizer_config", "weight-index", "weights", "model-card"}
-QUICK = [name for name in TARGETS if not name.startswith("gguf-") and name not in {*HEAVY, "overlaps"}]
+SLOW = [*loaded.TARGETS, "study"]  # some ten a second
+GGUFS = {"overlaps", *(name for name in TARGETS if name.startswith(("gguf-", "split-")))}
+QUICK = [name for name in TARGETS if name not in {*HEAVY, *SLOW, *GGUFS}]
 SPOKEN = [
     "trait",
     "whole-trait",
@@ -31,6 +31,8 @@ SPOKEN = [
     "items",
     "override",
     "topics",
+    "fields",
+    "leftover",
 ]
 
 
@@ -44,11 +46,11 @@ def test_mutated_files_of_every_kind():
             assert set(tally.said) - {"accepted"}, f"{name} refuses nothing"
 
 
-def test_intact_files_are_accepted(tmp_path):
-    for name in QUICK:
-        path, seeds = fuzz_run.prepared(name, tmp_path)
-        fuzz_run._fresh(path, seeds[0])  # the others need not be: they are material for mutations
-        assert fuzz_run.try_target(name, path) == "accepted", name
+def test_mutated_files_that_are_loaded():
+    """By transformers, PEFT and optuna, of which each has its own ways to fail."""
+    found = fuzz_run.run(8 * len(SLOW), seed=7, targets=SLOW, seconds=15, memory=3000, trace=False)
+    assert found.faults == [], "\n".join(found.faults)
+    assert found.inputs > 2 * len(SLOW)
 
 
 @pytest.mark.parametrize("name", SPOKEN)
@@ -63,8 +65,7 @@ def test_any_text_at_all(name):
             path.write_bytes(text.encode("utf-8", "replace"))
             try:
                 target.read(path)
-            except NptiError as error:
-                assert target.allowed
+            except target.allowed as error:
                 assert 0 < len(str(error)) < fuzz_run.LONGEST_MESSAGE
 
         check()

@@ -237,3 +237,139 @@ def test_sizes_are_whole_numbers(tiny_checkpoint, tmp_path, name, value):
     (folder / "config.json").write_text(json.dumps(config | {name: value}))
     with pytest.raises(ModelError, match="is no whole number"):
         resolve_model(str(folder))
+
+
+@pytest.fixture
+def loaded_folder(tmp_path):
+    """loaded_folder(file, change) -> a tiny model's folder with one of its JSON files changed, opened in a runtime."""
+    from npti_export.runtimes.transformers import TransformersRuntime
+
+    def make(file, change):
+        TARGETS["loaded-config"].prepare(tmp_path)
+        path = tmp_path / file
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        return TransformersRuntime(resolve_model(str(tmp_path)), device="cpu", dtype="float32")
+
+    return make
+
+
+@pytest.mark.parametrize("token", ["</s>", [1, "</s>"], 1.0, True, {"a": 1}])
+def test_a_token_that_ends_answers_is_a_number(loaded_folder, token):
+    with pytest.raises(ModelError, match=r"eos_token_id .*not the number of a token|cannot load it"):
+        loaded_folder("generation_config.json", lambda whole: whole | {"eos_token_id": token})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"num_beams": 3}, {"min_length": "x"}, {"suppress_tokens": [5, 6]}, {"eos_token_id": [-1, 2**70]}, {"top_k": []}],
+)
+def test_answers_are_greedy_whatever_a_model_says(loaded_folder, more):
+    """Beams, forbidden tokens and the like would be answers that llama.cpp does not give."""
+    ask = {"max_new_tokens": 4, "repetition_penalty": 1.1}
+    wanted = loaded_folder("config.json", lambda whole: whole).generate([(5, 6, 7), (9,)], **ask)
+    runtime = loaded_folder("generation_config.json", lambda whole: whole | more)
+    assert runtime.generate([(5, 6, 7), (9,)], **ask) == wanted
+    assert runtime.model.generation_config.to_dict().items() >= {"bos_token_id": 0}.items()  # written with a checkpoint
+
+
+def test_a_tokenizer_of_another_model(loaded_folder):
+    def change(whole):
+        del whole["model"]["vocab"]["ar"]
+        return whole | {"model": whole["model"] | {"vocab": whole["model"]["vocab"] | {"ar": 5000}}}
+
+    with pytest.raises(ModelError, match="its tokenizer gives token 5000, and the model has 300"):
+        loaded_folder("tokenizer.json", change).encode([{"role": "user", "content": "How are you?"}])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"model_max_length": "9"}, "cannot load it"),
+        ({"chat_template": "{{ 'x\ud800' }}"}, "makes of a question is no text"),
+        ({"chat_template": "{{ '' }}"}, "makes nothing of a question"),
+    ],
+)
+def test_a_tokenizer_that_fails_in_use(loaded_folder, tmp_path, more, says):
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+
+    def change(whole):
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+        return whole | more
+
+    with pytest.raises(ModelError, match=says):
+        loaded_folder("tokenizer_config.json", change).encode([{"role": "user", "content": "How are you?"}])
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "64", "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": "x"}])
+def test_a_configuration_that_makes_no_model(tmp_path, rope):
+    from npti_export.endings.checkpoint import CheckpointEnding
+    from npti_export.recipe import load_recipe
+
+    TARGETS["checkpoint-config"].prepare(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        CheckpointEnding(resolve_model(str(tmp_path)), lambda: None, load_recipe("npti"), None)
+
+
+def test_an_adapter_that_peft_does_not_take(tmp_path):
+    (config,) = TARGETS["peft-config"].prepare(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(json.loads(config) | {"task_type": "POETRY"}))
+    with pytest.raises(AdapterError, match=r"PEFT cannot load it: .Invalid task type"):
+        TARGETS["peft-config"].read(tmp_path / "adapter_config.json")
+
+
+def test_a_home_that_nobody_has(monkeypatch):
+    from npti_export.benches import bench_folder
+    from npti_export.errors import TraitError
+    from npti_export.export.convert import find_converter
+
+    monkeypatch.setenv("LLAMA_CPP_DIR", "~nobody-is-called-so/llama.cpp")
+    with pytest.raises(ModelError, match=r"LLAMA_CPP_DIR is '~nobody-is-called-so/llama.cpp'"):
+        find_converter(None)
+    with pytest.raises(TraitError, match="neither a trait nor a folder"):
+        bench_folder("~nobody-is-called-so/pirate")
+
+
+def test_a_shard_of_another_model_is_asked_again(tmp_path):
+    """Its checksum is right, and what it holds cannot be added to what is there."""
+    from fuzz_targets.kept import shard_of, some_stats
+
+    TARGETS["shard"].prepare(tmp_path)
+    (tmp_path / "s.safetensors").write_bytes(shard_of(some_stats(1, width=6)))
+    TARGETS["shard"].read(tmp_path / "s.safetensors")
+
+
+def test_a_shard_of_a_level_that_cannot_be(tmp_path):
+    """A tree of so many levels has more batches than memory has room for their number."""
+    from npti_export.identify.shards import Node, Shards
+
+    for name in ("999999999999-0", "0-9999999999", "٣-1", "1-2"):
+        (tmp_path / f"{name}.{'0' * 64}.safetensors").touch()
+    assert Shards(tmp_path).found() == {Node(1, 2)}
+
+
+@pytest.mark.parametrize("batches", [-1, True, 1.0, None, "2"])
+def test_batches_that_nobody_can_have_finished(tmp_path, batches):
+    from fuzz_targets.kept import NARROW, some_stats
+
+    from npti_export.identify.collect import resume
+    from npti_export.progress import Silent
+    from npti_export.stats import save_stats
+
+    save_stats(tmp_path / "s.safetensors", some_stats(1), {"batches": batches})
+    stats, done = resume(tmp_path / "s.safetensors", NARROW, Silent())
+    assert (done, stats.plus.tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [[], {"type": "user", "auth": "x"}, {"type": "user", "orgs": [1]}, {"type": "user", "auth": {"accessToken": [1]}}],
+)
+def test_a_mirror_of_the_hub_may_say_anything(monkeypatch, identity):
+    from types import SimpleNamespace
+
+    from npti_export.export import hub
+
+    monkeypatch.setattr(hub, "_api", lambda repository: SimpleNamespace(whoami=lambda: identity))
+    hub.check_repository("owner/name")

@@ -10,13 +10,14 @@ import pytest
 import torch
 from conftest import random_rule
 from documents import sample_document
+from fuzz_targets import TARGETS
 from jobs import QUICK, npti
 from plain_rule import plain_rule
 from rich.console import Console
 from tolerances import KV_FLOAT16
 
 from npti_export.bench import load_bench
-from npti_export.errors import BenchError, EvaluationError, ProfileError
+from npti_export.errors import BenchError, EvaluationError, ProfileError, RecipeError
 from npti_export.evaluate.capability.neutral import NeutralText
 from npti_export.evaluate.capability.tasks import Passage
 from npti_export.evaluate.conditions import Test
@@ -44,6 +45,7 @@ from npti_export.tuning.ablate import STRENGTHS, AblationJob, ablate, variations
 from npti_export.tuning.budget import Budget
 from npti_export.tuning.delivery import deliver_ablation, deliver_tuning
 from npti_export.tuning.opening import METHODS, ModelJob, opened
+from npti_export.tuning.recipe_file import check_recipe_path
 from npti_export.tuning.search import opened_study
 from npti_export.tuning.space import Space
 from npti_export.tuning.trial import Measure, other_passages, search_questions, trial_passages
@@ -566,3 +568,43 @@ def test_on_the_command_line(tiny, tmp_path, cli_environment, monkeypatch):
         trials.write_text(json.dumps(json.loads(tuning.to_json()) | {key: value}))
         with pytest.raises(EvaluationError, match=message):
             _supplements(EvaluationJob(subject), trials, None, Silent())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE trial_values SET value_type = '~'",
+        "UPDATE trials SET state = 'LOST'",
+        "UPDATE trial_params SET distribution_json = '{}'",
+        "UPDATE study_user_attributes SET value_json = '[]'",
+    ],
+)
+def test_a_study_that_optuna_reads_late(tmp_path, damage):
+    """It opens, and what is wrong shows when its trials are asked for."""
+    import sqlite3
+
+    (data,) = TARGETS["study"].prepare(tmp_path)
+    (tmp_path / "s.sqlite").write_bytes(data)
+    with sqlite3.connect(tmp_path / "s.sqlite") as database:
+        assert database.execute(damage).rowcount > 0
+    with pytest.raises(EvaluationError, match=r"s\.sqlite: not a study of trials, damaged|trial \d+ of the study is"):
+        TARGETS["study"].read(tmp_path / "s.sqlite")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("at_least", "at_last"), ("gamma = 1.5", "gamma = "), ("}", ""), ("gamma = 1.5", "gamma = -1")]
+)
+def test_an_edited_recipe_that_cannot_be_read_is_not_written_on(tmp_path, old, new):
+    """It would be no recipe with another pole's paragraph added, either; what else it says stays as it is."""
+    (data,) = TARGETS["tuned"].prepare(tmp_path)
+    path = tmp_path / "tuned.toml"
+    path.write_text(data.decode().replace(old, new, 1))
+    edited = path.read_bytes()
+    assert edited != data
+    with pytest.raises(RecipeError, match=r"tuned\.toml.*mend that file, or choose another name"):
+        check_recipe_path(path, force=True)
+    with pytest.raises(RecipeError, match=r"tuned\.toml"):
+        TARGETS["tuned"].read(path)
+    assert path.read_bytes() == edited
+    path.write_text("# mine\n")
+    check_recipe_path(path, force=True)  # of another kind: replaced as a whole

@@ -23,9 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("SIGTERM", "SIGHUP"):  # so that temporary files are removed then, too
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _interrupt)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character must not cost the summary
+            stream.reconfigure(errors="replace")  # what has no such character must not cost the summary, or the chat
     try:
         code = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False)
     except NptiError as error:

@@ -32,7 +32,8 @@ class ProgramKind:
         return self.name != "exact"
 
     def __str__(self) -> str:
-        values = {"lowrank": f":{self.value:g}", "budget": f":{self.value:g}%", "kl": f":{self.value:g}"}
+        number = repr(self.value).removesuffix(".0")  # as few digits as give it back
+        values = {"lowrank": f":{number}", "budget": f":{number}%", "kl": f":{number}"}
         return self.name + values.get(self.name, "")
 
 

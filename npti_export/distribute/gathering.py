@@ -27,7 +27,7 @@ class Gathering:
     """
 
     def __init__(self, series: Series, source: ModelSource, progress: Progress) -> None:
-        self.series, self.shards = series, Shards(series.shards)
+        self.series, self.shards = series, Shards(series.shards, source.shape)
         self._source, self._progress = source, progress
         self.finished = False
         self.found = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
+from npti_export.errors import AdapterError, NptiError, shortened
 from npti_export.export.card import model_card
 from npti_export.export.peft import write_adapter
 from npti_export.files import atomic_directory, check_directory_writable, sha256_file
@@ -116,12 +117,18 @@ class PeftEnding:
         import peft
 
         config = None
-        if not self._identity_checked:
-            config = peft.PeftConfig.from_pretrained(path)
-            config.provenance = None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
-            return peft.PeftModel.from_pretrained(runtime.model, path, config=config)
+        try:
+            if not self._identity_checked:
+                config = peft.PeftConfig.from_pretrained(path)
+                config.provenance = None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks it
+                return peft.PeftModel.from_pretrained(runtime.model, path, config=config)
+        except NptiError:
+            raise
+        except Exception as error:  # PEFT raises anything on fields of its own that are damaged
+            reason = shortened(str(error).strip() or type(error).__name__, 200)
+            raise AdapterError(f"{path}: PEFT cannot load it: {reason}; make the adapter again") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npti_export.compiler.program import LayerProgram, MLPProgram
-from npti_export.errors import ModelError
+from npti_export.errors import ModelError, shortened
 from npti_export.export import dense
 from npti_export.export.as_llama import MULTIPLE, llama_config, padded_program
 from npti_export.export.safetensors_stream import TORCH_DTYPES, OutTensor, write_safetensors
@@ -191,8 +191,12 @@ def _expected(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     import torch
     from transformers import LlamaForCausalLM
 
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    try:
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+    except Exception as error:  # of a configuration that was taken for one until it is used, such as odd frequencies
+        reason = shortened(str(error).strip() or type(error).__name__, 200)
+        raise ModelError(f"config.json: transformers makes no model of it ({reason}); download it again") from error
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -260,4 +264,5 @@ def _caster(tensor: torch.Tensor, dtype: torch.dtype | None) -> Callable[[], tor
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # escaped, as transformers writes them: names from a damaged configuration may hold what UTF-8 has no bytes for
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -60,7 +60,11 @@ def find_converter(given: Path | None) -> tuple[str, ...]:
         return _command(given / SCRIPT if given.is_dir() else given, "--converter")
     folder = os.environ.get(VARIABLE)
     if folder:
-        return _command(Path(folder).expanduser() / SCRIPT, f"the environment variable {VARIABLE}")
+        try:
+            place = Path(folder).expanduser()
+        except RuntimeError as error:  # a home that nobody has
+            raise ModelError(f"the environment variable {VARIABLE} is {shortened(folder)}: {error}") from error
+        return _command(place / SCRIPT, f"the environment variable {VARIABLE}")
     for name in _COMMANDS:
         found = shutil.which(name)
         if found is not None:

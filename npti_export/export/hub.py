@@ -47,7 +47,7 @@ def check_repository(repository: str) -> None:
             raise HubError(f"{repository}: the Hub does not know this token; {_LOG_IN}") from error
         mend = _mend(error, repository)
         raise HubError(f"{repository}: the Hub cannot be asked ({_reason(error)}); {mend}, or do not upload") from error
-    fault = _refusal(identity, repository)
+    fault = _fault(identity, repository)
     if fault is not None:
         raise HubError(f"{repository}: {fault}; {_LOG_IN}, or choose another owner")
 
@@ -129,11 +129,19 @@ def _additions(path: Path, card: str) -> list[CommitOperationAdd]:
     return additions
 
 
+def _fault(identity: Any, repository: str) -> str | None:
+    """See :func:`_refusal`; an answer of another form, as a mirror may give, leaves it open."""
+    try:
+        return _refusal(identity, repository)
+    except (AttributeError, TypeError):
+        return None
+
+
 def _refusal(identity: dict[str, Any], repository: str) -> str | None:
     """Why the token is sure not to write to the repository, or None. ``identity`` is the answer of whoami."""
     if identity.get("type") != "user":
         return None
-    user, owner = identity.get("name"), repository.split("/")[0]
+    user, owner = str(identity.get("name"))[:100], repository.split("/")[0]
     token = (identity.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         return f"the token of {user} may only read"

@@ -77,7 +77,7 @@ def collect(
     """
     key = cache_key(source, bench, recipe, dtype, device)
     state = None if cache is None else state_path(cache, bench, key)
-    shards = None if state is None else Shards(shards_beside(state))
+    shards = None if state is None else Shards(shards_beside(state), source.shape)
     with _Keeper(state) as keeper:
         counted = _Counted(Batches(bench, recipe), *resume(state, source, progress), keeper)
         found = counted.done
@@ -339,7 +339,7 @@ def resume(state: Path | None, source: ModelSource, progress: Progress) -> tuple
         if record["of"] != state.stem:
             raise ProfileError("of other questions")
         shapes = {one.active.shape for one in (saved.plus, saved.minus)}
-        if not isinstance(done, int) or shapes != {fresh.plus.active.shape}:
+        if type(done) is not int or done < 0 or shapes != {fresh.plus.active.shape}:
             raise ProfileError("of another shape")
     except (ProfileError, KeyError, TypeError):
         progress.note(f"{state}: damaged, starting this identification afresh")

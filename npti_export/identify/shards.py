@@ -13,12 +13,14 @@ from pathlib import Path
 
 from npti_export.errors import ProfileError
 from npti_export.files import atomic_output, translate_os_errors
+from npti_export.models import ModelShape
 from npti_export.stats import ContrastStats, encode_stats, load_stats
 from npti_export.temporaries import sweep_folder
 
 FAN = 8  # so many shards, or sums of shards, are merged into one
 _LATE, _POLL = 6, 0.5  # times, and seconds apart, that a file is looked for which a shared folder may show late
-_NAME = re.compile(r"(\d+)-(\d+)\.([0-9a-f]{64})\.safetensors")
+# Of a level with more digits, the number of batches alone would fill the memory.
+_NAME = re.compile(r"([0-9]{1,2})-([0-9]{1,9})\.([0-9a-f]{64})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,11 @@ class Shards:
 
     Args:
         folder: need not exist.
+        shape: of the model, where it is known; what is of another is not believed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, shape: ModelShape | None = None) -> None:
+        self.folder, self._shape = folder, shape
 
     def found(self) -> set[Node]:
         """What is there, damaged or not."""
@@ -203,7 +206,8 @@ class Shards:
 
     def _load(self, path: Path, node: Node) -> ContrastStats:
         stats, record = load_stats(path)
-        if record != self._says(node):
+        wanted, found = self._shape, stats.plus.active.shape
+        if record != self._says(node) or (wanted is not None and found != (wanted.layers, wanted.width)):
             raise ProfileError(f"{path}: is not what its name says; delete the file and run the command again")
         return stats
 

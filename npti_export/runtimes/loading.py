@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npti_export.chat_template import check_template
-from npti_export.errors import ModelError
+from npti_export.errors import ModelError, shortened
 from npti_export.gguf.blocks import type_name
 from npti_export.gguf.reader import read_gguf
 from npti_export.models import ModelSource
@@ -20,12 +20,26 @@ from npti_export.models import ModelSource
 if TYPE_CHECKING:
     import torch
 
+_TEXT = "How are you? Grüße, 你好!\n"
+_SAID = 300  # characters of what transformers says
 
-def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end an answer."""
+
+def stop_tokens(model: Any, tokenizer: Any, where: str) -> set[int]:
+    """Tokens that end an answer; such as the model does not have, as -1, never do.
+
+    Raises:
+        ModelError: its files name something that is no token's number.
+    """
     configured = model.generation_config.eos_token_id
-    stop = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    return {token for token in stop if token is not None}
+    named = [*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
+    for token in named:
+        if token is not None and type(token) is not int:
+            raise ModelError(
+                f"{where}: eos_token_id (in generation_config.json or config.json) is {shortened(token)}, not the "
+                "number of a token; download the file again"
+            )
+    count = model.get_input_embeddings().weight.shape[0]
+    return {token for token in named if token is not None and 0 <= token < count}
 
 
 def load(
@@ -54,6 +68,7 @@ def load(
         with _quiet(transformers), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tokenizer = transformers.AutoTokenizer.from_pretrained(**where, trust_remote_code=trust_remote_code)
+            tokenizer.decode(tokenizer(_TEXT)["input_ids"])  # what is wrong with some tokenizers shows in use
             _check_templates(tokenizer.chat_template, str(source.path))
             # of a directory nothing but safetensors: other weights are programs that run as they are read
             only: dict[str, Any] = {} if source.kind == "gguf" else {"use_safetensors": True}
@@ -68,7 +83,7 @@ def load(
         if source.kind == "gguf" and source.path.is_file():
             _check_types(source.path)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{source.path}: transformers cannot load it: {reason}") from error
+        raise ModelError(f"{source.path}: transformers cannot load it: {reason[:_SAID]}") from error
     return model, tokenizer
 
 

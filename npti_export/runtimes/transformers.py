@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class TransformersRuntime:
                 routing.retain()
                 tell(act, routing)
         self.uses_fallback_template = not self.tokenizer.chat_template
-        self._stop = stop_tokens(self.model, self.tokenizer)
+        self._stop = stop_tokens(self.model, self.tokenizer, str(source.path))
 
     def converted(self, dtype: str) -> TransformersRuntime:
         """A second runtime with a copy of the weights in another dtype, for models small enough to keep twice."""
@@ -115,7 +115,10 @@ class TransformersRuntime:
                 raise ModelError(f"{self.source.name}: its chat template fails on a question: {error}") from error
             joined = "\n\n".join(message["content"] for message in messages)
             return self.encode([{"role": "user", "content": joined}])
-        return tuple(self.tokenizer(text, add_special_tokens=self.uses_fallback_template)["input_ids"])
+        tokens = self._known(self.tokenizer(text, add_special_tokens=self.uses_fallback_template)["input_ids"])
+        if not tokens:
+            raise ModelError(f"{self.source.name}: its chat template makes nothing of a question; mend it")
+        return tokens
 
     def _render(self, messages: Sequence[Message], template: str | None) -> str:
         return str(
@@ -126,7 +129,20 @@ class TransformersRuntime:
 
     def encode_text(self, text: str, *, begin: bool = True) -> tuple[int, ...]:
         """Token ids of plain text; ``begin`` puts what the model wants at the beginning of a text in front."""
-        return tuple(self.tokenizer(text, add_special_tokens=begin, split_special_tokens=True)["input_ids"])
+        return self._known(self.tokenizer(text, add_special_tokens=begin, split_special_tokens=True)["input_ids"])
+
+    def _known(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """The tokens, if the model has them all.
+
+        Raises:
+            ModelError: the tokenizer is another model's, or damaged.
+        """
+        if max(tokens, default=0) >= self._vocabulary:
+            raise ModelError(
+                f"{self.source.path}: its tokenizer gives token {max(tokens)}, and the model has {self._vocabulary}; "
+                "download its files again"
+            )
+        return tuple(tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """See :class:`Runtime`."""
@@ -137,20 +153,30 @@ class TransformersRuntime:
     ) -> list[Exchange]:
         """See :class:`Runtime`."""
         import torch
+        from transformers import GenerationConfig
 
         ids, mask = self._pad(prompts, left=True)
-        with torch.inference_mode():
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                repetition_penalty=repetition_penalty,
-                do_sample=False,
-                eos_token_id=sorted(self._stop) or None,
-                pad_token_id=min(self._stop, default=0),
-            )
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=repetition_penalty,
+            do_sample=False,
+            eos_token_id=sorted(self._stop) or None,
+            pad_token_id=min(self._stop, default=0),
+        )
+        with torch.inference_mode(), self._own_settings(GenerationConfig()):
+            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
         pairs = zip(prompts, output[:, ids.shape[1] :].tolist(), strict=True)
         return [Exchange(tuple(prompt), self._cut(answer, max_new_tokens)) for prompt, answer in pairs]
+
+    @contextmanager
+    def _own_settings(self, plain: Any) -> Iterator[None]:
+        """Without what the model's generation_config.json says, such as beams, from which ``generate`` would fill in
+        whatever it is not told: answers are greedy, here as in llama.cpp."""
+        of_model, self.model.generation_config = self.model.generation_config, plain
+        try:
+            yield
+        finally:
+            self.model.generation_config = of_model
 
     def _cut(self, answer: list[int], limit: int) -> tuple[int, ...]:
         end = next((index + 1 for index, token in enumerate(answer) if token in self._stop), limit)

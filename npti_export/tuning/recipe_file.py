@@ -22,10 +22,16 @@ def check_recipe_path(path: Path, *, force: bool) -> None:
 
     Raises:
         OutputError: it exists and ``force`` is not set, or its name does not end in ``.toml``.
+        RecipeError: it is one of ours, which would be written on, and was edited so that it cannot be read.
     """
     if path.suffix != ".toml":
         raise OutputError(f"{path}: a recipe's name ends in .toml; choose another one")
     check_writable(path, force=force)
+    if _whole(path).startswith(_MARK):
+        try:
+            load_recipe(str(path))
+        except RecipeError as error:
+            raise RecipeError(f"{error}; mend that file, or choose another name") from error
 
 
 def write_recipe(
@@ -62,30 +68,34 @@ def write_recipe(
 
     Raises:
         OutputError: see :func:`check_recipe_path`.
-        RecipeError: an override cannot be written down.
+        RecipeError: an override cannot be written down, or what the file says of other poles cannot be read.
     """
     check_recipe_path(path, force=force)
     head = {"name": path.stem, "description": f"Tuned for {model}", "tuned_for": fingerprint}
     changes = _changes(plain, recipe)
     here = _paragraph(pole, section, comments)
-    _check_reads_back(_text(_absolute(base), head, changes, [here]), recipe, pole, section)
     beginning = _text(_beside(base, path), head, changes, [])
     kept = _paragraphs(path, beginning)
     paragraphs = {**kept, pole: here}
+    whole = [paragraphs[one] for one in sorted(paragraphs)]
+    _check_reads_back(_text(_absolute(base), head, changes, whole), recipe, pole, section)
     with atomic_output(path, force=force) as temporary:
-        text = _text(_beside(base, path), head, changes, [paragraphs[one] for one in sorted(paragraphs)])
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(_text(_beside(base, path), head, changes, whole), encoding="utf-8")
     return sorted(kept.keys() - {pole})
+
+
+def _whole(path: Path) -> str:
+    """A file's text; of what cannot be read, nothing."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _paragraphs(path: Path, beginning: str) -> dict[str, str]:
     """Paragraphs of poles in a file of ours that begins like the one that will be written."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return {}
     found, others = {}, []
-    for part in text.split("\n\n"):
+    for part in _whole(path).split("\n\n"):
         match = re.search(r'^\[poles\."([a-z0-9_-]+[+-])"\]$', part, re.MULTILINE)
         if match:
             found[match[1]] = part.strip()
@@ -102,7 +112,8 @@ def _text(base: str, head: Mapping[str, str], changes: Mapping[str, Mapping[str,
 
 
 def _paragraph(pole: str, section: PoleSection, comments: Sequence[str]) -> str:
-    lines = [f"# {' '.join(line.split())}" for line in comments]
+    # names of models stand in comments, too, which TOML allows no control characters
+    lines = ["# " + " ".join("".join(one if one.isprintable() else " " for one in line).split()) for line in comments]
     lines.append(f"[poles.{_toml(pole)}]")
     for name in ("select", "rule"):
         values = getattr(section, name)

@@ -71,20 +71,28 @@ class Study:
         space: that its trials are of.
         excess: how far a trial exceeds each limit of the budget, told to the sampler as constraints, so that it looks
             where a pick can be made; those of earlier trials stay as they were told.
+        storage: its file, for messages; optuna reads much of it only when it is asked.
     """
 
-    def __init__(self, study: optuna.Study, space: Space, excess: Callable[[Figures], tuple[float, float]]) -> None:
-        self._study, self._space, self._excess = study, space, excess
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: Space,
+        excess: Callable[[Figures], tuple[float, float]],
+        storage: Path | None = None,
+    ) -> None:
+        self._study, self._space, self._excess, self._storage = study, space, excess, storage
 
     @property
     def failed(self) -> int:
         """Trials that gave no rule, or no figures."""
-        return sum(trial.state.name == "FAIL" for trial in self._study.get_trials(deepcopy=False))
+        return sum(trial.state.name == "FAIL" for trial in self._trials())
 
     @property
     def confirmed(self) -> int:
         """How often a pick of this study was measured on test questions."""
-        return int(self._study.user_attrs.get(_CONFIRMED, 0))
+        with _believed(self._storage):
+            return int(self._study.user_attrs.get(_CONFIRMED, 0))
 
     def confirm(self) -> None:
         """Note that it is done once more."""
@@ -98,9 +106,13 @@ class Study:
         """
         return [
             Finished(trial.number, self._point(trial), _figures(trial))
-            for trial in self._study.get_trials(deepcopy=False)
+            for trial in self._trials()
             if trial.state.name == "COMPLETE"
         ]
+
+    def _trials(self) -> list[optuna.trial.FrozenTrial]:
+        with _believed(self._storage):
+            return list(self._study.get_trials(deepcopy=False))
 
     def _point(self, trial: optuna.trial.FrozenTrial) -> Point:
         try:
@@ -147,32 +159,38 @@ class Study:
     def _prepare(self, starts: Sequence[Point]) -> None:
         import optuna
 
-        there = self._study.get_trials(deepcopy=False)
+        there = self._trials()
         known = {self._point(trial) for trial in there if trial.state.name in ("COMPLETE", "FAIL") and trial.params}
         known |= {self._point(trial) for trial in there if trial.state.name == "WAITING"}
-        for number in [trial.number for trial in there if trial.state.name == "RUNNING"]:  # of a run that was killed
-            self._study.tell(number, state=optuna.trial.TrialState.FAIL)
-        for point in starts:
-            if point not in known:
-                self._study.enqueue_trial(self._space.parameters(point))
+        with _believed(self._storage):
+            for number in [
+                trial.number for trial in there if trial.state.name == "RUNNING"
+            ]:  # of a run that was killed
+                self._study.tell(number, state=optuna.trial.TrialState.FAIL)
+            for point in starts:
+                if point not in known:
+                    self._study.enqueue_trial(self._space.parameters(point))
 
     def _trial(self, measure: Callable[[Point], Figures], progress: Progress) -> Exception | None:
         import optuna
 
-        trial = self._study.ask()
-        point = self._space.suggest(trial)
+        with _believed(self._storage):
+            trial = self._study.ask()
+            point = self._space.suggest(trial)
         try:
             figures = measure(point)
             assert figures.damage is not None
         except (ProfileError, EvaluationError) as error:
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
             return error
-        for name in _FIGURES:
-            trial.set_user_attr(name, getattr(figures, name).model_dump())
-        trial.set_user_attr(_DIGEST, _digest(trial.params, trial.user_attrs))
-        for name, value in zip(("damage", "fluency"), self._excess(figures), strict=True):
-            trial.set_constraint(name, value)
-        self._study.tell(trial, [figures.gain.mean, figures.damage.mean])
+        limits = self._excess(figures)
+        with _believed(self._storage):
+            for name in _FIGURES:
+                trial.set_user_attr(name, getattr(figures, name).model_dump())
+            trial.set_user_attr(_DIGEST, _digest(trial.params, trial.user_attrs))
+            for name, value in zip(("damage", "fluency"), limits, strict=True):
+                trial.set_constraint(name, value)
+            self._study.tell(trial, [figures.gain.mean, figures.damage.mean])
         progress.note(
             f"trial {trial.number}: gain {figures.gain.mean:+.3f}, KL {figures.damage.mean:.3f}, "
             f"fluency {figures.fluency.mean:.2f}: {self._space.label(point)}"
@@ -229,7 +247,7 @@ def opened_study(
         with _alone(storage, name), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = _loaded(storage, name, seed)
-            yield Study(study, space, excess)
+            yield Study(study, space, excess, storage)
     except (DatabaseError, optuna.exceptions.StorageInternalError, sqlite3.Error) as error:
         reason = str(getattr(error, "orig", None) or error)
         raise _unusable(storage, reason) from error
@@ -239,10 +257,9 @@ def opened_study(
 
 def _loaded(storage: Path | None, name: str, seed: int) -> optuna.Study:
     import optuna
-    from alembic.util.exc import CommandError
 
     directions = ["maximize", "minimize"]
-    try:
+    with _believed(storage):
         study = optuna.create_study(
             storage=None if storage is None else _file(storage),
             study_name=name,
@@ -252,11 +269,23 @@ def _loaded(storage: Path | None, name: str, seed: int) -> optuna.Study:
         if [one.name.lower() for one in study.directions] != directions:
             raise ValueError("it has other directions")
         drawn = seed + len(study.get_trials(deepcopy=False))
-    except (CommandError, RuntimeError, AssertionError, LookupError, TypeError, ValueError) as error:
-        # optuna's own ways of saying that a file is of another version, or that what it holds cannot be
-        raise _unusable(storage, str(error) or type(error).__name__) from error
     study.sampler = optuna.samplers.TPESampler(seed=drawn, multivariate=True, group=True, n_startup_trials=_AT_RANDOM)
     return study
+
+
+@contextmanager
+def _believed(storage: Path | None) -> Iterator[None]:
+    """Optuna's own ways of saying that a file is of another version, or that what it holds cannot be, in our words."""
+    from alembic.util.exc import CommandError
+
+    try:
+        yield
+    except (
+        CommandError, RuntimeError, AssertionError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError,
+    ) as error:  # fmt: skip
+        if storage is None:  # nothing but what this process put there
+            raise
+        raise _unusable(storage, str(error) or type(error).__name__) from error
 
 
 def _unusable(storage: Path | None, reason: str) -> EvaluationError:
