@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from npti_export.placing import RESERVED, drop_reserved, take_back
+from npti_export.placing import RESERVED, drop_reserved, holds_old, take_back
 
 if sys.platform != "win32":
     import fcntl
@@ -39,8 +39,9 @@ class Temporary:
     handle: int | None
 
     def remove(self) -> None:
-        """Remove it, if it is still there, and give up the lock."""
-        _remove(self.path)
+        """Remove it, if it is still there, and give up the lock; if something has to come out of it, a sweep will."""
+        if not holds_old(self.path):
+            _remove(self.path)
         if self.handle is not None:
             os.close(self.handle)
 
