@@ -109,6 +109,17 @@ def take_back(folder: Path) -> None:
     sync_folder(beside)
 
 
+def holds_old(folder: Path) -> bool:
+    """Whether files that were to be replaced lie in a folder still, as :func:`take_back` was interrupted or failed."""
+    try:
+        marks = _marks(folder)
+    except OSError:
+        return True  # nobody knows
+    if not marks or marks[0].is_in(folder.parent):
+        return False
+    return any(os.path.lexists(folder / _OLD / mark.name) for mark in marks)
+
+
 def _mark(folder: Path, paths: Sequence[Path]) -> None:
     text = json.dumps([astuple(_Mark.of(folder / path.name)) for path in paths])
     with (folder / MARKER).open("w", encoding="utf-8") as stream:

@@ -14,6 +14,7 @@ from npti_export.profile import SAFETENSORS_SUFFIXES, NeuronProfile, encode_prof
 from npti_export.published import encode_published, published_pair, published_rows, read_published
 from npti_export.recipe import Recipe
 from npti_export.traits import FACETS
+from npti_export.version import __version__
 
 _ELSE = "pass --force to replace it, or choose another name"
 
@@ -66,7 +67,7 @@ def check_may_be(path: Path, trait: str, source: ModelSource, recipe: Recipe, be
         bench: digest of the questions.
 
     Raises:
-        OutputError: it is no profile, or one of another trait, model, recipe or bench.
+        OutputError: it is no profile, or one of another trait, model, recipe, bench or version of ours.
     """
     for file in profile_files(path, trait):
         if not file.exists():
@@ -78,7 +79,7 @@ def check_may_be(path: Path, trait: str, source: ModelSource, recipe: Recipe, be
             found = read_profile(file)
         except ProfileError as error:
             raise OutputError(f"{file}: exists already; {_ELSE}") from error
-        made = {"recipe": json.loads(recipe.to_json()), "bench": bench}
+        made = {"recipe": json.loads(recipe.to_json()), "bench": bench, "version": __version__}
         same = (found.trait, found.fingerprint) == (trait, source.fingerprint)
         if not same or any(found.origin.get(key) != value for key, value in made.items()):
             raise OutputError(f"{file}: exists already, and is another profile; {_ELSE}")

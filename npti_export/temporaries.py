@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from npti_export.placing import RESERVED, drop_reserved, take_back
+from npti_export.placing import RESERVED, drop_reserved, holds_old, take_back
 
 if sys.platform != "win32":
     import fcntl
@@ -39,8 +39,9 @@ class Temporary:
     handle: int | None
 
     def remove(self) -> None:
-        """Remove it, if it is still there, and give up the lock."""
-        _remove(self.path)
+        """Remove it, if it is still there, and give up the lock; if something has to come out of it, a sweep will."""
+        if not holds_old(self.path):
+            _remove(self.path)
         if self.handle is not None:
             os.close(self.handle)
 
@@ -129,7 +130,8 @@ def sweep(path: Path) -> None:
     if sys.platform == "win32":
         return
     with suppress(OSError):
-        for left in _leftovers(path, PARTIAL) + _leftovers(path, BASE):
+        found = _leftovers(path)
+        for left in found[PARTIAL] + found[BASE]:
             handle = locked(left, wait=False)
             if handle is not None:
                 with _held(handle):
@@ -137,10 +139,10 @@ def sweep(path: Path) -> None:
                     drop_reserved(left.with_name(left.name + RESERVED), left.parent)
                     _put_back(left.with_suffix(REPLACED), path)
                     _remove(left)
-        for note in _leftovers(path, PARTIAL + RESERVED):
+        for note in found[PARTIAL + RESERVED]:
             if not note.with_suffix("").exists():  # it has its name, and the note went too late
                 note.unlink(missing_ok=True)
-        for old in _leftovers(path, REPLACED):
+        for old in found[REPLACED]:
             if not old.with_suffix(PARTIAL).exists():  # else it is of a living job
                 _put_back(old, path)
 
@@ -155,8 +157,13 @@ def sweep_folder(folder: Path) -> None:
                 os.close(handle)
 
 
-def _leftovers(path: Path, suffix: str) -> list[Path]:
-    return sorted(path.absolute().parent.glob(f"{glob.escape(_prefix(path))}{_RANDOM}{suffix}"))
+def _leftovers(path: Path) -> dict[str, list[Path]]:
+    """What lies beside ``path`` for it, by suffix; the folder is read once, as it may be large."""
+    prefix = _prefix(path)
+    found: dict[str, list[Path]] = {suffix: [] for suffix in (PARTIAL, BASE, PARTIAL + RESERVED, REPLACED)}
+    for place in sorted(path.absolute().parent.glob(f"{glob.escape(prefix)}{_RANDOM}.*")):
+        found.get(place.name[len(prefix) + len(_RANDOM) :], []).append(place)
+    return found
 
 
 def _put_back(old: Path, path: Path) -> None:

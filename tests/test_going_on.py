@@ -1,6 +1,7 @@
 """The same command again after a stop: what it wrote before its end is no reason to refuse, and is not replaced."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,6 +56,10 @@ def test_another_profile_is_refused_before_any_work(run, tiny, tmp_path):
         assert "p.safetensors: exists already, and is another profile; pass --force" in done.stderr
         assert "identify extraversion" not in done.stderr  # no stage began
         assert path.read_bytes() == before
+    profile = read_profile(path)
+    write_profile(replace(profile, origin=profile.origin | {"version": "0.0.1"}), path, force=True)
+    done = run(*job, "--out", "p.safetensors")
+    assert (done.returncode, "and is another profile; pass --force" in done.stderr) == (2, True)
     path.write_bytes(before[:-1])
     done = run(*job, "--out", "p.safetensors")
     assert (done.returncode, "p.safetensors: exists already; pass --force" in done.stderr) == (2, True)

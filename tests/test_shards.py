@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import random_rule
 from jobs import QUICK, main_job, npti
 from reference import ReferenceLlama, kl
 from test_bake import TOKENS, llama_logits
+from test_temporaries import killed_while_placing
 from tolerances import KL_TINY_FLOAT
 
 from npti_export.compiler.exact import compile_exact
@@ -195,9 +197,12 @@ def test_the_main_job_on_a_split_base(split, tiny_checkpoint, cli_environment, t
         return npti(*args, environment=cli_environment, cwd=tmp_path)
 
     common = ["--model", str(tiny_checkpoint), "--base", str(split)]
+    files = shard_paths(tmp_path / "s.gguf", COUNT)
+    if sys.platform != "win32":  # parts of a killed job are no reason to refuse, neither before the work nor after it
+        assert killed_while_placing(files, "left", 3, force=False)
+        assert [path.exists() for path in files] == [False, True, True, True, False]
     done = run("--trait", "calm", "--recipe", "npti", *common, "--out", "s.gguf", "--report", "r.json", *QUICK)
     assert done.returncode == 0, done.stderr
-    files = shard_paths(tmp_path / "s.gguf", COUNT)
     assert sorted(tmp_path.glob("s*")) == files
     artifact = json.loads((tmp_path / "r.json").read_text())["artifact"]
     assert artifact["path"] == files[0].name

@@ -335,6 +335,34 @@ def test_only_what_was_placed_is_taken_back(tmp_path):
     assert hidden(tmp_path) == []
 
 
+def test_interrupted_while_old_files_come_back(tmp_path, monkeypatch):
+    """They are not removed with the temporary folder; the next job brings them back."""
+    paths = [tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for path in paths:
+        path.write_text("old")
+    rename = Path.rename
+
+    def full(source, target):
+        raise OSError(28, "no space")
+
+    def interrupted(source, target):
+        if source.parent.name == "npti.replaced":
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt), atomic_files(paths, force=True) as made:
+            for path in paths:
+                (made / path.name).write_text("new")
+    assert contents(paths) == [None, None]
+    with pytest.raises(OutputError, match="exists already"), atomic_files(paths):
+        pass
+    assert contents(paths) == ["old", "old"]
+    assert hidden(tmp_path) == []
+
+
 def test_a_set_whose_killed_job_had_placed_it_all_stays(tmp_path):
     paths = [tmp_path / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
     program = PLACING.replace("real(handle)", "os.kill(os.getpid(), signal.SIGKILL) if paths[0].exists() else 0")
