@@ -376,3 +376,14 @@ def test_a_mirror_of_the_hub_may_say_anything(monkeypatch, identity):
 
     monkeypatch.setattr(hub, "_api", lambda repository: SimpleNamespace(whoami=lambda: identity))
     hub.check_repository("owner/name")
+
+
+def test_an_index_that_names_a_tensor_by_no_text(model_folder):
+    from npti_export.export.convert import plan_conversion
+
+    index = model_folder / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    file = next(iter(whole["weight_map"].values()))
+    index.write_text(json.dumps({"weight_map": whole["weight_map"] | {"model.x\ud800": file}}))
+    with pytest.raises(ModelError, match="is damaged"):
+        plan_conversion(resolve_model(str(model_folder)), ("c.py",), trust_remote_code=False)
