@@ -387,3 +387,12 @@ def test_an_index_that_names_a_tensor_by_no_text(model_folder):
     index.write_text(json.dumps({"weight_map": whole["weight_map"] | {"model.x\ud800": file}}))
     with pytest.raises(ModelError, match="is damaged"):
         plan_conversion(resolve_model(str(model_folder)), ("c.py",), trust_remote_code=False)
+
+
+def test_weights_with_odd_names_and_shapes_make_no_checkpoint(tmp_path):
+    _, *odd = TARGETS["checkpoint-weights"].prepare(tmp_path)
+    assert len(odd) == 4
+    for data in odd:
+        (tmp_path / "model.safetensors").write_bytes(data)
+        with pytest.raises(ModelError, match=r"is in none|is unknown to a llama|no matrix"):
+            TARGETS["checkpoint-weights"].read(tmp_path / "model.safetensors")
