@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -373,3 +374,38 @@ def test_a_mirror_of_the_hub_may_say_anything(monkeypatch, identity):
 
     monkeypatch.setattr(hub, "_api", lambda repository: SimpleNamespace(whoami=lambda: identity))
     hub.check_repository("owner/name")
+
+
+def test_an_index_that_names_a_tensor_by_no_text(model_folder):
+    from npti_export.export.convert import plan_conversion
+
+    index = model_folder / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    file = next(iter(whole["weight_map"].values()))
+    index.write_text(json.dumps({"weight_map": whole["weight_map"] | {"model.x\ud800": file}}))
+    with pytest.raises(ModelError, match="is damaged"):
+        plan_conversion(resolve_model(str(model_folder)), ("c.py",), trust_remote_code=False)
+
+
+def test_weights_with_odd_names_and_shapes_make_no_checkpoint(tmp_path):
+    _, *odd = TARGETS["checkpoint-weights"].prepare(tmp_path)
+    assert len(odd) == 4
+    for data in odd:
+        (tmp_path / "model.safetensors").write_bytes(data)
+        with pytest.raises(ModelError, match=r"is in none|is unknown to a llama|no matrix"):
+            TARGETS["checkpoint-weights"].read(tmp_path / "model.safetensors")
+
+
+def test_a_model_without_one_of_its_weights_is_not_run(tmp_path):
+    """Transformers would draw them at random."""
+    from safetensors.numpy import load_file, save_file
+
+    from npti_export.runtimes.transformers import TransformersRuntime
+
+    TARGETS["loaded-weights"].prepare(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
+        left = {one: values for one, values in tensors.items() if one != name}
+        save_file(left, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=rf"tensor {re.escape(name)} is in none of its files"):
+            TransformersRuntime(resolve_model(str(tmp_path)), device="cpu", dtype="float32")

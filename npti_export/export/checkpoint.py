@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -132,6 +133,8 @@ def plan_checkpoint(
         planned: list[OutTensor] = []
         for weight in shard:
             layer = _layer(weight.name, padded)
+            if layer and weight.name.endswith(MLP_WEIGHTS) and len(weight.shape) != 2:
+                raise ModelError(f"tensor {weight.name} is {shortened(weight.shape)} and no matrix; it is damaged")
             planned.append(_wide(weight, layer) if layer and weight.name.endswith(MLP_WEIGHTS) else _same(weight))
             if layer and weight.name.endswith(MLP_WEIGHTS):
                 planned.append(_bias(weight, padded.width, layer))
@@ -212,10 +215,10 @@ def _check(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...
 
 
 def _layer(name: str, program: MLPProgram) -> LayerProgram | None:
-    parts = name.split(".")
-    if parts[:2] != ["model", "layers"]:
+    match = re.match(r"model\.layers\.([0-9]{1,4})\.", name)
+    if match is None:
         return None
-    index = int(parts[2])
+    index = int(match[1])
     return program.layers[index] if index < len(program.layers) else None
 
 

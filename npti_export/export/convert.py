@@ -181,8 +181,8 @@ def _matrices(source: ModelSource) -> tuple[set[str], int]:
                     if len(shape) > 1:
                         kinds.add(part.get_dtype())
                         elements += math.prod(shape)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: is damaged ({error}); download it again") from error
+    except (SafetensorError, OSError, ValueError) as error:  # a name in the index may be no text
+        raise ModelError(f"{file}: is damaged ({shortened(str(error), 200)}); download it again") from error
     return kinds, elements
 
 

@@ -74,9 +74,11 @@ def load(
             only: dict[str, Any] = {} if source.kind == "gguf" else {"use_safetensors": True}
             if spread is not None:
                 only |= {"device_map": "auto", "offload_folder": str(spread)}
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                **where, **only, dtype=dtype, trust_remote_code=trust_remote_code
+            model, told = transformers.AutoModelForCausalLM.from_pretrained(
+                **where, **only, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
+            if source.kind == "directory":
+                _check_complete(sorted(told["missing_keys"]), str(source.path))
     except ModelError:
         raise
     except Exception as error:  # these libraries raise anything, tokenizers a bare Exception, on a damaged file
@@ -85,6 +87,13 @@ def load(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source.path}: transformers cannot load it: {reason[:_SAID]}") from error
     return model, tokenizer
+
+
+def _check_complete(missing: list[str], where: str) -> None:
+    """Transformers warns, and draws at random what no file holds: a model whose answers are noise."""
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ModelError(f"{where}: tensor {missing[0]}{more} is in none of its files; the download is incomplete")
 
 
 def _check_templates(found: str | dict[str, str] | None, where: str) -> None:

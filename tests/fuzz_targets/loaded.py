@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fuzz_seeds
 import numpy as np
+from safetensors.numpy import load, save
 
 from fuzz_targets.target import HIDDEN, LAYERS, WIDTH, Target
 from npti_export.compiler.exact import compile_exact
@@ -63,6 +64,18 @@ def _folder(file):
         return [(folder / file).read_bytes()]
 
     return prepare
+
+
+def _odd_weights(folder):
+    """Also with layers that have no number, or one below 0, and an MLP whose weights are no matrix."""
+    (whole,) = _folder("model.safetensors")(folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    found = []
+    for odd in ("model.layers.one.mlp.up_proj.weight", "model.layers.-1.mlp.up_proj.weight", "model.layers", name):
+        tensors = load(whole)
+        values = tensors.pop(name)
+        found.append(save(tensors | {odd: values.ravel() if odd == name else values}, metadata={"format": "pt"}))
+    return [whole, *found]
 
 
 def _runtime(folder):
@@ -151,7 +164,7 @@ TARGETS = {
     "tokenizer.json": Target("json", "tokenizer.json", _folder("tokenizer.json"), _answers),
     "generation_config": Target("json", "generation_config.json", _folder("generation_config.json"), _answers),
     "loaded-weights": Target("safetensors", "model.safetensors", _folder("model.safetensors"), _answers),
-    "checkpoint-weights": Target("safetensors", "model.safetensors", _folder("model.safetensors"), _checkpoint),
+    "checkpoint-weights": Target("safetensors", "model.safetensors", _odd_weights, _checkpoint),
     "checkpoint-config": Target("json", "config.json", _folder("config.json"), _checkpoint),
     "peft-config": Target("json", ADAPTER_CONFIG, _adapter(ADAPTER_CONFIG), _steered),
     "peft-weights": Target("safetensors", ADAPTER_WEIGHTS, _adapter(ADAPTER_WEIGHTS), _steered),
