@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,6 +79,12 @@ class PairSpread:
             self.products + other.products,
             self.mixed + other.mixed,
         )
+
+    def absorb(self, other: PairSpread) -> PairSpread:
+        """See :meth:`ActivationStats.absorb`."""
+        first, second, third = (one + more for one, more in zip(self.lengths, other.lengths, strict=True))
+        products, mixed = _into(self.products, other.products), _into(self.mixed, other.mixed)
+        return PairSpread(self.pairs + other.pairs, (first, second, third), products, mixed)
 
     def delta_variance(self, plus: ActivationStats, minus: ActivationStats) -> npt.NDArray[np.float64]:
         """Squared standard error of ``delta = p+ - p-``, ``[layers, width]``, for questions drawn at random.
@@ -173,9 +180,9 @@ class ActivationStats:
             self.tokens + other.tokens,
             _into(self.active, other.active),
             _into(self.histogram, other.histogram),
-            np.maximum(self.largest, other.largest),
+            _into(self.largest, other.largest, np.maximum),
             _added(self.routed, other.routed),
-            _added(self.product, other.product),
+            _added(self.product, other.product, _into),
         )
 
     def moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -244,14 +251,15 @@ def _layer_quantile(
 Counted = TypeVar("Counted", npt.NDArray[np.int64], npt.NDArray[np.float64])
 
 
-def _added(one: Counted | None, other: Counted | None) -> Counted | None:
+def _added(one: Counted | None, other: Counted | None, add: Callable[..., Any] = np.add) -> Counted | None:
     if one is None or other is None:  # nothing was counted yet, or the model is dense
         return one if other is None else other
-    return one + other
+    result: Counted = add(one, other)
+    return result
 
 
-def _into(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    result: npt.NDArray[Any] = np.add(one, other, out=one if one.flags.writeable else None)
+def _into(one: npt.NDArray[Any], other: npt.NDArray[Any], add: np.ufunc = np.add) -> npt.NDArray[Any]:
+    result: npt.NDArray[Any] = add(one, other, out=one if one.flags.writeable else None)
     return result
 
 
@@ -275,7 +283,9 @@ class ContrastStats:
     def absorb(self, other: ContrastStats) -> ContrastStats:
         """``self + other`` in the memory of ``self``, which must not be used afterwards: of a large model there is
         not room for three."""
-        return ContrastStats(self.plus.absorb(other.plus), self.minus.absorb(other.minus), self.spread + other.spread)
+        return ContrastStats(
+            self.plus.absorb(other.plus), self.minus.absorb(other.minus), self.spread.absorb(other.spread)
+        )
 
     def counts(self) -> ContrastStats:
         """Without histograms and sums, which are most of the bytes: what the forecast of the overlap needs."""

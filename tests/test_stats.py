@@ -2,6 +2,7 @@
 
 import bisect
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -157,6 +158,31 @@ def test_added_in_the_memory_of_the_first():
     one = ContrastStats(whole, whole, empty.spread)
     both = empty.absorb(one)
     assert (both.plus.tokens, both.minus.active.sum()) == (60, whole.active.sum())  # plus and minus are two
+
+
+def test_all_that_is_added_in_place_is_what_is_added():
+    rng = np.random.default_rng(11)
+
+    def batch():
+        poles = []
+        for _ in range(2):
+            tokens = rng.integers(3, 9, 4)
+            poles.append(AnswerCounts(rng.integers(0, 3, (4, 2, 5)).astype(np.int16), tokens))
+        stats = [replace(collect(silu_like(rng, (2, 30, 5))), product=rng.normal(size=(2, 2, 5))) for _ in range(2)]
+        return ContrastStats(*stats, PairSpread.of_answers(*poles))
+
+    first, second = batch(), batch()
+    want = ContrastStats.empty(2, 5) + first + second
+    kept, room = (second.spread.mixed.copy(), second.plus.product.copy()), first.spread.mixed
+    found = first.absorb(second)
+    assert found.spread.mixed is room  # of a large model there is not room for another one
+    for pole in ("plus", "minus"):
+        for field in ("active", "histogram", "largest", "product"):
+            np.testing.assert_array_equal(getattr(getattr(found, pole), field), getattr(getattr(want, pole), field))
+    for field in ("pairs", "lengths", "products", "mixed"):
+        np.testing.assert_array_equal(getattr(found.spread, field), getattr(want.spread, field))
+    np.testing.assert_array_equal(second.spread.mixed, kept[0])  # what is added stays what it was
+    np.testing.assert_array_equal(second.plus.product, kept[1])
 
 
 @pytest.mark.parametrize("largest", [200, 60_000, 2**31 - 1])
