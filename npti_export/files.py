@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from npti_export.errors import DiskFullError, OutputError
-from npti_export.temporaries import REPLACED, temporary_beside
+from npti_export.temporaries import REPLACED, sweep, temporary_beside
 
 _HASH_CHUNK = 1 << 22
 _SAMPLES, _SAMPLE = 64, 1 << 16  # pieces of a file, and bytes of each
@@ -73,6 +73,13 @@ def check_place(path: Path, need_bytes: int) -> None:
         )
 
 
+def check_files_writable(paths: Sequence[Path], *, force: bool, need_bytes: int = 0) -> None:
+    """The same for files that belong together; what a killed job had published of them is taken back first."""
+    sweep(paths[0])
+    for path in paths:
+        check_writable(path, force=force, need_bytes=need_bytes)
+
+
 @contextmanager
 def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; publish it on success, remove it on any failure.
@@ -93,6 +100,7 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
         with translate_os_errors(path):
             yield temporary.path
             if temporary.path.exists():
+                _settle(temporary.path)
                 _publish(temporary.path, path, force=force)
     finally:
         temporary.remove()
@@ -103,15 +111,15 @@ def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path
     """Yield a temporary folder beside ``paths``; publish files of their names from it on success, none on any failure.
 
     For files that belong together and are opened by the first one's name: that one is published last, and one that it
-    replaces is removed before any other, so that old and new ones never pass for one whole.
+    replaces is removed before any other, so that old and new ones never pass for one whole. All are on the disk before
+    the first is published, and what a job published that was killed before the last is taken back by the next one.
     A caller may move the temporary folder elsewhere: then nothing is published.
 
     Raises:
         OutputError: see :func:`check_writable`.
         DiskFullError: the disk filled up while writing.
     """
-    for path in paths:
-        check_writable(path, force=force)
+    check_files_writable(paths, force=force)
     first, *others = paths
     with translate_os_errors(first):
         temporary = temporary_beside(first, folder=True)
@@ -121,6 +129,8 @@ def atomic_files(paths: Sequence[Path], *, force: bool = False) -> Iterator[Path
         with translate_os_errors(first):
             yield folder
             if folder.exists():
+                for path in paths:
+                    _settle(folder / path.name)
                 if force:
                     first.unlink(missing_ok=True)
                 for path in [*others, first]:
@@ -223,18 +233,17 @@ def _publish_directory(temporary: Path, path: Path) -> None:
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
     temporary.chmod(0o777 & ~_umask())  # mkdtemp makes directories private
-    old = None
-    if path.exists():
-        old = temporary.with_suffix(REPLACED)
-        path.rename(old)
+    old = temporary.with_suffix(REPLACED) if path.exists() else None
     try:
-        temporary.rename(path)
-    except OSError:
         if old is not None:
-            old.rename(path)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        temporary.rename(path)
+    finally:  # Ctrl-C may come between the two
+        if old is not None:
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(path)
     _sync_folder(path.absolute().parent)
 
 
@@ -248,22 +257,33 @@ def translate_os_errors(path: Path) -> Iterator[None]:
             raise DiskFullError(
                 f"{path}: the disk is full; nothing was left behind, make room and run the command again"
             ) from error
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        reason = error.strerror or str(error)
+        other = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+        if other and path.name[:100] not in other:  # of what it is made of
+            reason = f"{other}: {reason}"
+        elif error.errno == errno.EIO:  # which does not say of what file
+            reason += "; see whether its disk is sound, and that of the model"
+        raise OutputError(f"{path}: cannot be written ({reason})") from error
+
+
+def _settle(temporary: Path) -> None:
+    """Have a finished file on the disk, with the mode that open() would have given it (mkstemp makes files private)."""
+    with temporary.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    temporary.chmod(0o666 & ~_umask())
 
 
 def _publish(temporary: Path, path: Path, *, force: bool) -> None:
-    with temporary.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    # mkstemp makes files private; an artifact gets the mode that open() would have given it.
-    temporary.chmod(0o666 & ~_umask())
     if force:
         temporary.replace(path)
     else:
         try:
             os.link(temporary, path)  # fails where rename would silently replace
-        except FileExistsError:
-            raise OutputError(f"{path}: was created by someone else meanwhile; pass --force to replace it") from None
         except OSError:
+            if path.exists():
+                raise OutputError(
+                    f"{path}: was created by someone else meanwhile; pass --force to replace it"
+                ) from None
             temporary.replace(path)  # a file system without hard links
     _sync_folder(path.absolute().parent)
 

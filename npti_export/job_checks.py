@@ -7,7 +7,7 @@ from pathlib import Path
 
 from npti_export.endings.base import BAKED, IN_LLAMACPP, SINGLE_FILES
 from npti_export.errors import OutputError, ProfileError, RecipeError
-from npti_export.files import check_place, check_writable
+from npti_export.files import check_files_writable, check_place, check_writable
 from npti_export.gguf.shards import named_shards
 from npti_export.loader import RuntimeSettings
 from npti_export.models import ModelSource
@@ -61,8 +61,7 @@ def _profile_outputs(job: Job, place: Path, traits: Sequence[str]) -> list[Path]
     if len(traits) > 1 and not place.exists():
         check_place(place, 0)  # the folder is made when there is something to put into it
     else:
-        for file in files:
-            check_writable(file, force=job.force)
+        check_files_writable(files, force=job.force)
     return files
 
 

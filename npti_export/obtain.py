@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from npti_export.bench import TraitBench
 from npti_export.distribute.cluster import place_of
 from npti_export.distribute.spread import Request, answered
-from npti_export.files import translate_os_errors
+from npti_export.files import atomic_directory, atomic_files
 from npti_export.identify.profiles import Place, anything_kept, needed, nothing_to_resume, profile_for
 from npti_export.job import Prepared
 from npti_export.loader import Models, Timings
@@ -19,7 +19,7 @@ from npti_export.traits import SIGNS, Sign
 
 
 def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress: Progress) -> dict[str, NeuronProfile]:
-    """The profile of each trait; saved where the job says."""
+    """The profile of each trait."""
     profiles = dict(ready.profiles)
     wanted = {trait: bench for trait, bench in ready.benches.items() if trait not in profiles}
     if wanted:
@@ -27,14 +27,26 @@ def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress:
         profiles |= _identified(ready, wanted, models, progress)
         loading = timings.seconds.get("load", 0.0) - loaded
         timings.seconds["identify"] = timings.seconds.get("identify", 0.0) + time.perf_counter() - started - loading
-    if ready.job.save_profile is not None:
-        select, places = ready.kept.select, profile_paths(ready.job.save_profile, list(profiles))
-        if len(places) > 1:
-            with translate_os_errors(ready.job.save_profile):
-                ready.job.save_profile.mkdir(exist_ok=True)
-        for profile, path in zip(profiles.values(), places, strict=True):
-            save_profile(profile, path, force=ready.job.force, threshold=select.threshold, at_least=select.at_least)
     return profiles
+
+
+def keep_profiles(ready: Prepared, profiles: dict[str, NeuronProfile]) -> None:
+    """Save profiles where the job says, all or none: the same command goes on after a stop, and refuses what is there.
+
+    Raises:
+        NptiError: see :func:`npti_export.profile_io.save_profile`.
+    """
+    place, force, select = ready.job.save_profile, ready.job.force, ready.kept.select
+    if place is None:
+        return
+    paths = profile_paths(place, list(profiles))
+    with ExitStack() as stack:
+        if len(paths) > 1:
+            whole = atomic_files(paths, force=force) if place.exists() else atomic_directory(place)
+            folder, force = stack.enter_context(whole), False
+            paths = [folder / path.name for path in paths]
+        for profile, path in zip(profiles.values(), paths, strict=True):
+            save_profile(profile, path, force=force, threshold=select.threshold, at_least=select.at_least)
 
 
 def _identified(

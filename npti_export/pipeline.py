@@ -17,7 +17,7 @@ from npti_export.files import set_aside
 from npti_export.job import QUESTION_TOKENS, Job, Prepared, prepared, with_base
 from npti_export.loader import Models, Timings
 from npti_export.models import ModelSource, gguf_source
-from npti_export.obtain import obtain_profiles
+from npti_export.obtain import keep_profiles, obtain_profiles
 from npti_export.profile import NeuronProfile
 from npti_export.progress import Progress
 from npti_export.publish import check_publication
@@ -58,8 +58,13 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
             assert ready.job.out is not None
             ending.check_output(ready.job.out, force=job.force)
             saved, profiles = obtain_rule(ready, models, timings, progress)
-            report = _deliver(ready, saved, ending, models, timings, progress)
-    report["profiles"] = profiles
+            try:
+                report = _deliver(ready, saved, ending, models, timings, progress)
+            except FidelityError:
+                keep_profiles(ready, profiles)  # which are none the worse for it
+                raise
+            keep_profiles(ready, profiles)  # last: a run that was stopped must not meet its own output
+    report["profiles"] = {trait: profile.origin for trait, profile in profiles.items()}
     report["seconds"] = {key: round(value, 3) for key, value in timings.seconds.items()}
     report["seconds"]["total"] = round(time.perf_counter() - started, 3)
     return report
@@ -107,8 +112,8 @@ def calibration_questions(ready: Prepared) -> list[str]:
 
 def obtain_rule(
     ready: Prepared, models: Models, timings: Timings, progress: Progress
-) -> tuple[SavedRule, dict[str, Any]]:
-    """The rule, and where the profile of each trait came from."""
+) -> tuple[SavedRule, dict[str, NeuronProfile]]:
+    """The rule, and the profile of each trait."""
     if ready.saved is not None:
         return SavedRule(ready.saved.rule, _described_again(ready, ready.saved.about), ready.where), {}
     profiles = obtain_profiles(ready, models, timings, progress)
@@ -121,7 +126,7 @@ def obtain_rule(
         recipe=ready.recipe.to_json(),
         **_identity(ready),
     )
-    return SavedRule(rule, about, ready.where), {trait: profile.origin for trait, profile in profiles.items()}
+    return SavedRule(rule, about, ready.where), profiles
 
 
 def _described_again(ready: Prepared, about: Provenance) -> Provenance:
@@ -312,6 +317,7 @@ def identify_only(job: Job, progress: Progress) -> tuple[dict[str, NeuronProfile
     timings = Timings()
     with prepared(job) as ready, open_models(ready, timings, progress, verifies=False) as models:
         profiles = obtain_profiles(ready, models, timings, progress)
+        keep_profiles(ready, profiles)
     return profiles, timings.seconds
 
 

@@ -119,7 +119,8 @@ def sweep(path: Path) -> None:
     """Remove what killed jobs left beside ``path``.
 
     Where one was killed between taking an old directory away and putting the new one in its place, the old one comes
-    back. What a living job is making is locked and stays. Nothing is removed on systems without such locks.
+    back; where it had published some of several files, these go. What a living job is making is locked and stays.
+    Nothing is removed on systems without such locks.
     """
     if sys.platform == "win32":
         return
@@ -128,6 +129,7 @@ def sweep(path: Path) -> None:
             handle = locked(left, wait=False)
             if handle is not None:
                 _put_back(left.with_suffix(REPLACED), path)
+                _take_back(left, path)
                 _remove(left)
                 os.close(handle)
         for old in _leftovers(path, REPLACED):
@@ -145,6 +147,24 @@ def _put_back(old: Path, path: Path) -> None:
             _remove(old)
         else:
             old.rename(path)
+
+
+def _take_back(left: Path, path: Path) -> None:
+    """Remove what a killed job had published of files that belong together, unless ``path``, the last one, was, too.
+
+    Such files are published as hard links of those in its folder.
+    """
+    if left.is_dir() and not _same(left / path.name, path):
+        for file in left.iterdir():
+            published = path.with_name(file.name)
+            if _same(file, published):
+                published.unlink()
+
+
+def _same(one: Path, other: Path) -> bool:
+    with suppress(OSError):
+        return one.samefile(other)
+    return False
 
 
 def _prefix(path: Path) -> str:

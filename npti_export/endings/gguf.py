@@ -15,7 +15,7 @@ from npti_export.compiler.program import Floats, MLPProgram
 from npti_export.endings.base import SAMPLE_TOKENS, Format, Written
 from npti_export.export.gguf import check_base, plan_bake, rounds_nothing, unit_block, write_bake
 from npti_export.export.metadata import record_fidelity, steering_metadata
-from npti_export.files import atomic_files, atomic_output, check_writable, sha256_file
+from npti_export.files import atomic_files, atomic_output, check_files_writable, sha256_file
 from npti_export.gguf.reader import GGUFFile
 from npti_export.gguf.shards import first_in, named_shards, read_model, shard_paths
 from npti_export.gguf.writer import Value
@@ -71,8 +71,7 @@ class GGUFEnding:
 
     def check_output(self, path: Path, *, force: bool) -> None:
         """See :class:`npti_export.endings.base.Ending`."""
-        for file in shard_paths(path, len(self._base.parts)):
-            check_writable(file, force=force, need_bytes=self._base.size)
+        check_files_writable(shard_paths(path, len(self._base.parts)), force=force, need_bytes=self._base.size)
 
     def output(self, path: Path, *, force: bool) -> AbstractContextManager[Path]:
         """A split model's temporary place is a folder, the artifact a file in it; see also the protocol."""
