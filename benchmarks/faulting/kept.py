@@ -1,29 +1,14 @@
-"""What is kept for later runs, damaged: noticed and made again, or refused in one sentence."""
+"""What is kept for later runs: damaged, it is made again or refused in one sentence; stopped, it is gone on with."""
 
 import json
-import multiprocessing
 import shutil
-import traceback
-
-from npti_export.bench import load_bench
-from npti_export.distribute.gathering import Gathering
-from npti_export.distribute.plan import Node, Outcome, Series
-from npti_export.errors import ProfileError
-from npti_export.files import sha256_file
-from npti_export.identify.collect import run_batch
-from npti_export.models import gguf_source
-from npti_export.progress import Silent
-from npti_export.recipe import load_recipe
-from npti_export.stats import encode_stats, load_stats
+import time
 
 from .damage import damaged
 from .stops import ending_of
 
 NOT_THE_SAME = ("seconds", "before")  # how long it took, and how often the pick was measured before
 ROUNDED = 0.1  # of a judge's 1 to 5, whose answers are read in other batches
-BATCHES = 9  # so that the first eight have a sum
-_SHARDED = ["identify.questions=18", "identify.batch_size=4", "identify.max_new_tokens=4", "identify.until=all"]
-_SHARDED += ["select.at_least=20", "select.at_most=20"]
 JUDGED = ["--baselines", "none", "--no-prompts", "--questions", "4", "--answer-tokens", "4", "--personas", "1"]
 JUDGED += ["--threads", "1", "--skip", "cross-talk", "--skip", "capability", "--skip", "inventory"]
 
@@ -46,115 +31,10 @@ def damaged_cache(place, draw):
     return [f"{target.parent.name}: {'made again' if after != before else 'nothing was changed'}"], "same bytes"
 
 
-def damaged_shards(place, draw):
-    """Shards of an identification on Ray that was killed, as its driver takes them up: asked again, the same sum."""
-    told = _Told()
-    series, batches = _series(place.cache), _batches(place.setting)
-    there = draw.sample(range(BATCHES), draw.randint(2, BATCHES))
-    when = draw.choice(["before", "before", "meanwhile"])
-    try:
-        gathering = Gathering(series, gguf_source(place.setting.model), told)
-        gathering.prepare()
-        for index in there:
-            gathering.shards.write(Node(0, index), batches[index].read_bytes())
-        if set(range(8)) <= set(there) and draw.random() < 0.5:
-            gathering.shards.merge(Node(1, 0))
-        if when == "before":
-            changed = _damage_one(series.shards, draw)
-        gathering = Gathering(series, gguf_source(place.setting.model), told)
-        if when == "meanwhile":
-            changed = _damage_one(series.shards, draw)
-        asked = _gather(gathering, batches)
-    except Exception:
-        place.wrong.append(traceback.format_exc()[-600:])
-        return [when], ""
-    if sha256_file(series.state) != sha256_file(_batches(place.setting)["sum"]):
-        place.wrong.append("another sum")
-    if series.shards.exists():
-        place.wrong.append(f"left over: {list(series.shards.iterdir())}")
-    if changed and when == "before" and not any("damaged" in note for note in told.notes):
-        place.wrong.append("no note of the damage")
-    if len(asked) != len(set(asked)) and when == "before":
-        place.wrong.append(f"asked twice: {asked}")
-    return [f"{when} it is taken up: {'asked again' if changed else 'nothing was changed'}"], "same bytes"
-
-
-class _Told(Silent):
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-
-def _damage_one(folder, draw):
-    target = draw.choice(sorted(folder.iterdir()))
-    before = target.read_bytes()
-    target.write_bytes(damaged(before, draw))
-    return target.read_bytes() != before
-
-
-def _series(cache):
-    recipe = load_recipe("npti", _SHARDED)
-    return Series(load_bench("extraversion"), recipe, cache / "identify" / "extraversion-0.safetensors")
-
-
-def _gather(gathering, batches):
-    """Ask for what is missing, sum up and finish, as the engine does with its workers. Returns what was asked."""
-    asked = []
-    for _ in range(3 * BATCHES):
-        index = gathering.next((), BATCHES)
-        if index is not None:
-            asked.append(index)
-            stats = load_stats(batches[index])[0].counts()
-            gathering.answered(index, Outcome("here", stats=stats, data=batches[index].read_bytes()))
-        try:
-            for node in list(gathering.merges(())):
-                gathering.shards.merge(node)
-                gathering.merged(node)
-        except ProfileError:
-            gathering.damaged()
-        if gathering.complete:
-            gathering.finish()
-            if gathering.finished:
-                return asked
-    raise RuntimeError(f"it never ends: {asked}")
-
-
-def _batches(setting):
-    """Files of the answers of each batch, and of their sum, made by a process of its own: this one runs no model."""
-
-    def write(path):
-        process = multiprocessing.get_context("fork").Process(target=_write_batches, args=(setting, path))
-        process.start()
-        process.join()
-        assert process.exitcode == 0
-
-    folder = setting.made("batches", write)
-    return {index: folder / f"{index}.safetensors" for index in range(BATCHES)} | {
-        "sum": folder / "identify" / "extraversion-0.safetensors"
-    }
-
-
-def _write_batches(setting, path):
-    from npti_export.runtimes.llamacpp.context import Settings
-    from npti_export.runtimes.llamacpp.runtime import LlamaCppRuntime
-
-    path.mkdir()
-    source, series = gguf_source(setting.model), _series(path)
-    with LlamaCppRuntime(setting.model, Settings(threads=1), sequences=4, source=source) as runtime:
-        for index in range(BATCHES):
-            stats = run_batch(runtime, series.bench, series.batch(index), series.asked(index), series.recipe)
-            (path / f"{index}.safetensors").write_bytes(encode_stats(stats, {}))
-    gathering = Gathering(series, source, Silent())
-    gathering.prepare()
-    _gather(gathering, {index: path / f"{index}.safetensors" for index in range(BATCHES)})
-
-
 def damaged_journal(place, draw):
     """The journal of a judge: a torn end is cut off, else it is refused by the line; no verdict is another one."""
     setting = place.setting
-    whole = setting.made("judged", lambda path: _judge(setting, path))
+    whole = _made(setting, "journal")
     target = place.out / "verdicts.jsonl"
     target.write_bytes(damaged((whole / target.name).read_bytes(), draw))
     ended = place.run(_judged(setting)).wait()
@@ -166,15 +46,10 @@ def _judged(setting):
     return ["evaluate", setting.steered, *more]
 
 
-def _judge(setting, path):
-    setting.used("judge", _judged(setting))
-    shutil.move(setting.undisturbed(_judged(setting)), path)
-
-
 def damaged_build(place, draw):
     """A folder of ``bench build``: its plan, journal or store."""
     setting = place.setting
-    whole = setting.made("built", lambda path: _build(setting, path))
+    whole = _made(setting, "build")
     shutil.copytree(whole / "built", place.out / "built")
     target = draw.choice(
         [path for path in sorted((place.out / "built").rglob("*")) if path.is_file() and _matters(path)]
@@ -195,15 +70,10 @@ def _built(setting):
             *sizes]  # fmt: skip
 
 
-def _build(setting, path):
-    setting.used("build", _built(setting))
-    shutil.move(setting.undisturbed(_built(setting)), path)
-
-
 def damaged_study(place, draw):
     """The SQLite file of ``tune``."""
     setting = place.setting
-    whole = setting.made("tuned", lambda path: _tune(setting, path))
+    whole = _made(setting, "study")
     target = place.out / "study.sqlite"
     target.write_bytes(damaged((whole / target.name).read_bytes(), draw))
     ended = place.run(_tuned(setting)).wait()
@@ -218,9 +88,57 @@ def _tuned(setting):
             "--json", "trials.json", *few, *more, *budget]  # fmt: skip
 
 
-def _tune(setting, path):
-    setting.used("tune", _tuned(setting))
-    shutil.move(setting.undisturbed(_tuned(setting)), path)
+KEPT = {
+    # what is kept, the command that keeps it, what comes of it, and bytes that its files may not grow beyond at most
+    "journal": (_judged, "found.json", 4_000),
+    "build": (_built, "built/questions.jsonl", 300_000),
+    "study": (_tuned, "trials.json", 200_000),
+}
+
+
+def stopped(place, draw):
+    """A judge's journal, a bench build or a study that is killed, or whose files may not grow: the command goes on."""
+    setting, name = place.setting, draw.choice(list(KEPT))
+    command, out, most = KEPT[name]
+    line, whole = command(setting), _made(setting, name)
+    met = _killed(place, draw, name, line) if draw.random() < 0.5 else _without_room(place, draw, most, line)
+    ended = place.run([*line, *(["--force"] if name != "build" else [])]).wait()
+    if ended.fault or ended.code != 0:
+        place.wrong.append(f"not finished: {ended.said[-600:]}")
+    elif name != "study" and not _alike(whole / out, place.out / out):  # which draws on, from the trials that are there
+        place.wrong.append(f"{out}: another one")
+    return [f"{name}: {met}"], "went on"
+
+
+def _made(setting, name):
+    """The folder that an undisturbed run of a command leaves."""
+    line = KEPT[name][0](setting)
+
+    def make(path):
+        setting.used(name, line)
+        shutil.move(setting.undisturbed(line), path)
+
+    return setting.made(f"whole {name}", make)
+
+
+def _killed(place, draw, name, line):
+    run = place.run(line)
+    moment = draw.uniform(0, place.setting.seconds(name, line))
+    run.wait_until(lambda: time.monotonic() - run.began >= moment)
+    killed = run.kill()
+    run.wait()
+    return "killed" if killed else "too late"
+
+
+def _without_room(place, draw, most, line):
+    import resource
+
+    allowed = draw.randint(200, most)
+    ended = place.run(line, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, allowed))).wait()
+    if ended.fault or ended.code not in (0, 2, 4):
+        place.wrong.append(f"{ended.fault} exit {ended.code}: {ended.said[-600:]}")
+    place.said = ended.sentence if ended.code else ""
+    return f"no room, {ending_of(ended)}"
 
 
 def _again(place, ended, same):

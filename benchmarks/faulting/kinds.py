@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import disks, failing, inputs, kept, stops
+from . import disks, failing, inputs, kept, shards, stops
 from .endings import ENDINGS, MAIN, Ending
 
 
@@ -49,8 +49,9 @@ KINDS |= {
 }
 KINDS |= {f"damaged {which}": Kind(inputs.damages(which), reads=(which,)) for which in inputs.OTHERS}
 KINDS |= {
-    "damaged shards": Kind(kept.damaged_shards),
+    "damaged shards": Kind(shards.damaged_shards),
     "damaged journal": Kind(kept.damaged_journal),
     "damaged build": Kind(kept.damaged_build),
     "damaged study": Kind(kept.damaged_study),
+    "kept state stopped": Kind(kept.stopped),
 }

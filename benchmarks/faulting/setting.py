@@ -48,7 +48,7 @@ class Setting:
     def __init__(self, root):
         self.root = root
         self._inputs, self._whole, self._older, self._used = root / "inputs", {}, {}, set()
-        self._stub = None
+        self._stub, self._seconds = None, {}
         self._inputs.mkdir()
         root.chmod(0o755)
         self._tokenizer = cut_tokenizer(default_model_path())
@@ -153,6 +153,14 @@ class Setting:
             if ended.code != 0:
                 sys.exit(f"{name}: {ended.said}")
             self._check_forkable()
+
+    def seconds(self, name, arguments):
+        """How long a command takes that nobody disturbs."""
+        if name not in self._seconds:
+            began = time.monotonic()
+            self.undisturbed(arguments)
+            self._seconds[name] = time.monotonic() - began
+        return self._seconds[name]
 
     def _check_forkable(self):
         if threads() > 1:
