@@ -14,6 +14,7 @@ from pathlib import Path
 from npti_export.errors import DiskFullError, OutputError
 from npti_export.temporaries import REPLACED, sweep, temporary_beside
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HASH_CHUNK = 1 << 22
 _SAMPLES, _SAMPLE = 64, 1 << 16  # pieces of a file, and bytes of each
 # What lies beside the weights of a model and belongs to it.
@@ -253,7 +254,7 @@ def translate_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in NO_ROOM:
             raise DiskFullError(
                 f"{path}: the disk is full; nothing was left behind, make room and run the command again"
             ) from error

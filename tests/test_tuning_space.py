@@ -223,7 +223,7 @@ def test_a_full_disk_is_no_damaged_study(tmp_path, monkeypatch):
     def full(*arguments, **options):
         connection = connect(*arguments, **options)
         if most:
-            connection.execute(f"PRAGMA max_page_count={most[0]}")
+            connection.execute(f"PRAGMA max_page_count={most[0]}").fetchall()
         return connection
 
     monkeypatch.setattr(sqlite3, "connect", full)
@@ -233,6 +233,9 @@ def test_a_full_disk_is_no_damaged_study(tmp_path, monkeypatch):
         most.append(study._study._storage._backend.engine.raw_connection().execute("PRAGMA page_count").fetchone()[0])
     words = r"s\.sqlite: the disk is full .*goes on from the last"
     with pytest.raises(DiskFullError, match=words), study_of(path) as study:
+        study.run(lambda _: figures(0.1), [], Limits(400, 1e9), Silent())
+    most.clear()
+    with study_of(path) as study:
         assert study.finished()[:2] == before
         study.run(lambda _: figures(0.1), [], Limits(len(study.finished()) + 1, 1e9), Silent())
 
