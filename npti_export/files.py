@@ -15,6 +15,7 @@ from npti_export.errors import DiskFullError, OutputError
 from npti_export.placing import place, place_all, sync_folder, umask
 from npti_export.temporaries import REPLACED, sweep, temporary_beside
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HASH_CHUNK = 1 << 22
 _SAMPLES, _SAMPLE = 64, 1 << 16  # pieces of a file, and bytes of each
 # What lies beside the weights of a model and belongs to it.
@@ -254,18 +255,17 @@ def _publish_directory(temporary: Path, path: Path) -> None:
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
     temporary.chmod(0o777 & ~umask())  # mkdtemp makes directories private
-    old = None
-    if path.exists():
-        old = temporary.with_suffix(REPLACED)
-        path.rename(old)
+    old = temporary.with_suffix(REPLACED) if path.exists() else None
     try:
-        temporary.rename(path)
-    except OSError:
         if old is not None:
-            old.rename(path)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        temporary.rename(path)
+    finally:  # Ctrl-C may come between the two
+        if old is not None:
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(path)
     sync_folder(path.absolute().parent)
 
 
@@ -275,11 +275,17 @@ def translate_os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in NO_ROOM:
             raise DiskFullError(
                 f"{path}: the disk is full; nothing was left behind, make room and run the command again"
             ) from error
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        reason = error.strerror or str(error)
+        other = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+        if other and path.name[:100] not in other:  # of what it is made of
+            reason = f"{other}: {reason}"
+        elif error.errno == errno.EIO:  # which does not say of what file
+            reason += "; see whether its disk is sound, and that of the model"
+        raise OutputError(f"{path}: cannot be written ({reason})") from error
 
 
 def sha256_file(path: Path) -> str:

@@ -1,10 +1,12 @@
 """``npti-export bench build`` as a user runs it, against a server on this machine: what comes out, and going on."""
 
+import contextlib
 import itertools
 import json
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import time
 from collections import Counter
@@ -199,6 +201,36 @@ def test_damaged_files_are_named(run, tmp_path, reference):
         (work / "plan.json").unlink()
         code, _, said = run(stub, out)
         assert (code, "plan.json: is missing" in said) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE item SET text = replace(text, 'a', 'b') WHERE id = 7",
+        "UPDATE item SET cell = cell + 1 WHERE id = 7",
+        "UPDATE item SET text = CAST(X'61ff62' AS TEXT) WHERE id = 7",
+        "DELETE FROM item WHERE id = (SELECT MAX(id) FROM item)",
+        "UPDATE taken SET count = count + 1",
+        "UPDATE state SET value = value - 1 WHERE key = 'done'",
+        "DELETE FROM state",
+        "PRAGMA user_version = 0",
+    ],
+)
+def test_an_index_that_holds_other_values_is_not_believed(run, tmp_path, reference, damage):
+    """To SQLite it is as good as before."""
+    out, sizes = tmp_path / "out", ("--search", "12", "--test", "6", "--per-request", "6")
+    index = out / "work" / "index.sqlite"
+    with Stub() as stub:
+        assert run(stub, out, sizes=sizes)[0] == 0
+        whole = (out / "questions.jsonl").read_bytes()
+        with contextlib.closing(sqlite3.connect(index)) as database, database:
+            database.execute(damage)
+        code, _, said = run(stub, out, sizes=sizes)
+        assert (code, "is damaged" in said, "delete it" in said) == (2, True, True), said
+        assert (out / "questions.jsonl").read_bytes() == whole
+        index.unlink()
+        assert run(stub, out, sizes=sizes)[0] == 0
+    assert (out / "questions.jsonl").read_bytes() == whole
 
 
 def test_another_plan_is_refused(run, tmp_path):

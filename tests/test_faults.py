@@ -1,5 +1,7 @@
 """Kills, full disks and damaged caches: nothing half-written, and the work goes on."""
 
+import errno
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +29,40 @@ def test_a_disk_that_fills_up(finished, tiny, cli_environment, tmp_path, allowed
     assert "the disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+def test_no_room_for_temporary_files(tiny, cli_environment, tmp_path):
+    """A steered file that tune makes for a trial is larger than may be written."""
+    import resource
+
+    few = ["--trials", "1", "--questions", "2", "--test-questions", "1", "--answer-tokens", "4", "--personas", "1"]
+    few += ["--recipe", "npti", "--set", "identify.questions=4", "--set", "identify.max_new_tokens=4"]
+    done = npti_process(
+        *["tune", "--trait", "extraversion+", "--model", tiny, "--threads", "1", "--weights", "file", *few],
+        environment=cli_environment,
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
+    )
+    assert done.returncode == 4, done.stderr
+    assert re.search(r"steered\.gguf: the disk is full", done.stderr.replace("\n", " "))
+
+
+def test_an_error_that_nobody_expected_says_whether_the_disk_is_full(capsys, monkeypatch):
+    from npti_export import cli
+    from npti_export.cli.root import cli as root
+
+    for number, code, more in ((errno.ENOSPC, 4, "; make room, also where"), (errno.EIO, 2, "")):
+
+        def fails(number=number, **_):
+            raise OSError(number, "said", "a.bin")
+
+        monkeypatch.setattr(root, "main", fails)
+        with pytest.raises(SystemExit) as ended:
+            cli.main([])
+        said = capsys.readouterr().err
+        assert ended.value.code == code
+        assert f"npti-export: a.bin: said{more}" in said
 
 
 def wait_for_batches(cache, process, count=1, timeout=120):

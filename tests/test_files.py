@@ -1,8 +1,11 @@
 """Outputs are whole or absent."""
 
+import errno
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +59,35 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path):
         path.write_text("theirs")
     assert path.read_text() == "theirs"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def no_links(*_paths):
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_neither_is_it_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "a.txt"
+    with pytest.raises(OutputError, match="meanwhile"), atomic_output(path) as temporary:
+        temporary.write_text("mine")
+        path.write_text("theirs")
+    assert path.read_text() == "theirs"
+    path.unlink()
+    with atomic_output(path) as temporary:
+        temporary.write_text("mine")
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_at_fault_is_named(tmp_path):
+    """What an output is made of may fail, too."""
+    path = tmp_path / "a.txt"
+    with pytest.raises(OutputError, match=r"a\.txt: cannot be written \(.*model\.gguf: No such"), atomic_output(path):
+        (tmp_path / "model.gguf").read_bytes()
+    with pytest.raises(OutputError, match=r"cannot be written \(No such file"), atomic_output(path) as temporary:
+        temporary.with_name(f"{temporary.name}.x").read_bytes()
+    with pytest.raises(OutputError, match=r"\(Input/output error; see whether its disk is"), atomic_output(path):
+        raise OSError(errno.EIO, "Input/output error")
 
 
 def test_bad_places(tmp_path):
@@ -163,6 +195,25 @@ def test_split_files_are_not_written_through_links(elsewhere):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_file(tmp_path / "a").startswith("ba7816bf")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, "Input/output error")])
+def test_a_directory_stays_where_the_new_one_does_not_come(tmp_path, monkeypatch, error):
+    """Ctrl-C, or a disk that fails, between taking the old one away and putting the new one in its place."""
+    rename = Path.rename
+
+    def interrupted(source, target):
+        if target == tmp_path / "d" and source.suffix == ".partial":
+            raise error
+        return rename(source, target)
+
+    ours = {"ours": lambda _: True}
+    with atomic_directory(tmp_path / "d") as temporary:
+        (temporary / "old").write_text("x")
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises((KeyboardInterrupt, OutputError)), atomic_directory(tmp_path / "d", force=True, **ours) as new:
+        (new / "new").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["d", "old"]
 
 
 def test_an_atomic_directory_is_whole_or_absent(tmp_path):

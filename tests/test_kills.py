@@ -1,4 +1,4 @@
-"""A short run of ``benchmarks/faults.py``: the main job killed at random moments, and broken otherwise, once each."""
+"""A short run of ``benchmarks/faults.py``: jobs killed at random moments, and broken otherwise, once each."""
 
 import json
 import os
@@ -35,3 +35,15 @@ def test_other_faults(tmp_path):
     done, found = faults(tmp_path / "f.jsonl", "--others", "1", "--kinds", *kinds)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {one["kind"] for one in found} == set(kinds)
+
+
+def test_other_commands_and_failing_disks(tmp_path):
+    """With a seed that draws commands which take no torch; the others are for longer runs."""
+    kinds = ["kill, stripped", "kill, split", "fsync fails", "write fails", "refused in C"]
+    kinds += ["damaged vector", "damaged evaluation", "damaged shards"]
+    done, found = faults(tmp_path / "f.jsonl", "--others", "1", "--seed", "1411", "--kinds", *kinds)
+    assert done.returncode == 0, done.stdout + done.stderr
+    left_out = {kind for kind in kinds if f"{kind:26} {'':6} {'':6}  left out" in done.stdout}
+    assert {one["kind"] for one in found} | left_out == set(kinds)
+    met = {one["kind"]: one["met"] for one in found}
+    assert any("exit" in what for kind in ("fsync fails", "write fails") for what in met[kind])  # something failed

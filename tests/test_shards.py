@@ -1,9 +1,14 @@
 """Models split into several files: read as one, baked file by file, stripped, published together."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 import struct
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +178,63 @@ def test_files_of_a_failed_job_are_not_published(tmp_path):
             (folder / path.name).write_text("new")
         paths[0].write_text("someone else's")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["someone else's"]
+
+
+def test_files_that_do_not_reach_the_disk_replace_nothing(tmp_path, monkeypatch):
+    paths, calls, sync = shard_paths(tmp_path / "x.gguf", 3), [], os.fsync
+    for path in paths:
+        path.write_text("old")
+
+    def fails(handle):
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OutputError, match="cannot be written"), atomic_files(paths, force=True) as folder:
+        for path in paths:
+            (folder / path.name).write_text("new")
+    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["old"] * 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks, nothing is taken back")
+@pytest.mark.parametrize("published", [0, 1, 2, 3])
+def test_what_a_killed_job_published_in_part_is_taken_back(tmp_path, published):
+    """The same command is not refused because of what it left; what is all there stays."""
+    paths = shard_paths(tmp_path / "x.gguf", 3)
+    program = textwrap.dedent(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from npti_export.files import atomic_files
+        paths, published, link, left = list(map(Path, sys.argv[2:])), int(sys.argv[1]), os.link, []
+        def counted(source, target):
+            if len(left) == published:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left.append(target)
+            link(source, target)
+            if len(left) == len(paths):
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.link = counted
+        with atomic_files(paths) as folder:
+            for path in paths:
+                (folder / path.name).write_text("first")
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(published), *paths], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert sum(path.exists() for path in paths) == published
+    if published == 3:
+        with pytest.raises(OutputError, match="exists already; pass --force"), atomic_files(paths):
+            pass
+        assert [path.read_text() for path in paths] == ["first"] * 3
+    else:
+        with atomic_files(paths) as folder:
+            for path in paths:
+                (folder / path.name).write_text("second")
+        assert [path.read_text() for path in paths] == ["second"] * 3
+    assert sorted(tmp_path.iterdir()) == paths
 
 
 def test_a_split_file_is_not_read_by_transformers(split):

@@ -7,7 +7,7 @@ import numpy as np
 import optuna
 import pytest
 
-from npti_export.errors import EvaluationError, OutputError, ProfileError, RecipeError
+from npti_export.errors import DiskFullError, EvaluationError, OutputError, ProfileError, RecipeError
 from npti_export.evaluate.document import Estimate
 from npti_export.profile import NeuronProfile
 from npti_export.progress import Silent
@@ -214,6 +214,30 @@ def test_bad_studies_and_fruitless_searches(tmp_path):
 
     with study_of(None) as study, pytest.raises(EvaluationError, match=r"no trial gave a rule.*no neuron at all"):
         study.run(fails, [], Limits(None, 1.0), Silent())
+
+
+def test_a_full_disk_is_no_damaged_study(tmp_path, monkeypatch):
+    """SQLite's own error, of a file that may not grow; afterwards the study goes on."""
+    path, connect, most = tmp_path / "s.sqlite", sqlite3.connect, []
+
+    def full(*arguments, **options):
+        connection = connect(*arguments, **options)
+        if most:
+            connection.execute(f"PRAGMA max_page_count={most[0]}").fetchall()
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", full)
+    with study_of(path) as study:
+        study.run(lambda _: figures(0.1), [], Limits(2, 1e9), Silent())
+        before = study.finished()
+        most.append(study._study._storage._backend.engine.raw_connection().execute("PRAGMA page_count").fetchone()[0])
+    words = r"s\.sqlite: the disk is full .*goes on from the last"
+    with pytest.raises(DiskFullError, match=words), study_of(path) as study:
+        study.run(lambda _: figures(0.1), [], Limits(400, 1e9), Silent())
+    most.clear()
+    with study_of(path) as study:
+        assert study.finished()[:2] == before
+        study.run(lambda _: figures(0.1), [], Limits(len(study.finished()) + 1, 1e9), Silent())
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+        from npti_export.files import NO_ROOM
+
+        said = f"{error.filename or 'a file'}: {error.strerror or error}"
+        if error.errno in NO_ROOM:
+            _fail(f"{said}; make room, also where temporary files go, and run the command again", 4)
+        _fail(said, 2)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from npti_export.files import translate_os_errors
 from npti_export.loader import Models
 from npti_export.models import ModelSource
 from npti_export.recipe import Recipe
@@ -64,7 +65,8 @@ class LlamaEngine:
         program = compile_exact(rule, self._recipe.compile.basis_units)
         unknown = ["0" * 64] * len(self._header.parts)  # of the base, which this file is never stripped to
         with TemporaryFolder() as folder:
-            write_bake(plan_bake(self._header, program, {}, unknown), folder / "steered.gguf")
+            with translate_os_errors(folder / "steered.gguf"):
+                write_bake(plan_bake(self._header, program, {}, unknown), folder / "steered.gguf")
             first = shard_paths(folder / "steered.gguf", len(self._header.parts))[0]
             sequences = self._recipe.identify.batch_size
             with LlamaCppRuntime(first, self._settings, sequences=sequences, source=self.source) as runtime:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npti_export.errors import EvaluationError, ProfileError
+from npti_export.errors import DiskFullError, EvaluationError, NptiError, OutputError, ProfileError
 from npti_export.evaluate.document import Estimate
 from npti_export.files import translate_os_errors
 from npti_export.progress import Progress
@@ -234,6 +234,7 @@ def opened_study(
         EvaluationError: the file is no such storage, is damaged or of another version of optuna, or another run makes
             trials of the same study.
         OutputError: it cannot be written.
+        DiskFullError: no room.
     """
     import optuna
     from sqlalchemy.exc import DatabaseError
@@ -249,8 +250,7 @@ def opened_study(
             study = _loaded(storage, name, seed)
             yield Study(study, space, excess, storage)
     except (DatabaseError, optuna.exceptions.StorageInternalError, sqlite3.Error) as error:
-        reason = str(getattr(error, "orig", None) or error)
-        raise _unusable(storage, reason) from error
+        raise _failed(storage, error) from error
     finally:
         logged(before)
 
@@ -286,6 +286,20 @@ def _believed(storage: Path | None) -> Iterator[None]:
         if storage is None:  # nothing but what this process put there
             raise
         raise _unusable(storage, str(error) or type(error).__name__) from error
+
+
+def _failed(storage: Path | None, error: Exception) -> NptiError:
+    """What SQLite met, which optuna may have wrapped: a disk that failed says nothing against what is there."""
+    inner = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None)
+    reason = str(inner or error)
+    if "disk is full" in reason or "disk I/O" in reason:
+        return DiskFullError(
+            f"{storage}: the disk is full ({reason}); make room and run the command again, which goes on from the last "
+            "finished trial"
+        )
+    if "readonly" in reason or "unable to open" in reason:
+        return OutputError(f"{storage}: cannot be written ({reason})")
+    return _unusable(storage, reason)
 
 
 def _unusable(storage: Path | None, reason: str) -> EvaluationError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 import time
@@ -15,26 +16,43 @@ import numpy as np
 
 from npti_export.bench.making.ngrams import Grams, grams, overlap
 from npti_export.bench.overlap import LIMIT
-from npti_export.errors import DiskFullError, OutputError
+from npti_export.errors import DiskFullError, OutputError, shortened
 
 _SLOTS = 64  # texts remembered for each 3-gram; one that is in more is idiom, and tells of no copy
 _LOOKED_AT = 32  # texts with most shared 3-grams whose real overlap is computed
 _COMMIT_SECONDS = 0.5
 _CACHE_KIB = 16 << 10
-_TABLES = """
+_FORMAT = 1  # of the tables
+_TABLES = f"""
+PRAGMA user_version={_FORMAT};
 CREATE TABLE IF NOT EXISTS item (
     id INTEGER PRIMARY KEY, cell INTEGER NOT NULL, split TEXT NOT NULL, ord INTEGER NOT NULL, seed INTEGER NOT NULL,
-    text TEXT NOT NULL, grams BLOB NOT NULL);
+    text TEXT NOT NULL, grams BLOB NOT NULL, sum TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS posting (
     gram INTEGER NOT NULL, slot INTEGER NOT NULL, item INTEGER NOT NULL, PRIMARY KEY (gram, slot)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS rejected (
     id INTEGER PRIMARY KEY, cell INTEGER NOT NULL, ord INTEGER NOT NULL, seed INTEGER NOT NULL, rule TEXT NOT NULL,
-    fault TEXT NOT NULL, text TEXT NOT NULL);
+    fault TEXT NOT NULL, text TEXT NOT NULL, sum TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS taken (
     cell INTEGER NOT NULL, split TEXT NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (cell, split)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS owed (cell INTEGER PRIMARY KEY, count INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
+
+
+def _sum(*values: object) -> str:
+    """First 64 bits of a SHA-256: SQLite has no checksums, and would give changed values back as they are."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def _check(what: str, found: str | None, *values: object) -> None:
+    """Raise unless values are what was written.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if found != _sum(*values):
+        raise ValueError(f"the checksum of {what} is wrong")
 
 
 def _counts(text: str) -> Counter[str]:
@@ -53,6 +71,7 @@ class Store:
     """Kept and rejected items, counts, and an index of 3-grams that finds near-duplicates.
 
     Changes reach the disk about twice a second; a crash goes back to the last time, and the journal knows the rest.
+    What ends up in the bench, and what is asked next, is checked by sums as it is read.
 
     Args:
         path: of the database; made if it is not there.
@@ -70,6 +89,7 @@ class Store:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")  # consistent after a power cut, if not the newest
             self._db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
+            self._check_format()
             self._db.executescript(_TABLES)
             self._db.execute("BEGIN")
             self._count = int(self._db.execute("SELECT COALESCE(MAX(id), -1) + 1 FROM item").fetchone()[0])
@@ -77,13 +97,26 @@ class Store:
                 {(cell, split): count for cell, split, count in self._db.execute("SELECT * FROM taken")}
             )
             state = dict(self._db.execute("SELECT key, value FROM state"))
+            if state or self.taken or self._count:
+                _check("the state", state.pop("sum", None), *self._state_of(state))
             self.done = int(json.loads(state.get("done", "0")))
             self.turn = int(json.loads(state.get("turn", "0")))
             self.turn_begins = int(json.loads(state.get("turn_begins", "-1")))
             self.totals = _counts(state.get("totals", "{}"))
             self.reasons = _counts(state.get("reasons", "{}"))
+            self._owed = state.get("owed", _sum())
+            if sum(self.taken.values()) != self._count:
+                raise ValueError("items are missing")
         self._changed: set[tuple[int, str]] = set()
         self._committed = time.monotonic()
+
+    def _check_format(self) -> None:
+        tables = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+        if tables and self._db.execute("PRAGMA user_version").fetchone()[0] != _FORMAT:
+            raise ValueError("of another version")
+
+    def _state_of(self, state: dict[str, str]) -> tuple[object, ...]:
+        return sorted(state.items()), sorted(self.taken.items())
 
     def close(self) -> None:
         """What was not committed is forgotten."""
@@ -95,12 +128,15 @@ class Store:
         with self._translated():
             self._db.execute("DELETE FROM owed")
             self._db.executemany("INSERT INTO owed VALUES (?, ?)", owed)
+        self._owed = _sum(*sorted(map(tuple, owed)))
         self.commit()
 
     def owed(self) -> dict[int, int]:
         """What each cell lacked when the round began."""
         with self._translated():
-            return dict(self._db.execute("SELECT cell, count FROM owed"))
+            found = dict(self._db.execute("SELECT cell, count FROM owed"))
+            _check("what is owed", self._owed, *sorted(found.items()))
+            return found
 
     def twin(self, found: Grams) -> int | None:
         """Number of a kept item whose 3-grams overlap by more than ``LIMIT`` of the shorter one's, or None.
@@ -126,9 +162,9 @@ class Store:
         found = grams(text) if found is None else found
         number, self._count = self._count, self._count + 1
         with self._translated():
+            row = (cell, split, order, seed, text)
             self._db.execute(
-                "INSERT INTO item VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (number, cell, split, order, seed, text, found.tobytes()),
+                "INSERT INTO item VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (number, *row, found.tobytes(), _sum(number, *row))
             )
             slot = number % _SLOTS
             self._db.executemany(
@@ -144,9 +180,10 @@ class Store:
         self.totals["rejected"] += 1
         if keep:
             with self._translated():
+                row = (cell, order, seed, rule, fault, text)
                 self._db.execute(
-                    "INSERT INTO rejected (cell, ord, seed, rule, fault, text) VALUES (?, ?, ?, ?, ?, ?)",
-                    (cell, order, seed, rule, fault, text),
+                    "INSERT INTO rejected (cell, ord, seed, rule, fault, text, sum) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (*row, _sum(*row)),
                 )
 
     def text(self, item: int) -> str:
@@ -169,11 +206,10 @@ class Store:
             "totals": self.totals,
             "reasons": self.reasons,
         }
+        kept = {key: json.dumps(value) for key, value in state.items()} | {"owed": self._owed}
+        kept["sum"] = _sum(*self._state_of(kept))
         with self._translated():
-            self._db.executemany(
-                "INSERT OR REPLACE INTO state VALUES (?, ?)",
-                [(key, json.dumps(value)) for key, value in state.items()],
-            )
+            self._db.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", kept.items())
             self._db.executemany(
                 "INSERT OR REPLACE INTO taken VALUES (?, ?, ?)",
                 [(cell, split, self.taken[cell, split]) for cell, split in self._changed],
@@ -186,12 +222,24 @@ class Store:
     def items(self) -> Iterator[tuple[int, str, int, int, str]]:
         """Cell, split, order, seed and text of what was kept, in order."""
         with self._translated():
-            yield from self._db.execute("SELECT cell, split, ord, seed, text FROM item ORDER BY id")
+            expected = 0
+            for number, *row, found in self._db.execute(
+                "SELECT id, cell, split, ord, seed, text, sum FROM item ORDER BY id"
+            ):
+                _check(f"item {number}", found, expected, *row)
+                expected += 1
+                yield tuple(row)
+            if expected != self._count:
+                raise ValueError("items are missing")
 
     def rejects(self) -> Iterator[tuple[int, int, int, str, str, str]]:
         """Cell, order, seed, rule, fault and text of what was rejected, in order."""
         with self._translated():
-            yield from self._db.execute("SELECT cell, ord, seed, rule, fault, text FROM rejected ORDER BY id")
+            for *row, found in self._db.execute(
+                "SELECT cell, ord, seed, rule, fault, text, sum FROM rejected ORDER BY id"
+            ):
+                _check("a rejected item", found, *row)
+                yield tuple(row)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -202,9 +250,14 @@ class Store:
                 raise DiskFullError(
                     f"{self._path}: the disk is full ({error}); make room and run the command again, nothing is lost"
                 ) from error
-            raise OutputError(f"{self._path}: cannot be written ({error})") from error
+            if "decode" not in str(error):
+                raise OutputError(f"{self._path}: cannot be written ({error})") from error
+            raise self._damaged(error) from error
         except (sqlite3.Error, ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise OutputError(
-                f"{self._path}: is damaged ({error}); delete it and the files {self._path.name}-* beside it: it is "
-                "made again from the answers"
-            ) from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> OutputError:
+        return OutputError(
+            f"{self._path}: is damaged ({shortened(str(error), 200)}); delete it and the files {self._path.name}-* "
+            "beside it: it is made again from the answers"
+        )
