@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from npti_export.bench import TraitBench
@@ -14,7 +14,7 @@ from npti_export.identify.profiles import Place, anything_kept, needed, nothing_
 from npti_export.job import Prepared
 from npti_export.loader import Models, Timings
 from npti_export.profile import NeuronProfile
-from npti_export.profile_io import check_saved, profile_paths, save_profile
+from npti_export.profile_io import profile_paths, save_profiles
 from npti_export.progress import Progress, Silent
 from npti_export.traits import SIGNS, Sign
 
@@ -36,14 +36,17 @@ def obtain_profiles(ready: Prepared, models: Models, timings: Timings, progress:
 def _save(ready: Prepared, profiles: dict[str, NeuronProfile], place: Path) -> None:
     select, force = ready.kept.select, ready.job.force
     pairs = list(zip(profiles.values(), profile_paths(place, list(profiles)), strict=True))
-    if len(pairs) > 1:
+    made = len(pairs) > 1 and not place.exists()
+    if made:
         with translate_os_errors(place):
-            place.mkdir(exist_ok=True)
-    if not force:
-        for profile, path in pairs:
-            check_saved(profile, path, threshold=select.threshold, at_least=select.at_least)
-    for profile, path in pairs:
-        save_profile(profile, path, force=force, threshold=select.threshold, at_least=select.at_least)
+            place.mkdir()
+    try:
+        save_profiles(pairs, force=force, threshold=select.threshold, at_least=select.at_least)
+    except BaseException:
+        if made:
+            with suppress(OSError):  # another job may have put something there
+                place.rmdir()
+        raise
 
 
 def _identified(

@@ -35,12 +35,21 @@ def save_profile(
         ProfileError: another suffix, or a pole without neurons in the published format.
         OutputError: a file exists, is another one, and ``force`` is not set.
     """
-    contents = _contents(profile, path, threshold, at_least)
+    return save_profiles([(profile, path)], force=force, threshold=threshold, at_least=at_least)
+
+
+def save_profiles(
+    pairs: Sequence[tuple[NeuronProfile, Path]], *, force: bool, threshold: float, at_least: int
+) -> list[Path]:
+    """Write several as :func:`save_profile` does, with the same promise for all of them together."""
+    files: list[Path] = []
     with ExitStack() as stack:
-        for file, data in contents.items():
-            if force or not _is_there(file, data):
-                stack.enter_context(atomic_output(file, force=force)).write_bytes(data)
-    return list(contents)
+        for profile, path in pairs:
+            for file, data in _contents(profile, path, threshold, at_least).items():
+                if force or not _is_there(file, data):
+                    stack.enter_context(atomic_output(file, force=force)).write_bytes(data)
+                files.append(file)
+    return files
 
 
 def check_saved(profile: NeuronProfile, path: Path, *, threshold: float, at_least: int) -> None:

@@ -14,7 +14,6 @@ from npti_export.identify.profiles import Place, profile_for
 from npti_export.job import Job, prepared
 from npti_export.loader import RuntimeSettings, Timings
 from npti_export.models import gguf_source
-from npti_export.obtain import keep_profiles
 from npti_export.pipeline import obtain_profiles, open_models
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe, select_recipe
@@ -50,9 +49,7 @@ def test_a_profile_kept_by_a_job_with_constants(tmp_path, name):
     job = dataclasses.replace(job, runtime=RuntimeSettings(threads=1))
     with prepared(job) as ready, open_models(ready, Timings(), Silent(), verifies=False) as models:
         assert (ready.recipe.name, ready.kept.name) == ("smollm2-135m", "smollm2-135m-npti")
-        profiles = obtain_profiles(ready, models, Timings(), Silent())
-        keep_profiles(ready, profiles)
-        profile = profiles["extraversion"]
+        profile = obtain_profiles(ready, models, Timings(), Silent())["extraversion"]
     assert profile.matched_plus is None
     assert np.abs(profile.matched_minus).max() > 0
     assert np.abs(profile.delta).max() > 0

@@ -1,10 +1,12 @@
 """Profiles that a command saves: all or none, and a run that was stopped does not meet its own output."""
 
+import errno
+from pathlib import Path
+
 import pytest
 from jobs import QUICK, main_job, npti
 
-from npti_export import obtain, pipeline
-from npti_export.errors import DiskFullError
+from npti_export import pipeline
 
 SAVED = ("--save-profile", "p.safetensors")
 
@@ -26,7 +28,7 @@ def test_the_command_goes_on_after_a_stop_behind_identification(tiny, cli_enviro
         done = npti_main(tiny, cli_environment, tmp_path)
     assert done.returncode == 130
     assert "the same command goes on" in done.stderr
-    assert outputs(tmp_path) == set()
+    assert outputs(tmp_path) == {"p.safetensors"}
     done = npti_main(tiny, cli_environment, tmp_path)
     assert done.returncode == 0, done.stderr
     assert outputs(tmp_path) == {"m.gguf", "p.safetensors"}
@@ -44,18 +46,19 @@ def test_several_profiles_are_all_there_or_none(tiny, cli_environment, tmp_path,
     if exists:
         (tmp_path / "profiles").mkdir()
         (tmp_path / "profiles" / "mine.txt").write_text("mine")
-    before, save, saved = set(tmp_path.rglob("*")), obtain.save_profile, []
+    before, write, met = set(tmp_path.rglob("*")), Path.write_bytes, []
 
-    def full(*arguments, **options):
-        saved.append(arguments)
-        if len(saved) == 2:
-            raise DiskFullError("openness.safetensors: the disk is full")
-        return save(*arguments, **options)
+    def full(path, data):
+        if path.name.startswith(".openness.safetensors."):
+            met.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(obtain, "save_profile", full)
+        patch.setattr(Path, "write_bytes", full)
         done = npti(*job, "--out", "profiles", environment=cli_environment, cwd=tmp_path)
     assert done.returncode == 4, done.stderr
+    assert len(met) == 1
     cache = tmp_path / "cache"
     assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(cache)} == before
     done = npti(*job, "--out", "profiles", environment=cli_environment, cwd=tmp_path)
