@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save
 from tolerances import FLOAT32
 
 from npti_export.errors import OutputError, ProfileError, RecipeError
 from npti_export.identify.select import pole_neurons, qualifying, rank
 from npti_export.inspection import inspect_file
 from npti_export.models import ModelShape, gguf_source
-from npti_export.profile import NeuronProfile
+from npti_export.profile import FIELDS, NeuronProfile
 from npti_export.profile_io import load_profile, save_profile
 from npti_export.published import published_rows
 from npti_export.recipe import load_recipe
@@ -217,7 +218,12 @@ def test_damaged_and_foreign_profiles(tmp_path, tiny):
         other.check_model(gguf_source(tiny))
     other.check_model(gguf_source(tiny), any_model=True)
     broken = NeuronProfile("openness", *[np.full((1, 2), np.nan, np.float32)] * 4, None)
-    save_profile(broken, tmp_path / "nan.safetensors", force=False)
+    with pytest.raises(ProfileError, match="p_plus holds what is not finite"):
+        save_profile(broken, tmp_path / "nan.safetensors", force=False)
+    assert not (tmp_path / "nan.safetensors").exists()
+    described = json.dumps({"trait": "openness", "fingerprint": None, "origin": {}})
+    tensors = {name: getattr(broken, name) for name in FIELDS}
+    (tmp_path / "nan.safetensors").write_bytes(save(tensors, metadata={"npti.profile": described}))
     with pytest.raises(ProfileError, match="not finite"):
         load_profile(tmp_path / "nan.safetensors", ModelShape(1, 2, 8))
 
