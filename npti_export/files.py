@@ -267,6 +267,17 @@ def translate_os_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({reason})") from error
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of reading ``path`` its name, which the system leaves out where a file is open already."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def _settle(temporary: Path) -> None:
     """Have a finished file on the disk, with the mode that open() would have given it (mkstemp makes files private)."""
     with temporary.open("rb+") as stream:
@@ -307,7 +318,7 @@ def _sync_folder(folder: Path) -> None:
 def sha256_file(path: Path) -> str:
     """The file's SHA-256 as 64 hexadecimal digits, read in bounded memory."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with naming(path), path.open("rb") as stream:
         while chunk := stream.read(_HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -317,7 +328,7 @@ def sampled_sha256(path: Path) -> str:
     """SHA-256 of a file's size and of pieces from all over it: files of gigabytes are told apart at once."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as stream:
+    with naming(path), path.open("rb") as stream:
         for number in range(_SAMPLES):
             stream.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
             digest.update(stream.read(_SAMPLE))
