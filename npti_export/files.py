@@ -288,10 +288,21 @@ def translate_os_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({reason})") from error
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of reading ``path`` its name, which the system leaves out where a file is open already."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def sha256_file(path: Path) -> str:
     """The file's SHA-256 as 64 hexadecimal digits, read in bounded memory."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    with naming(path), path.open("rb") as stream:
         while chunk := stream.read(_HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -301,7 +312,7 @@ def sampled_sha256(path: Path) -> str:
     """SHA-256 of a file's size and of pieces from all over it: files of gigabytes are told apart at once."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as stream:
+    with naming(path), path.open("rb") as stream:
         for number in range(_SAMPLES):
             stream.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
             digest.update(stream.read(_SAMPLE))

@@ -1,11 +1,14 @@
 """Damaged GGUF files, one by one: what the fuzzer found, or a look at what it cannot reach."""
 
+import errno
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +19,10 @@ from fuzz_seeds import Entry, Tensor, steer, take_apart, with_quirks, write_base
 from npti_export.compiler.exact import compile_exact
 from npti_export.errors import AdapterError, GGUFError, ModelError
 from npti_export.export.gguf import check_base, plan_bake, strip, write_bake
-from npti_export.files import sha256_file
+from npti_export.files import naming, sha256_file
 from npti_export.gguf.blocks import quantise, type_id_of
 from npti_export.gguf.reader import read_gguf
+from npti_export.gguf.weights import read_matrix
 from npti_export.inspection import inspect_file
 from npti_export.models import gguf_source
 from npti_export.rule import SteeringRule
@@ -401,3 +405,33 @@ def test_inspect_decodes_no_arrays(damaged, made):
     assert inspect_file(path)["npti.rule"] == 0
     with pytest.raises(ModelError, match="steered already"):
         gguf_source(path)
+
+
+def test_weights_of_a_file_that_became_shorter(tiny, tmp_path):
+    """Between its header and its weights."""
+    path = Path(shutil.copy(tiny, tmp_path / "m.gguf"))
+    header = read_gguf(path)
+    tensor = header.by_name["blk.2.ffn_down.weight"]
+    os.truncate(path, tensor.offset + 1000)
+    with pytest.raises(GGUFError, match=r"m\.gguf: became shorter while it was read \(blk\.2\.ffn_down\.weight\)"):
+        read_matrix(header, tensor.name)
+
+
+def test_reading_that_fails_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="Input/output error") as failed, naming(tmp_path / "m.gguf"):
+        raise OSError(errno.EIO, "Input/output error")
+    assert failed.value.filename == str(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to load shared library"), OSError("wrong ELF class")])
+def test_a_broken_llama_cpp_is_said_in_one_sentence(monkeypatch, error):
+    import llama_cpp._ctypes_extensions as loader
+
+    from npti_export.gguf.ggml import ggml
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(loader, "load_shared_library", fails)
+    with pytest.raises(ModelError, match=rf"llama\.cpp cannot be loaded \({error}\); install llama-cpp-python again"):
+        ggml.__wrapped__()

@@ -31,19 +31,18 @@ def test_a_disk_that_fills_up(finished, tiny, cli_environment, tmp_path, allowed
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
-def test_no_room_for_temporary_files(tiny, cli_environment, tmp_path):
-    """A steered file that tune makes for a trial is larger than may be written."""
-    import resource
+def test_no_room_for_temporary_files(tiny, cli_environment, tmp_path, monkeypatch):
+    """A steered file that tune makes for a trial."""
+    from npti_export.export import gguf
 
+    def full(_plan, _path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf, "write_bake", full)
     few = ["--trials", "1", "--questions", "2", "--test-questions", "1", "--answer-tokens", "4", "--personas", "1"]
     few += ["--recipe", "npti", "--set", "identify.questions=4", "--set", "identify.max_new_tokens=4"]
-    done = npti_process(
-        *["tune", "--trait", "extraversion+", "--model", tiny, "--threads", "1", "--weights", "file", *few],
-        environment=cli_environment,
-        cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
-    )
+    job = ["tune", "--trait", "extraversion+", "--model", tiny, "--threads", "1", "--weights", "file", *few]
+    done = npti(*job, environment=cli_environment, cwd=tmp_path)
     assert done.returncode == 4, done.stderr
     assert re.search(r"steered\.gguf: the disk is full", done.stderr.replace("\n", " "))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from npti_export.errors import DiskFullError
 from npti_export.gguf.blocks import is_float
+from npti_export.gguf.ggml import loading
 from npti_export.gguf.reader import GGUFFile
 from npti_export.gguf.requantise import quantise_file
 from npti_export.progress import Progress
@@ -34,7 +35,8 @@ def copy_pays(header: GGUFFile) -> bool:
     """
     if all(is_float(tensor.type_id) for tensor in header.tensors) or copy_bytes(header) > _MOST_BYTES:
         return False
-    import llama_cpp
+    with loading():
+        import llama_cpp
 
     return b"AVX512_BF16 = 1" in llama_cpp.llama_print_system_info()
 

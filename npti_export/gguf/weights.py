@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
+from npti_export.errors import GGUFError
+from npti_export.files import naming
 from npti_export.gguf.blocks import Bytes, Floats, decode
 from npti_export.gguf.reader import GGUFFile, TensorInfo
 
 
 def read_rows(header: GGUFFile, tensor: TensorInfo, start: int, end: int) -> Bytes:
-    """Encoded rows ``[end - start, row bytes]`` of a tensor of the model."""
-    with header.holder(tensor.name).path.open("rb") as stream:
+    """Encoded rows ``[end - start, row bytes]`` of a tensor of the model.
+
+    Raises:
+        GGUFError: its file has become shorter.
+    """
+    path, size = header.holder(tensor.name).path, (end - start) * tensor.row_bytes
+    with naming(path), path.open("rb") as stream:
         stream.seek(tensor.offset + start * tensor.row_bytes)
-        data = stream.read((end - start) * tensor.row_bytes)
+        data = stream.read(size)
+    if len(data) != size:
+        raise GGUFError(f"{path}: became shorter while it was read ({tensor.name}); see whether it is still whole")
     return np.frombuffer(data, np.uint8).reshape(end - start, tensor.row_bytes)
 
 

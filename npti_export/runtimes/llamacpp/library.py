@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npti_export.errors import ModelError
-from npti_export.gguf.ggml import ggml
+from npti_export.gguf.ggml import ggml, loading
 
 _KEPT_LINES = 400
 _SHOWN_LINES = 3
@@ -27,7 +27,8 @@ _log: collections.deque[tuple[int, str]] = collections.deque(maxlen=_KEPT_LINES)
 @cache
 def llama() -> Any:
     """The module ``llama_cpp``, its log going to :func:`log_tail` instead of the terminal."""
-    import llama_cpp
+    with loading():
+        import llama_cpp
 
     llama_cpp.llama_log_set(_listener(), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()  # llama.h: once, before anything else
