@@ -40,7 +40,7 @@ def test_other_faults(tmp_path):
 def test_other_commands_and_failing_disks(tmp_path):
     """With a seed that draws commands which take no torch; the others are for longer runs."""
     kinds = ["kill, stripped", "kill, split", "fsync fails", "write fails", "refused in C"]
-    kinds += ["damaged vector", "damaged evaluation", "damaged shards"]
+    kinds += ["damaged vector", "damaged shards"]
     done, found = faults(tmp_path / "f.jsonl", "--others", "1", "--seed", "1411", "--kinds", *kinds)
     assert done.returncode == 0, done.stdout + done.stderr
     left_out = {kind for kind in kinds if f"{kind:26} {'':6} {'':6}  left out" in done.stdout}

@@ -20,6 +20,7 @@ def file_size_limit(place, draw):
     allowed = draw.randint(20_000, 900_000)
     ended = place.start(prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, allowed))).wait()
     place.check(ended)
+    place.said = ended.sentence if ended.code else ""
     return [ending_of(ended)], place.finish()
 
 
