@@ -25,6 +25,7 @@ class Ending:
         opened_by: of several outputs the one without which the others count as nothing; empty for a folder or file.
         older: more arguments, which make an older output that ``--force`` replaces; none where any file will do.
         together: whether its files belong together, so that old and new ones may not be mixed.
+        stays: whether the same output that is there already is no reason to refuse.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Ending:
     opened_by: str = ""
     older: tuple[str, ...] = WEAKER
     together: bool = True
+    stays: bool = False
 
     def found(self, folder):
         """SHA-256 of each file that it wrote there, by its name."""
@@ -107,7 +109,7 @@ ENDINGS = {
         Ending("requantised", (NAME,), _quantised, older=()),
         Ending("weighed", (NAME,), _weighed, older=()),
         Ending("dial", ("dial",), _dial),
-        Ending("profiles", ("profiles",), _profiles, "profiles/extraversion.safetensors", older=("--seed", "1")),
+        Ending("profiles", ("profiles",), _profiles, "profiles/extraversion.safetensors", ("--seed", "1"), stays=True),
         Ending("baked vector", (NAME,), _baked_vector, older=()),
         Ending("stripped", (NAME,), _stripped, older=()),
     )
