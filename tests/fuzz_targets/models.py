@@ -15,7 +15,8 @@ def _model(path):
     ahead = model_type_ahead(str(path.parent))
     source = resolve_model(str(path.parent))
     assert source.model_type == ahead
-    assert (source.shape.layers, source.shape.hidden) == (LAYERS, HIDDEN)
+    assert 1 <= source.shape.layers <= LAYERS  # files may hold more than a configuration uses
+    assert source.shape.hidden == HIDDEN
     assert source.shape.width > 0
     plan_conversion(source, ("convert_hf_to_gguf.py",), trust_remote_code=False)
 
