@@ -84,7 +84,7 @@ TARGETS = {
     "weights": Target(
         "safetensors", "model-00001-of-00001.safetensors", _model_folder("model-00001-of-00001.safetensors"), _model
     ),
-    "converter": Target("text", "c.py", plain(_SCRIPT), _converter),
+    "converter": Target("text", "c.py", plain(_SCRIPT, f"{_SCRIPT}from conversion import main\n"), _converter),
     "model-card": Target("text", "README.md", _model_folder("README.md"), _model),
     "chat-template": Target("text", "t.jinja", plain(CHATML), _template),
 }
