@@ -215,14 +215,16 @@ def run(inputs, seed, targets=None, *, seconds=float("inf"), memory=MEMORY, sile
     """So many inputs over the targets in turn, or as many as so many seconds allow."""
     targets = list(targets or TARGETS)
     found = Found({name: Tally() for name in targets})
-    names, number, end = names_for(inputs, targets), 0, time.monotonic() + seconds
+    names, number, end = names_for(inputs, targets), 0, float("inf")
     with tempfile.TemporaryDirectory() as folder:
-        places = {}
+        places, begun = {}, False
         process, lines, complaints = start_child(seed, 0, inputs, targets, memory, trace)
         try:
             while number < inputs and time.monotonic() < end:
                 line, why = _next(lines, process, silence)
                 if line == '"ready"\n':
+                    if not begun:  # imports took their time, which is none of the inputs'
+                        begun, end = True, time.monotonic() + seconds
                     continue
                 name = names[number]
                 if line is None:

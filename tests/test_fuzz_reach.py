@@ -22,7 +22,8 @@ UNREACHED = {
     "of our own making, out of this very process": {
         "dial/run.py:_index", "evaluate/assemble.py:assemble", "evaluate/card.py:check_same_rule",
         "evaluate/supplements.py:steering", "export/lora.py:LoraFile.write", "gguf/writer.py:patch_values",
-        "identify/collect.py:_origin", "pipeline.py:_report", "report_page/page.py:_resource",
+        "identify/collect.py:_origin", "pipeline.py:_report", "placing.py:_rename_without_links",
+        "report_page/page.py:_resource",
     },
     "of our own making, in a process of its own": {
         "gguf/quantiser.py:_read_matrix", "template_trial.py:limit", "template_trial.py:main",
@@ -31,7 +32,8 @@ UNREACHED = {
         "evaluate/others.py:Others._method", "evaluate/others.py:Others._chance",
         "evaluate/others.py:Others._fine_tuned", "tuning/trial.py:Measure.answered", "tuning/trial.py:Measure.steered",
     },
-    "bytes for a digest, of which nothing is read": {"files.py:sampled_sha256"},
+    "bytes for a digest or a comparison, of which nothing is read": {"files.py:holds_other", "files.py:sampled_sha256"},
+    "reads the job's own recipe, and profiles by their readers": {"profile_io.py:check_may_be"},
     "numbers in the memory of llama.cpp": {"runtimes/llamacpp/library.py:tensor_values"},
 }  # fmt: skip
 

@@ -5,14 +5,15 @@ import traceback
 
 from npti_export.bench import load_bench
 from npti_export.distribute.gathering import Gathering
-from npti_export.distribute.plan import Node, Outcome, Series
+from npti_export.distribute.plan import Outcome, Series
 from npti_export.errors import ProfileError
 from npti_export.files import sha256_file
 from npti_export.identify.collect import run_batch
+from npti_export.identify.shards import Node, Shards
 from npti_export.models import gguf_source
 from npti_export.progress import Silent
 from npti_export.recipe import load_recipe
-from npti_export.stats import encode_stats, load_stats
+from npti_export.stats import load_stats
 
 from .damage import damaged
 
@@ -29,11 +30,9 @@ def damaged_shards(place, draw):
     when = draw.choice(["before", "before", "meanwhile"])
     try:
         gathering = Gathering(series, gguf_source(place.setting.model), told)
-        gathering.prepare()
-        for index in there:
-            gathering.shards.write(Node(0, index), batches[index].read_bytes())
+        names = {Node(0, at): gathering.shards.write(Node(0, at), batches[at].read_bytes()) for at in there}
         if set(range(8)) <= set(there) and draw.random() < 0.5:
-            gathering.shards.merge(Node(1, 0))
+            gathering.shards.merge(Node(1, 0), names)
         if when == "before":
             changed = _damage_one(series.shards, draw)
         gathering = Gathering(series, gguf_source(place.setting.model), told)
@@ -85,8 +84,7 @@ def _gather(gathering, batches):
             gathering.answered(index, Outcome("here", stats=stats, data=batches[index].read_bytes()))
         try:
             for node in list(gathering.merges(())):
-                gathering.shards.merge(node)
-                gathering.merged(node)
+                gathering.merge(node)
         except ProfileError:
             gathering.damaged()
         if gathering.complete:
@@ -120,7 +118,6 @@ def _write_batches(setting, path):
     with LlamaCppRuntime(setting.model, Settings(threads=1), sequences=4, source=source) as runtime:
         for index in range(BATCHES):
             stats = run_batch(runtime, series.bench, series.batch(index), series.asked(index), series.recipe)
-            (path / f"{index}.safetensors").write_bytes(encode_stats(stats, {}))
+            (path / f"{index}.safetensors").write_bytes(Shards(series.shards).encode(Node(0, index), stats))
     gathering = Gathering(series, source, Silent())
-    gathering.prepare()
     _gather(gathering, {index: path / f"{index}.safetensors" for index in range(BATCHES)})
