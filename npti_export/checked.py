@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -89,10 +89,8 @@ def peek_record(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(_LENGTH), "little")
-            if size > _LONGEST_HEADER:
-                raise ValueError("its header is too long")
-            record = json.loads(json.loads(stream.read(size))["__metadata__"][_RECORD].partition(" ")[2])
+            _, header = _header(stream)
+        record = json.loads(json.loads(header)["__metadata__"][_RECORD].partition(" ")[2])
     except (OSError, KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
         raise DamagedError(f"{path}: is damaged ({error}); delete the file and run again") from error
     if not isinstance(record, dict):
@@ -102,11 +100,7 @@ def peek_record(path: Path) -> dict[str, Any]:
 
 def _check(path: Path) -> None:
     with path.open("rb") as stream:
-        length = stream.read(_LENGTH)
-        size = int.from_bytes(length, "little")
-        if size > _LONGEST_HEADER:
-            raise ValueError("its header is too long")
-        header = stream.read(size)
+        length, header = _header(stream)
         claimed = str(json.loads(header)["__metadata__"][_RECORD])[7:71].encode()
         if len(claimed) != len(_UNSIGNED) or header.count(_field(claimed)) != 1:
             raise ValueError("it holds no checksum")
@@ -115,6 +109,19 @@ def _check(path: Path) -> None:
             digest.update(chunk)
     if digest.hexdigest().encode() != claimed:
         raise ValueError("its checksum is wrong")
+
+
+def _header(stream: BinaryIO) -> tuple[bytes, bytes]:
+    """The bytes of the header's length, and the header.
+
+    Raises:
+        ValueError: it claims to be longer than any of ours.
+    """
+    length = stream.read(_LENGTH)
+    size = int.from_bytes(length, "little")
+    if size > _LONGEST_HEADER:
+        raise ValueError("its header is too long")
+    return length, stream.read(size)
 
 
 def _chunks(stream: Any) -> Iterator[bytes]:

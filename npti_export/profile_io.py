@@ -53,7 +53,7 @@ def save_profiles(
 
 
 def check_saved(profile: NeuronProfile, path: Path, *, threshold: float, at_least: int) -> None:
-    """Raise if :func:`save_profile` without ``force`` would, so that of several profiles all are written or none.
+    """Raise if :func:`save_profile` without ``force`` would, where a profile is there before any work.
 
     Raises:
         OutputError: a file exists, and is another one.

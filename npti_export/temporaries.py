@@ -153,8 +153,8 @@ def sweep_folder(folder: Path) -> None:
         for left in sorted(folder.glob(f".*.{_RANDOM}{PARTIAL}")):
             handle = locked(left, wait=False)
             if handle is not None:
-                _remove(left)
-                os.close(handle)
+                with _held(handle):
+                    _remove(left)
 
 
 def _leftovers(path: Path) -> dict[str, list[Path]]:
